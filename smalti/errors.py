@@ -1,0 +1,49 @@
+"""The one exception family: each error is a sentence, each kind an exit code (docs/artifacts.md)."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+
+class SmaltiError(Exception):
+    """Root of every error that we raise for a user.
+
+    message: one sentence that says what, where, found, expected.
+    path: the file or folder concerned, if any.  hint: what to do next.
+    """
+
+    exit_code = 70
+
+    def __init__(self, message: str, *, path: str | PathLike[str] | None = None, hint: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.path = None if path is None else str(path)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}; {self.hint}"
+
+    def __reduce__(self) -> tuple[object, ...]:  # exceptions with keyword arguments must travel between dask processes
+        return (_rebuild, (type(self), self.message, self.path, self.hint))
+
+
+def _rebuild(kind: type[SmaltiError], message: str, path: str | None, hint: str | None) -> SmaltiError:
+    return kind(message, path=path, hint=hint)
+
+
+class UsageError(SmaltiError):
+    """A command, recipe or config says something that cannot be (exit code 2)."""
+
+    exit_code = 2
+
+
+class InputError(SmaltiError):
+    """Data from outside is missing or bad (exit code 3)."""
+
+    exit_code = 3
+
+
+class CorruptError(SmaltiError):
+    """An artifact is damaged, of another origin, or does not fit (exit code 4)."""
+
+    exit_code = 4
