@@ -1,0 +1,1 @@
+"""Autoencoders: pixels to a latent grid and back, each in the pixel range that its config names."""

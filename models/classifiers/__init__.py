@@ -1,0 +1,1 @@
+"""Classifiers: the judges of the recipes whose images no published network knows."""

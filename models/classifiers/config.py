@@ -1,0 +1,30 @@
+"""Configs of the classifiers, and the table of their builders (no torch here)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from models.config import Config
+
+Count = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=8, multiple_of=8)]
+
+
+class ConvolutionalClassifierConfig(Config):
+    """Four convolutions, a bounded feature vector, a linear head."""
+
+    kind: Literal["convolutional"] = "convolutional"
+    channels: Count = Field(default=3, description="Colour channels of the images.")
+    classes: Count = Field(default=10, description="Number of classes.")
+    image_size: Annotated[int, Field(ge=8, multiple_of=8)] = Field(default=32, description="Pixels per side.")
+    widths: Annotated[tuple[Width, Width, Width, Width], Field(strict=False)] = Field(
+        default=(32, 48, 64, 64), description="Channels of the four convolutions, multiples of 8."
+    )
+    features: Count = Field(default=64, description="Size of the feature vector on which distances are computed.")
+
+
+ClassifierConfig = ConvolutionalClassifierConfig  # a union tagged by `kind` as soon as there is a second one
+
+BUILDERS: dict[str, str] = {"convolutional": "models.classifiers.convolutional:ConvolutionalClassifier"}

@@ -1,0 +1,1 @@
+"""Losses that compare reconstructions with images."""

@@ -1,0 +1,1 @@
+"""Quantizers: a latent grid to codes and back; all return `Quantized`."""

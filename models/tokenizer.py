@@ -1,0 +1,90 @@
+"""A tokenizer is an autoencoder with a quantizer in its middle: images in [0,1] to codes and back.
+
+The pixel range of the network and the rounding to bytes live inside, so that callers only know [0,1] and codes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.autoencoders.config import BUILDERS as AUTOENCODERS
+from models.quantizers.config import BUILDERS as QUANTIZERS
+from models.registry import build
+from models.tokenizer_config import Rounding, TokenizerConfig
+
+# Shapes: B images, C colour channels, H W pixels, D latent channels, h w grid of codes
+
+
+class TrainingLosses(NamedTuple):
+    """What one training batch gives.
+
+    losses: weighted, named scalars; the training loss is their sum.
+    stats: named scalars for the log, without gradient.
+    reconstruction_BCHW: in [0,1], without gradient.
+    """
+
+    losses: dict[str, Tensor]
+    stats: dict[str, Tensor]
+    reconstruction_BCHW: Tensor
+
+
+class Tokenizer(nn.Module):
+    """Images to codes, codes to images."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = config
+        self.autoencoder = build(config.autoencoder, AUTOENCODERS)
+        self.quantizer = build(config.quantizer, QUANTIZERS, dim=config.autoencoder.latent)
+        self.codebook_size = config.codebook_size
+        self.downsample = config.downsample
+        self.rounding = config.rounding
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of codes of an image of this size."""
+        return self.config.grid(height, width)
+
+    @torch.no_grad()
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """Images in [0,1] to int64 codes (B, h, w)."""
+        return self.quantizer.encode(self.autoencoder.encode(self.to_pixels(images_BCHW)))
+
+    @torch.no_grad()
+    def decode(self, codes_Bhw: Tensor) -> Tensor:
+        """Codes (B, h, w) to images in [0,1]."""
+        return self.to_images(self.autoencoder.decode(self.quantizer.lookup(codes_Bhw)))
+
+    def to_pixels(self, images_BCHW: Tensor) -> Tensor:
+        """[0,1] to the range that the network sees."""
+        return images_BCHW if self.config.autoencoder.pixel_range == "0..1" else 2 * images_BCHW - 1
+
+    def to_images(self, pixels_BCHW: Tensor) -> Tensor:
+        """What the decoder gives to [0,1], clamped."""
+        is_unit = self.config.autoencoder.pixel_range == "0..1"
+        return (pixels_BCHW if is_unit else (pixels_BCHW + 1) / 2).clamp(0, 1)
+
+
+class TokenizerTraining(nn.Module):
+    """A tokenizer and its loss as one module, whose forward is what replicas run."""
+
+    def __init__(self, tokenizer: Tokenizer, loss: nn.Module):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.loss = loss
+
+    def forward(self, images_BCHW: Tensor) -> TrainingLosses:
+        """Images in [0,1] to losses; the quantizer keeps its statistics if the module is in training mode."""
+        pixels_BCHW = self.tokenizer.to_pixels(images_BCHW)
+        quantized = self.tokenizer.quantizer(self.tokenizer.autoencoder.encode(pixels_BCHW))
+        output_BCHW = self.tokenizer.autoencoder.decode(quantized.z_BDhw)
+        losses = self.loss(output_BCHW, pixels_BCHW) | quantized.losses
+        return TrainingLosses(losses, quantized.stats, self.tokenizer.to_images(output_BCHW.detach()))
+
+
+def to_bytes(images_BCHW: Tensor, rounding: Rounding) -> Tensor:
+    """Images in [0,1] to uint8, rounded to nearest (half to even) or truncated as the published system does."""
+    scaled_BCHW = images_BCHW.clamp(0, 1) * 255
+    return (scaled_BCHW.round() if rounding == "round" else scaled_BCHW).to(torch.uint8)
