@@ -1,0 +1,59 @@
+"""Base of the pipeline's configs: frozen, strict, unknown keys refused with the nearest known name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import UsageError
+
+
+class Config(BaseModel):
+    """A frozen config that refuses unknown keys and silent conversions (1.5 is no int, "8" is no number)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def parse_config(model: type[ModelT], values: Mapping[str, Any], *, where: str) -> ModelT:
+    """Validate plain JSON values; UsageError (exit code 2) names the place, what was found and what is expected."""
+    try:
+        text = json.dumps(values, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{where} holds a value that is no plain number, text, list or mapping: {error}") from error
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise UsageError(explain(error, model, where)) from error
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    """The first complaint of pydantic as one sentence of ours."""
+    complaint = error.errors(include_url=False)[0]
+    place = ".".join([where, *(str(part) for part in complaint["loc"])])
+    if complaint["type"] == "extra_forbidden":
+        return unknown_key(str(complaint["loc"][-1]), place.rpartition(".")[0], known_fields(model))
+    if complaint["type"] == "missing":
+        return f"{place} is missing"
+    found = json.dumps(complaint.get("input"), default=str)
+    return f"{place}: {complaint['msg'][0].lower()}{complaint['msg'][1:]} (found {found[:80]})"
+
+
+def unknown_key(key: str, where: str, known: list[str]) -> str:
+    """The sentence for an unknown key, with the nearest known one."""
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    advice = f"did you mean {nearest[0]!r}?" if nearest else f"known are: {', '.join(sorted(known)[:20])}"
+    return f"unknown key {key!r} in {where}: {advice}"
+
+
+def known_fields(model: type[BaseModel]) -> list[str]:
+    """Every field name of this config and of the configs in it."""
+    schema = model.model_json_schema()
+    parts = [schema, *schema.get("$defs", {}).values()]
+    return sorted({name for part in parts for name in part.get("properties", {})})

@@ -1,0 +1,134 @@
+"""Image files to uint8 RGB, by written rules; the contents decide the format, never the file's name.
+
+| file | becomes |
+|---|---|
+| gray, palette, CMYK, YCbCr | Pillow's conversion to RGB; colour profiles are ignored |
+| alpha (RGBA, gray with alpha, transparent colour) | laid over white: (c * a + 255 * (255 - a)) / 255, rounded |
+| 16 bits per channel | the high byte, so that 0..65535 fills 0..255 (Pillow alone would clip) |
+| several frames | the first |
+| EXIF orientation | ignored, or applied if the policy says so |
+| more pixels than the policy allows | refused from the header, before a pixel is decoded |
+| truncated, empty, garbage, another format, 32-bit samples | refused |
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field
+
+from pipeline.config import Config
+from pipeline.errors import InputError
+
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+EXIF_ORIENTATION = 0x0112
+
+
+class DecodePolicy(Config):
+    """How image files become pixels; part of the image set's key."""
+
+    corrupt: Literal["fail", "skip"] = Field(
+        "fail", description="an image that cannot be decoded: stop, or leave it out and list it"
+    )
+    max_skipped: int = Field(0, ge=0, description="how many images `skip` may leave out before it stops too")
+    exif: Literal["ignore", "apply"] = Field("ignore", description="what to do with the EXIF orientation")
+    max_pixels: int = Field(
+        80_000_000, ge=1, le=178_000_000, description="refuse larger images (the largest of ImageNet has 61 million)"
+    )
+    alpha: Literal["white"] = Field("white", description="what transparent images are laid over")
+
+
+class CorruptImage(InputError):
+    """An image that cannot be decoded. `reason`: a fixed phrase that names no path, fit for a report."""
+
+    def __init__(self, reason: str, *, path: str):
+        super().__init__(f"image {path} {reason}", path=path, hint="repair or remove it, or set decode.corrupt to skip")
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (self.reason, self.path))
+
+
+def decode(source: bytes | Path, policy: DecodePolicy, *, name: str | None = None) -> NDArray[np.uint8]:
+    """An image file, or its bytes, as uint8 (H, W, 3). `name` stands for the bytes in errors.
+
+    Raises CorruptImage for what the rules above refuse, InputError for a file that cannot be read.
+    """
+    name = name or (str(source) if isinstance(source, Path) else f"of {len(source)} bytes")
+    data = read_file(source) if isinstance(source, Path) else source
+    if not data:
+        raise CorruptImage("is empty", path=name)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > policy.max_pixels:
+                raise CorruptImage(_too_large(policy), path=name)
+            if image.format == "PNG":
+                check_png(data)
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1) if policy.exif == "apply" else 1
+            image.load()
+            oriented = ImageOps.exif_transpose(image) if orientation != 1 else image
+            return to_rgb(oriented)
+    except (CorruptImage, MemoryError):
+        raise
+    except UnidentifiedImageError as cause:
+        raise CorruptImage(f"is none of {', '.join(FORMATS)}", path=name) from cause
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as cause:
+        raise CorruptImage(_too_large(policy), path=name) from cause
+    except Exception as cause:  # Pillow's readers raise a dozen kinds on bad bytes; each means the same here
+        raise CorruptImage("is truncated or damaged", path=name) from cause
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file. Raises InputError if it is missing or unreadable."""
+    try:
+        return path.read_bytes()
+    except OSError as cause:
+        raise InputError(f"image {path} cannot be read: {cause.strerror}", path=path) from cause
+
+
+def check_png(data: bytes) -> None:
+    """Check the checksum of every chunk, which decoding a PNG does not. Raises what Pillow raises."""
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        image.verify()
+
+
+def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """A loaded image of any supported mode as uint8 (H, W, 3). Raises ValueError for a mode without a rule."""
+    if image.mode in SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return high_bytes(np.asarray(image), image.info.get("transparency"))
+    if image.mode in ("I", "F", "LAB", "HSV"):
+        raise ValueError(f"no rule for the mode {image.mode}")
+    if image.has_transparency_data:
+        return over_white(np.asarray(image.convert("RGBA")))
+    return np.array(image.convert("RGB"))
+
+
+def over_white(image_HW4: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """RGBA over white, uint8 (H, W, 3), rounded to nearest."""
+    colour_HW3 = image_HW4[:, :, :3].astype(np.uint32)
+    alpha_HW1 = image_HW4[:, :, 3:].astype(np.uint32)
+    return ((colour_HW3 * alpha_HW1 + 255 * (255 - alpha_HW1) + 127) // 255).astype(np.uint8)
+
+
+def high_bytes(grey_HW: NDArray[Any], transparent: int | None) -> NDArray[np.uint8]:
+    """16-bit gray as uint8 (H, W, 3): the high byte; pixels of the transparent value become white."""
+    if grey_HW.min(initial=0) < 0 or grey_HW.max(initial=0) > 65535:
+        raise ValueError("more than 16 bits per sample")
+    high_HW = (grey_HW.astype(np.uint32) >> 8).astype(np.uint8)
+    if isinstance(transparent, int):
+        high_HW[grey_HW == transparent] = 255
+    return np.repeat(high_HW[:, :, None], 3, axis=2)
+
+
+def _too_large(policy: DecodePolicy) -> str:
+    return f"has more than {policy.max_pixels} pixels (decode.max_pixels)"
+
+
+def _rebuild(reason: str, path: str) -> CorruptImage:
+    return CorruptImage(reason, path=path)

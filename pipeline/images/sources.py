@@ -1,0 +1,37 @@
+"""Where images come from: the sources that `index` knows, each listed and identified without reading a pixel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.errors import InputError
+from pipeline.images.digits import SHA256, DigitsSource, list_digits
+from pipeline.images.folders import FolderSource, list_folder
+from pipeline.images.listing import Listing, digest_listing
+
+ImageSource = Annotated[DigitsSource | FolderSource, Field(discriminator="kind")]
+
+
+def list_images(source: DigitsSource | FolderSource, root: Path | None = None) -> Listing:
+    """The listing of a source. `root`: the folder of the images, for a source that needs one (else InputError)."""
+    if isinstance(source, DigitsSource):
+        return list_digits(source)
+    return list_folder(source, need_root(root))
+
+
+def content_id(source: DigitsSource | FolderSource, root: Path | None = None) -> str:
+    """SHA-256 that stands for a source's images in keys: of a folder its list, of the digits the bundled data."""
+    if isinstance(source, DigitsSource):
+        return SHA256
+    return digest_listing(list_folder(source, need_root(root)))
+
+
+def need_root(root: Path | None) -> Path:
+    if root is None:
+        raise InputError(
+            "the image set needs the folder of its images, but none is given", hint="give it with --images"
+        )
+    return root
