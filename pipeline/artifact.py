@@ -1,0 +1,226 @@
+"""An artifact: an immutable folder with a manifest, and the three levels at which it is checked.
+
+    manifest.json     what was asked for, what came out, every data file with size and SHA-256; no time, host or path
+    manifest.sha256   hex digest of manifest.json
+    log/              how it was made; outside the manifest
+
+Levels: `open_artifact` (milliseconds: manifest digest, names, sizes, array metadata, shard indexes), `check_data`
+(before a stage uses it: crc32c of every shard chunk, SHA-256 of other files) and `verify_artifact` (everything hashed).
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline import durable
+from pipeline.errors import CorruptError
+from pipeline.keys import canonical_bytes, sha256
+from smalti.arrays import MappedArray
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+DIGEST = "manifest.sha256"
+LOG = "log"
+MANIFEST_BYTES = 256 * 2**20  # far above a manifest of a million files; refuse to parse more
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One data file: path relative to the artifact (POSIX), size in bytes, hex SHA-256."""
+
+    path: str
+    size: int
+    sha256: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {"path": self.path, "size": self.size, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact whose manifest was checked when it was opened."""
+
+    path: Path
+    manifest: dict[str, Any] = field(repr=False)
+    digest: str
+
+    @property
+    def key(self) -> str:
+        return str(self.manifest["key"])
+
+    @property
+    def stage(self) -> str:
+        return str(self.manifest["stage"])
+
+    @property
+    def kind(self) -> str:
+        return str(self.manifest["kind"])
+
+    @property
+    def version(self) -> int:
+        return int(self.manifest["version"])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(self.manifest["config"])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return dict(self.manifest["facts"])
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Input name -> {"key", "digest", "stage"}, or a list of these."""
+        return dict(self.manifest["inputs"])
+
+    @property
+    def externals(self) -> dict[str, str]:
+        return dict(self.manifest["externals"])
+
+    @cached_property
+    def files(self) -> dict[str, FileEntry]:
+        return {entry["path"]: FileEntry(**entry) for entry in self.manifest["files"]}
+
+    @property
+    def name(self) -> str:
+        """Short name for sentences: stage and the first digits of the key."""
+        return f"{self.stage}/{self.key[:12]}"
+
+    def file(self, name: str) -> Path:
+        """Path of a data file; CorruptError if the manifest does not list it."""
+        if name not in self.files:
+            raise CorruptError(f"{self.name} has no file {name}", path=self.path)
+        return self.path / name
+
+
+def manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """The manifest as written to disk: canonical JSON, so that equal content is equal bytes."""
+    return canonical_bytes(manifest) + b"\n"
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Open a finished artifact and check it at level *open*; CorruptError (exit code 4) says what does not fit."""
+    artifact = read_manifest(path)
+    for entry in artifact.files.values():
+        _check_size(path, entry)
+    for folder in array_folders(artifact):
+        _check_metadata(artifact, folder)
+    return artifact
+
+
+def check_data(artifact: Artifact) -> None:
+    """Level *use*: every chunk of mapped arrays by crc32c, every other file by SHA-256."""
+    folders = array_folders(artifact)
+    for folder in folders:
+        MappedArray(artifact.path / folder, verify="crc")
+    for entry in artifact.files.values():
+        if not any(PurePosixPath(entry.path).is_relative_to(PurePosixPath(folder) / "c") for folder in folders):
+            _check_hash(artifact.path, entry)
+
+
+def verify_artifact(path: Path) -> Artifact:
+    """Level *verify*: every byte hashed, and no file that the manifest does not list."""
+    artifact = open_artifact(path)
+    for entry in artifact.files.values():
+        _check_hash(path, entry)
+    surplus = sorted(set(list_files(path)) - set(artifact.files) - {MANIFEST, DIGEST})
+    if surplus:
+        raise CorruptError(
+            f"{artifact.name} holds files that its manifest does not list: {', '.join(surplus[:5])}", path=path
+        )
+    return artifact
+
+
+def read_manifest(path: Path) -> Artifact:
+    """Read and check the manifest alone: digest, format version, file names."""
+    raw, want = _read_small(path / MANIFEST), _read_small(path / DIGEST).decode("ascii", "replace").strip()
+    digest = sha256(raw)
+    if digest != want:
+        raise CorruptError(
+            f"the manifest of {path} does not have the digest that {DIGEST} names",
+            path=path / MANIFEST,
+            hint="restore it or make the artifact again with --force",
+        )
+    manifest = json.loads(raw)
+    if manifest.get("format") != FORMAT:
+        raise CorruptError(
+            f"{path} has artifact format {manifest.get('format')!r} and needs smalti version >= that; this one knows format {FORMAT}",
+            path=path,
+        )
+    for entry in manifest["files"]:
+        check_name(entry["path"], path)
+    return Artifact(path=path, manifest=manifest, digest=digest)
+
+
+def check_name(name: str, path: Path) -> None:
+    """Refuse a file name that leaves its artifact."""
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or str(pure) != name:
+        raise CorruptError(f"{path} names the file {name!r}, which is no plain relative path", path=path)
+
+
+def list_files(root: Path) -> list[str]:
+    """Every file below `root` except log/, as sorted POSIX paths."""
+    names = (path.relative_to(root) for path in root.rglob("*") if not path.is_dir())
+    return sorted(name.as_posix() for name in names if name.parts[0] != LOG)
+
+
+def array_folders(artifact: Artifact) -> list[str]:
+    """Folders of the zarr arrays in this artifact ("" for the artifact itself)."""
+    names = (PurePosixPath(name) for name in artifact.files)
+    folders = sorted(name.parent.as_posix() for name in names if name.name == "zarr.json")
+    return [folder for folder in folders if _is_array(artifact, folder)]
+
+
+def _is_array(artifact: Artifact, folder: str) -> bool:
+    path = artifact.path / folder / "zarr.json"
+    entry = artifact.files[(PurePosixPath(folder) / "zarr.json").as_posix()]
+    _check_hash(artifact.path, entry)
+    return bool(json.loads(path.read_bytes()).get("node_type") == "array")
+
+
+def _check_metadata(artifact: Artifact, folder: str) -> None:
+    MappedArray(artifact.path / folder, verify="index")
+
+
+def _check_size(root: Path, entry: FileEntry) -> None:
+    try:
+        status = (root / entry.path).lstat()
+    except OSError as error:
+        raise CorruptError(
+            f"{root} lacks the file {entry.path} that its manifest lists",
+            path=root / entry.path,
+            hint="restore it or make the artifact again with --force",
+        ) from error
+    if not stat.S_ISREG(status.st_mode) or status.st_size != entry.size:
+        raise CorruptError(
+            f"{root / entry.path} has {status.st_size} bytes, but its manifest says {entry.size}",
+            path=root / entry.path,
+            hint="restore it or make the artifact again with --force",
+        )
+
+
+def _check_hash(root: Path, entry: FileEntry) -> None:
+    _check_size(root, entry)
+    if durable.hash_file(root / entry.path) != entry.sha256:
+        raise CorruptError(
+            f"{root / entry.path} does not have the SHA-256 that its manifest lists",
+            path=root / entry.path,
+            hint="restore it or make the artifact again with --force",
+        )
+
+
+def _read_small(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MANIFEST_BYTES:
+            raise CorruptError(f"{path} is larger than any manifest", path=path)
+        return path.read_bytes()
+    except OSError as error:
+        raise CorruptError(
+            f"{path.parent} is no artifact: {path.name} cannot be read ({error.strerror})", path=path
+        ) from error

@@ -1,0 +1,204 @@
+"""A draft: the folder in which one artifact is being made, and from which an interrupted run continues.
+
+Units of work (a shard, a checkpoint) are written file by file, each whole or not at all, and then recorded as one line
+of `journal.jsonl`. Whoever opens the draft again keeps the units whose files still verify and sweeps everything else.
+Units whose files lie under `scratch/` (checkpoints) help to continue and are no part of the artifact.
+
+Commit: manifest, fsync of files and folders, journal removed, folder renamed. Every moment in between is recoverable.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import durable
+from pipeline.artifact import (
+    DIGEST,
+    FORMAT,
+    LOG,
+    MANIFEST,
+    FileEntry,
+    check_name,
+    list_files,
+    manifest_bytes,
+    read_manifest,
+)
+from pipeline.errors import CorruptError
+from pipeline.keys import sha256
+
+JOURNAL = "journal.jsonl"
+SCRATCH = "scratch"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a stage: all that goes into the key, and what the manifest says of it."""
+
+    stage: str
+    kind: str
+    version: int
+    key: str
+    config: dict[str, Any]
+    inputs: dict[str, Any]
+    externals: dict[str, str]
+
+
+class Draft:
+    """The partial folder of one artifact. `facts` (JSON values) go into the manifest when it is committed."""
+
+    def __init__(self, path: Path, request: Request):
+        self.path = path
+        self.request = request
+        self.facts: dict[str, Any] = {}
+        self._units: dict[str, list[FileEntry]] = {}
+
+    @classmethod
+    def open(cls, path: Path, request: Request) -> Draft:
+        """Open or create the draft folder: keep what the journal proves, sweep the rest (log/ stays)."""
+        draft = cls(path, request)
+        durable.make_folder(path)
+        draft._units = _verified_units(path)
+        kept = {entry.path for files in draft._units.values() for entry in files} | {JOURNAL}
+        for name in list_files(path):
+            if name not in kept:
+                durable.remove(path / name)
+        return draft
+
+    @property
+    def log(self) -> Path:
+        """Folder of logs: kept on resume, outside the manifest."""
+        durable.make_folder(self.path / LOG)
+        return self.path / LOG
+
+    def is_done(self, unit: str) -> bool:
+        return unit in self._units
+
+    def units(self) -> list[str]:
+        """Names of the finished units, in the order in which they were recorded."""
+        return list(self._units)
+
+    def files(self, unit: str) -> list[Path]:
+        return [self.path / entry.path for entry in self._units[unit]]
+
+    def put(self, unit: str, files: Mapping[str, bytes | memoryview]) -> None:
+        """Write the files of one unit and record it."""
+        self.record(unit, write_files(self.path, files))
+
+    @contextmanager
+    def writing(self, unit: str, name: str) -> Iterator[Path]:
+        """Yield a temporary path for the one (large) file of a unit; on return it is hashed, renamed and recorded."""
+        check_name(name, self.path)
+        with durable.writing(self.path / name) as temporary:
+            yield temporary
+            entry = FileEntry(name, temporary.stat().st_size, durable.hash_file(temporary))
+        self.record(unit, [entry])
+
+    def record(self, unit: str, entries: Sequence[FileEntry]) -> None:
+        """Journal a unit whose files are already in place (a worker wrote them with `write_files`)."""
+        line = {"unit": unit, "files": [entry.as_json() for entry in entries]}
+        durable.append_line(self.path / JOURNAL, json.dumps(line, sort_keys=True).encode())
+        self._units[unit] = list(entries)
+
+    def drop(self, unit: str) -> None:
+        """Forget a unit (an older checkpoint) and remove its files."""
+        durable.append_line(self.path / JOURNAL, json.dumps({"dropped": unit}).encode())
+        for entry in self._units.pop(unit):
+            durable.remove(self.path / entry.path)
+
+    def commit(self, final: Path) -> None:
+        """Turn the draft into the artifact `final`."""
+        entries = sorted((entry for files in self._units.values() for entry in files), key=lambda entry: entry.path)
+        manifest = {
+            "format": FORMAT,
+            "stage": self.request.stage,
+            "kind": self.request.kind,
+            "version": self.request.version,
+            "key": self.request.key,
+            "config": self.request.config,
+            "inputs": self.request.inputs,
+            "externals": self.request.externals,
+            "facts": self.facts,
+            "files": [entry.as_json() for entry in entries if not _is_scratch(entry)],
+        }
+        raw = manifest_bytes(manifest)
+        durable.write_file(self.path / MANIFEST, raw)
+        durable.write_file(self.path / DIGEST, sha256(raw).encode() + b"\n")
+        finish(self.path, final)
+
+
+def finish(partial: Path, final: Path) -> None:
+    """The last steps of a commit, repeatable: the manifest is written, what is left is to tidy and to rename."""
+    durable.remove(partial / SCRATCH)
+    durable.sync_tree(partial)
+    durable.remove(partial / JOURNAL)
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        durable.remove(replaced)
+        durable.move(final, replaced)
+    durable.move(partial, final)
+    durable.remove(replaced)
+
+
+def is_complete(partial: Path, request: Request) -> bool:
+    """True if an interrupted commit left a whole artifact of this request in `partial`, ready for `finish`."""
+    try:
+        artifact = read_manifest(partial)
+    except CorruptError:
+        return False
+    return (
+        artifact.key == request.key
+        and artifact.manifest["inputs"] == request.inputs
+        and all(_is_whole(partial, entry) for entry in artifact.files.values())
+    )
+
+
+def write_files(root: Path, files: Mapping[str, bytes | memoryview]) -> list[FileEntry]:
+    """Write files below `root`, each whole or not at all; returns their entries for `Draft.record`."""
+    entries = []
+    for name, data in files.items():
+        check_name(name, root)
+        durable.write_file(root / name, data)
+        entries.append(FileEntry(name, len(data) if isinstance(data, bytes) else data.nbytes, sha256(bytes(data))))
+    return entries
+
+
+def _verified_units(root: Path) -> dict[str, list[FileEntry]]:
+    """The journal's units whose files all verify; an unterminated or unreadable last line is ignored and cut off."""
+    journal = root / JOURNAL
+    if not journal.exists():
+        return {}
+    units: dict[str, list[FileEntry]] = {}
+    kept = b""
+    for line in journal.read_bytes().splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        kept += line
+        _replay(units, entry)
+    if len(kept) != journal.stat().st_size:
+        durable.write_file(journal, kept)
+    return {unit: files for unit, files in units.items() if all(_is_whole(root, entry) for entry in files)}
+
+
+def _replay(units: dict[str, list[FileEntry]], entry: dict[str, Any]) -> None:
+    if "dropped" in entry:
+        units.pop(entry["dropped"], None)
+    else:
+        units[entry["unit"]] = [FileEntry(**file) for file in entry["files"]]
+
+
+def _is_whole(root: Path, entry: FileEntry) -> bool:
+    path = root / entry.path
+    return path.is_file() and path.stat().st_size == entry.size and durable.hash_file(path) == entry.sha256
+
+
+def _is_scratch(entry: FileEntry) -> bool:
+    return entry.path.startswith(f"{SCRATCH}/")

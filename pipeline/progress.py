@@ -1,0 +1,134 @@
+"""Progress and metrics: bars on a terminal, plain lines elsewhere, JSON lines in the artifact's log always."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+LINE_SECONDS = 10.0
+
+
+class Progress:
+    """Where a stage reports. stream: None keeps quiet; a terminal gets bars, anything else a line now and then."""
+
+    def __init__(self, stream: TextIO | None = None, log: Path | None = None):
+        self.stream = stream
+        self.log = log
+
+    @classmethod
+    def on_stderr(cls, *, quiet: bool = False) -> Progress:
+        return cls(None if quiet else sys.stderr)
+
+    def into(self, log: Path) -> Progress:
+        """The same output, with metrics appended to `log`/metrics.jsonl."""
+        return Progress(self.stream, log / "metrics.jsonl")
+
+    def say(self, text: str) -> None:
+        if self.stream is not None:
+            print(text, file=self.stream, flush=True)
+
+    def record(self, event: str, **numbers: Any) -> None:
+        """Append one JSON line to the log."""
+        if self.log is not None:
+            with self.log.open("a") as file:
+                file.write(json.dumps({"event": event, "time": round(time.time(), 3), **numbers}) + "\n")
+
+    @contextmanager
+    def bar(self, label: str, *, total: int, unit: str) -> Iterator[Bar]:
+        """A bar over `total` units; `advance` it."""
+        bar = Bar(self, label, total, unit)
+        if self.stream is not None and self.stream.isatty():
+            with RichProgress(*_columns(unit), console=Console(file=self.stream)) as rich:
+                bar.attach(rich, rich.add_task(label, total=total, rate=0.0, figures=""))
+                yield bar
+        else:
+            yield bar
+        bar.close()
+
+
+class Bar:
+    """One running piece of work: units done, rate, time left, and the latest figures."""
+
+    def __init__(self, progress: Progress, label: str, total: int, unit: str):
+        self.progress, self.label, self.total, self.unit = progress, label, total, unit
+        self.done = self.skipped = 0
+        self.figures = ""
+        self.started = self.said = time.monotonic()
+        self._rich: tuple[RichProgress, TaskID] | None = None
+
+    def attach(self, rich: RichProgress, task: TaskID) -> None:
+        self._rich = (rich, task)
+
+    def skip(self, units: int) -> None:
+        """Count units that an earlier attempt finished: they do not enter the rate."""
+        self.done += units
+        self.skipped += units
+        self._show()
+
+    def advance(self, units: int, **figures: float) -> None:
+        """Count finished units; `figures` are shown beside the bar."""
+        self.done += units
+        if figures:
+            self.figures = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self._show()
+
+    def close(self) -> None:
+        seconds = time.monotonic() - self.started
+        self.progress.record(
+            "done", label=self.label, units=self.done, seconds=round(seconds, 3), rate=round(self.rate, 3)
+        )
+        if self._rich is None:
+            self._say()
+
+    @property
+    def rate(self) -> float:
+        """Units per second in this attempt."""
+        return (self.done - self.skipped) / max(time.monotonic() - self.started, 1e-9)
+
+    def _show(self) -> None:
+        if self._rich is not None:
+            rich, task = self._rich
+            rich.update(task, completed=self.done, rate=self.rate, figures=self.figures)
+        elif time.monotonic() - self.said >= LINE_SECONDS:
+            self._say()
+            self.progress.record(
+                "progress", label=self.label, units=self.done, total=self.total, rate=round(self.rate, 3)
+            )
+
+    def _say(self) -> None:
+        self.said = time.monotonic()
+        left = (self.total - self.done) / self.rate if self.rate > 0 else 0.0
+        ending = f", {left:.0f} s left" if self.done < self.total else ""
+        self.progress.say(
+            f"  {self.label}: {self.done}/{self.total} {self.unit}, {self.rate:.1f}/s{ending} {self.figures}".rstrip()
+        )
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Any) -> Text:
+        return Text(f"{task.fields['rate']:.1f} {self.unit}/s")
+
+
+def _columns(unit: str) -> list[ProgressColumn]:
+    return [
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(unit),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    ]

@@ -1,0 +1,262 @@
+"""Recipes: a whole experiment on one page of YAML, read strictly.
+
+    title: RAR on handwritten digits ...
+    paths:                                  # external data by name; given with --path images=/data/imagenet or --images
+      images: null
+    steps:
+      train-images: {stage: index, config: {...}, paths: {images: "{images}/train"}}
+      codebook:     {stage: kmeans, inputs: {features: features}, config: {clusters: 128}}
+
+A step names its stage, its inputs (other steps; a list where the stage takes many) and its config. Steps may stand in any
+order. `--set codebook.clusters=64` changes a value; the first word is a step or one of title, paths, steps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field
+
+from pipeline.config import Config, parse_config, unknown_key
+from pipeline.errors import InputError, UsageError
+from pipeline.stage import Stage
+
+RECIPES = "recipes"
+
+
+class StepText(Config):
+    """One step as written."""
+
+    stage: str = Field(description="name of the stage (see `smalti --help`)")
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="settings of the stage; what is left out has its default"
+    )
+    inputs: dict[str, str | list[str]] = Field(
+        default_factory=dict, description="input of the stage -> step that makes it"
+    )
+    paths: dict[str, str] = Field(
+        default_factory=dict, description='external data -> path; "{name}" stands for an entry of the recipe\'s paths'
+    )
+
+
+class RecipeText(Config):
+    """A recipe as written."""
+
+    title: str = Field(description="what this is, and the published figure that it aims at")
+    paths: dict[str, str | None] = Field(
+        default_factory=dict, description="external data by name; null: to be given on the command line"
+    )
+    steps: dict[str, StepText] = Field(description="name of the step -> what it does")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step, validated: its stage's declaration, its config, where its inputs come from, its external paths.
+
+    paths: external name -> path, or None where the recipe's variable was not given.  missing: these variables' names.
+    """
+
+    name: str
+    stage: Stage
+    config: BaseModel
+    inputs: dict[str, str | list[str]]
+    paths: dict[str, Path]
+    missing: tuple[str, ...]
+
+    def parents(self) -> list[str]:
+        return [name for value in self.inputs.values() for name in (value if isinstance(value, list) else [value])]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A validated recipe; `steps` are in an order in which they can run."""
+
+    name: str
+    title: str
+    steps: tuple[Step, ...]
+
+
+def load_recipe(
+    path: Path,
+    stages: Mapping[str, Stage],
+    *,
+    settings: Sequence[str] = (),
+    paths: Mapping[str, str] | None = None,
+) -> Recipe:
+    """Read a recipe; `settings` are `dotted.key=value` texts, `paths` fill the recipe's external data.
+
+    Errors: InputError if the file cannot be read, UsageError (exit code 2) for everything that is written wrongly.
+    """
+    document = _read(path)
+    for setting in settings:
+        _apply(document, setting)
+    text = parse_config(RecipeText, document, where=path.name)
+    for name in paths or {}:
+        if name not in text.paths:
+            raise UsageError(unknown_key(name, f"the paths of {path.name}", list(text.paths)))
+    variables = {**text.paths, **(paths or {})}
+    steps = {name: _step(name, step, stages, text, variables, path.name) for name, step in text.steps.items()}
+    return Recipe(recipe_name(path), text.title, tuple(steps[name] for name in _order(steps, path.name)))
+
+
+def recipe_name(path: Path) -> str:
+    """`recipes/digits/rar.yaml` is digits/rar; a file elsewhere is called by its stem."""
+    parts = path.absolute().with_suffix("").parts
+    return "/".join(parts[parts.index(RECIPES) + 1 :]) if RECIPES in parts[:-1] else parts[-1]
+
+
+def recipe_schema(stages: Mapping[str, Stage]) -> dict[str, Any]:
+    """JSON schema of recipes for editors: every stage's config with its help texts."""
+    schema = RecipeText.model_json_schema()
+    step = schema["$defs"].pop("StepText")
+    variants = []
+    for name, declared in sorted(stages.items()):
+        config = declared.config.model_json_schema()
+        schema["$defs"].update(config.pop("$defs", {}))
+        schema["$defs"][f"{name}-config"] = config
+        properties = {
+            **step["properties"],
+            "stage": {"const": name, "description": declared.help.strip().split("\n")[0]},
+        }
+        properties["config"] = {"$ref": f"#/$defs/{name}-config"}
+        properties["inputs"] = _inputs_schema(declared)
+        variants.append(
+            {"type": "object", "properties": properties, "required": ["stage"], "additionalProperties": False}
+        )
+    schema["properties"]["steps"]["additionalProperties"] = {"oneOf": variants}
+    return schema
+
+
+def _inputs_schema(declared: Stage) -> dict[str, Any]:
+    one = {"type": "string"}
+    many = {"type": "array", "items": one}
+    properties = {name: {"anyOf": [one, many]} if item.many else one for name, item in declared.reads.items()}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"the recipe {path} cannot be read: {error.strerror}", path=path) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}", path=path) from error
+    if not isinstance(document, dict):
+        raise UsageError(f"{path} holds no mapping with title and steps", path=path)
+    return document
+
+
+def parse_setting(setting: str) -> tuple[list[str], Any]:
+    """`a.b=c` as (["a", "b"], value); the value is read as YAML, so 3, 1e-3, true, [1, 2] and words are what they seem."""
+    name, equals, text = setting.partition("=")
+    if not equals or not all(name.split(".")):
+        raise UsageError(f"--set {setting!r}: expected dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {setting!r}: the value is no valid YAML") from error
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
+        try:
+            value = float(value) if any(letter.isdigit() for letter in value) else value
+        except ValueError:
+            pass
+    return name.split("."), value
+
+
+def put_setting(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Put `value` at the dotted place, making mappings on the way."""
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise UsageError(f"--set {'.'.join(keys)}: {key} is no mapping")
+    values[keys[-1]] = value
+
+
+def _apply(document: dict[str, Any], setting: str) -> None:
+    keys, value = parse_setting(setting)
+    steps = document.get("steps")
+    if keys[0] not in RecipeText.model_fields:
+        if not isinstance(steps, dict) or keys[0] not in steps:
+            known = [*RecipeText.model_fields, *(steps if isinstance(steps, dict) else {})]
+            raise UsageError(unknown_key(keys[0], f"--set {setting}", known))
+        keys = [
+            "steps",
+            keys[0],
+            *([] if keys[1:2] in (["config"], ["inputs"], ["paths"], ["stage"]) else ["config"]),
+            *keys[1:],
+        ]
+    put_setting(document, keys, value)
+
+
+def _step(
+    name: str,
+    text: StepText,
+    stages: Mapping[str, Stage],
+    recipe: RecipeText,
+    variables: Mapping[str, str | None],
+    where: str,
+) -> Step:
+    place = f"{where}: steps.{name}"
+    if text.stage not in stages:
+        raise UsageError(unknown_key(text.stage, f"{place}.stage", list(stages)))
+    declared = stages[text.stage]
+    _check_inputs(declared, text, recipe, place)
+    config = parse_config(declared.config, text.config, where=f"{place}.config")
+    paths, missing = _fill_paths(declared, config, text, variables, place)
+    return Step(name, declared, config, dict(text.inputs), paths, missing)
+
+
+def _check_inputs(declared: Stage, text: StepText, recipe: RecipeText, place: str) -> None:
+    for name, value in text.inputs.items():
+        if name not in declared.reads:
+            raise UsageError(unknown_key(name, f"{place}.inputs", list(declared.reads)))
+        if isinstance(value, list) and not declared.reads[name].many:
+            raise UsageError(f"{place}.inputs.{name} takes one step, found a list")
+        for parent in value if isinstance(value, list) else [value]:
+            if parent not in recipe.steps:
+                raise UsageError(unknown_key(parent, f"{place}.inputs.{name}", list(recipe.steps)))
+    absent = [name for name, item in declared.reads.items() if not item.optional and name not in text.inputs]
+    if absent:
+        raise UsageError(f"{place}.inputs lacks {', '.join(absent)} (stage {declared.name})")
+
+
+def _fill_paths(
+    declared: Stage, config: BaseModel, text: StepText, variables: Mapping[str, str | None], place: str
+) -> tuple[dict[str, Path], tuple[str, ...]]:
+    filled, missing = {}, []
+    for name, template in text.paths.items():
+        if name not in declared.externals:
+            raise UsageError(unknown_key(name, f"{place}.paths", list(declared.externals)))
+        used = [variable for variable in variables if f"{{{variable}}}" in template]
+        absent = [variable for variable in used if variables[variable] is None]
+        missing += absent
+        if not absent:
+            filled[name] = Path(template.format(**{variable: variables[variable] for variable in used}))
+    given = {*filled, *(name for name in text.paths if name not in filled)}
+    for name, external in declared.externals.items():
+        if external.needed(config) and name not in given:
+            raise UsageError(f"{place}.paths lacks {name}: {external.help}")
+    return filled, tuple(dict.fromkeys(missing))
+
+
+def _order(steps: Mapping[str, Step], where: str) -> list[str]:
+    graph = {name: step.parents() for name, step in steps.items()}
+    try:
+        found = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        raise UsageError(f"{where}: the steps {' -> '.join(error.args[1])} wait for each other") from error
+    position = {name: index for index, name in enumerate(steps)}
+    depth: dict[str, int] = {}
+    for name in found:
+        depth[name] = max([position[name], *(depth[parent] for parent in graph[name])])
+    return sorted(found, key=lambda name: (depth[name], found.index(name)))
+
+
+def dump_schema(stages: Mapping[str, Stage]) -> str:
+    return json.dumps(recipe_schema(stages), indent=2, sort_keys=True) + "\n"

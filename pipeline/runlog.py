@@ -1,0 +1,103 @@
+"""log/run.json: one entry per attempt, with what may explain a difference: host, versions, threads, revision, command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pipeline import durable
+
+LIBRARIES = (
+    "smalti",
+    "torch",
+    "torchvision",
+    "numpy",
+    "zarr",
+    "faiss-gpu",
+    "faiss-cpu",
+    "timm",
+    "dask",
+    "torch-fidelity",
+)
+
+
+class Attempt:
+    """Context of one attempt: its entry is written at the start and completed at the end."""
+
+    def __init__(self, path: Path, *, device: str, threads: int, command: str):
+        self.path = path
+        self.started = time.time()
+        self.entry: dict[str, Any] = {
+            "host": platform.node(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self.started)),
+            "device": device,
+            "threads": threads,
+            "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+            "python": platform.python_version(),
+            "versions": versions(),
+            "git": git_revision(),
+            "command": command,
+            "outcome": "interrupted",
+        }
+
+    def __enter__(self) -> Attempt:
+        self.earlier = read_attempts(self.path)
+        self._write()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.entry["seconds"] = round(time.time() - self.started, 3)
+        self.entry["outcome"] = "done" if kind is None else kind.__name__
+        self._write()
+
+    def _write(self) -> None:
+        text = json.dumps({"attempts": [*self.earlier, self.entry]}, indent=1)
+        durable.write_file(self.path, text.encode())
+
+
+def read_attempts(path: Path) -> list[dict[str, Any]]:
+    """The entries of run.json; an unreadable log is no fault of the artifact and counts as empty."""
+    try:
+        return list(json.loads(path.read_bytes())["attempts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def total_seconds(log: Path) -> float:
+    """Seconds of all attempts together."""
+    return float(sum(entry.get("seconds", 0.0) for entry in read_attempts(log / "run.json")))
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """Revision of the checkout this code stands in, or None outside one."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

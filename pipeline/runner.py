@@ -1,0 +1,251 @@
+"""The runner: what each step of a recipe would do and why (`plan`), and doing it (`run`).
+
+A step is done when the artifact of its key exists, opens, and was made from the inputs that are there now. Nothing else is
+consulted: no times, no logs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from pipeline import durable
+from pipeline.artifact import LOG, Artifact, check_data
+from pipeline.cluster import Cluster, InProcess
+from pipeline.draft import Draft, Request
+from pipeline.errors import InputError, SmaltiError
+from pipeline.keys import artifact_key, config_value
+from pipeline.progress import Progress
+from pipeline.recipe import Recipe, Step
+from pipeline.runlog import Attempt
+from pipeline.runtime import Runtime
+from pipeline.stage import Inputs, Stage, check_kinds
+from pipeline.store import Store
+
+State = Literal["done", "run", "missing", "waits"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One step of a plan: its key where it can be known, whether it is done, and why it would run."""
+
+    step: Step
+    key: str | None
+    state: State
+    reason: str
+    artifact: Artifact | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "step": self.step.name,
+            "stage": self.step.stage.name,
+            "key": self.key,
+            "state": self.state,
+            "reason": self.reason,
+        }
+
+
+@dataclass
+class Options:
+    """How to run: nothing here changes what comes out."""
+
+    cluster: Cluster = field(default_factory=InProcess)
+    progress: Progress = field(default_factory=Progress)
+    device: str = "auto"
+    threads: int = 1
+    checkpoint_seconds: float = 30.0
+    wait: bool = True
+    force: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Made:
+    """An artifact that was asked for, and whether it was there already."""
+
+    artifact: Artifact
+    reused: bool
+
+
+def plan(recipe: Recipe, store: Store) -> list[Planned]:
+    """For each step in running order: done, or why it will run, or what it lacks. Opens artifacts, computes nothing."""
+    planned: dict[str, Planned] = {}
+    for step in recipe.steps:
+        planned[step.name] = _plan_step(recipe, step, planned, store)
+    return list(planned.values())
+
+
+def run(recipe: Recipe, store: Store, options: Options) -> Iterator[tuple[Step, Made]]:
+    """Run what is not done, step by step, and point the recipe's refs to the results."""
+    made: dict[str, Artifact] = {}
+    for step in recipe.steps:
+        if step.missing:
+            raise InputError(missing_sentence(step))
+        inputs = Inputs({name: _pick(value, made) for name, value in step.inputs.items()})
+        result = make(store, step.stage, step.config, inputs, step.paths, options)
+        store.set_ref(f"{recipe.name}/{step.name}", result.artifact)
+        made[step.name] = result.artifact
+        yield step, result
+
+
+def make(
+    store: Store,
+    declared: Stage,
+    config: BaseModel,
+    inputs: Inputs,
+    paths: Mapping[str, Path],
+    options: Options,
+) -> Made:
+    """The artifact of one stage: the finished one if there is one that fits, else made now (or continued)."""
+    check_kinds(declared, inputs)
+    request = make_request(declared, config, inputs, paths)
+    if not options.force and _is_current(store, request):
+        return Made(_remember_paths(store.open(request.stage, request.key), paths), reused=True)
+    if declared.check is not None:
+        declared.check(config, {key: value for key, value in inputs.items()})
+    with store.draft(request, wait=options.wait) as draft:
+        if draft is None:
+            return Made(store.open(request.stage, request.key), reused=True)
+        _work(store, declared, config, inputs, paths, options, draft)
+    return Made(_remember_paths(store.open(request.stage, request.key), paths), reused=False)
+
+
+def make_request(
+    declared: Stage, config: BaseModel, inputs: Inputs, paths: Mapping[str, Path], store: Store
+) -> Request:
+    """The request with its key; external data is identified now, without reading pixels."""
+    externals = {name: declared.externals[name].identify(config, path) for name, path in paths.items()}
+    values = config_value(config)
+    names: dict[str, Any] = {name: _map(value, lambda artifact: artifact.key) for name, value in inputs.items()}
+    records = {name: _map(value, _input_record) for name, value in inputs.items()}
+    key = artifact_key(declared.name, declared.version, values, names, externals)
+    return Request(declared.name, declared.writes, declared.version, key, values, records, externals)
+
+
+def _remember_paths(artifact: Artifact, paths: Mapping[str, Path]) -> Artifact:
+    """Note in the log where external data lies on this machine (log/images-root.txt), for the stages that read it later."""
+    for name, path in paths.items():
+        note, text = artifact.path / LOG / f"{name}-root.txt", f"{path.absolute()}\n"
+        if not note.exists() or note.read_text() != text:
+            durable.write_file(note, text.encode())
+    return artifact
+
+
+def missing_sentence(step: Step) -> str:
+    options = " and ".join(f"--{name} PATH" if name == "images" else f"--path {name}=PATH" for name in step.missing)
+    return f"step {step.name} lacks external data: give {options}"
+
+
+def _work(
+    store: Store,
+    declared: Stage,
+    config: BaseModel,
+    inputs: Inputs,
+    paths: Mapping[str, Path],
+    options: Options,
+    draft: Draft,
+) -> None:
+    for artifact in inputs.flat():
+        check_data(artifact)
+    progress = options.progress.into(draft.log)
+    runtime = Runtime(
+        cluster=options.cluster,
+        progress=progress,
+        log=draft.log,
+        device=options.device,
+        threads=options.threads,
+        checkpoint_seconds=options.checkpoint_seconds,
+        paths=dict(paths),
+        store=store.root,
+    )
+    with Attempt(draft.log / "run.json", device=options.device, threads=options.threads, command=options.command):
+        declared.function(config, inputs, draft, runtime)
+    draft.commit(store.path(declared.name, draft.request.key))
+
+
+def _plan_step(recipe: Recipe, step: Step, planned: Mapping[str, Planned], store: Store) -> Planned:
+    if step.missing:
+        return Planned(step, None, "missing", missing_sentence(step))
+    parents = {name: _pick(value, planned) for name, value in step.inputs.items()}
+    unknown = [parent.step.name for value in parents.values() for parent in _flat(value) if parent.key is None]
+    if unknown:
+        return Planned(step, None, "waits", f"waits for {', '.join(dict.fromkeys(unknown))}")
+    try:
+        externals = {name: step.stage.externals[name].identify(step.config, path) for name, path in step.paths.items()}
+    except InputError as error:
+        return Planned(step, None, "missing", str(error))
+    keys: dict[str, Any] = {name: _map(value, lambda parent: parent.key) for name, value in parents.items()}
+    key = artifact_key(step.stage.name, step.stage.version, config_value(step.config), keys, externals)
+    if not store.has(step.stage.name, key):
+        return Planned(step, key, "run", _reason(recipe, step, key, keys, externals, store))
+    artifact = store.open(step.stage.name, key)
+    stale = [name for name, value in parents.items() if not _fits(artifact, name, value)]
+    if stale:
+        return Planned(step, key, "run", f"input {', '.join(stale)} was made again and differs from the one used")
+    return Planned(step, key, "done", "", artifact)
+
+
+def _fits(artifact: Artifact, name: str, value: Planned | list[Planned]) -> bool:
+    records = artifact.inputs.get(name)
+    pairs = zip(_flat(records), _flat(value), strict=True)
+    return all(parent.artifact is not None and record["digest"] == parent.artifact.digest for record, parent in pairs)
+
+
+def _reason(
+    recipe: Recipe, step: Step, key: str, keys: Mapping[str, Any], externals: Mapping[str, str], store: Store
+) -> str:
+    """Why a step runs: what differs from the artifact that the recipe's ref names."""
+    partial = store.partial(step.stage.name, key)
+    if partial.exists():
+        return "continues an interrupted run"
+    try:
+        before = store.open(*store.read_ref(f"{recipe.name}/{step.name}"))
+    except SmaltiError:
+        return "was never made"
+    if before.stage != step.stage.name:
+        return f"stage {before.stage} became {step.stage.name}"
+    changes = [f"version {before.version} became {step.stage.version}"] if before.version != step.stage.version else []
+    changes += [f"config {change}" for change in differences(before.config, config_value(step.config))]
+    old = {name: _map(value, lambda record: record["key"]) for name, value in before.inputs.items()}
+    changes += [f"input {name} changed" for name in sorted({*old, *keys}) if old.get(name) != keys.get(name)]
+    changes += [f"external {name} changed" for name in externals if before.externals.get(name) != externals[name]]
+    return "; ".join(changes) or "its artifact is gone"
+
+
+def differences(before: Any, after: Any, place: str = "") -> list[str]:
+    """Changed fields of two configs as `a.b: 1 -> 2`."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        names = sorted({*before, *after})
+        return [
+            text
+            for name in names
+            for text in differences(before.get(name), after.get(name), f"{place}.{name}" if place else str(name))
+        ]
+    return [] if before == after else [f"{place}: {before} -> {after}"]
+
+
+def _is_current(store: Store, request: Request) -> bool:
+    """True if the artifact exists and was made from exactly these inputs; a damaged one is an error, not a reason to run."""
+    if not store.has(request.stage, request.key):
+        return False
+    return bool(store.open(request.stage, request.key).inputs == request.inputs)
+
+
+def _input_record(artifact: Artifact) -> dict[str, str]:
+    return {"stage": artifact.stage, "key": artifact.key, "digest": artifact.digest}
+
+
+def _pick(value: str | list[str], made: Mapping[str, Any]) -> Any:
+    return [made[name] for name in value] if isinstance(value, list) else made[value]
+
+
+def _map(value: Any, function: Callable[[Any], Any]) -> Any:
+    return [function(item) for item in value] if isinstance(value, list) else function(value)
+
+
+def _flat(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,67 @@
+"""What a running stage may use besides its config and inputs: none of it goes into the key."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from pipeline.cluster import Cluster
+from pipeline.progress import Progress
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGUSR1 arrived (exit code 143); a BaseException, so that nothing swallows it."""
+
+
+@dataclass
+class Stop:
+    """Set by a signal while `deferred` is in force: leave at the next safe point with `leave()`."""
+
+    requested: type[BaseException] | None = None
+
+    def leave(self) -> None:
+        """Raise what the signal asked for, if one came."""
+        if self.requested is not None:
+            raise self.requested()
+
+
+@dataclass
+class Runtime:
+    """Device, threads, cluster, progress and logs of one attempt.
+
+    device: "auto", "cpu" or "cuda".  threads: of a training step; shards set their own (1).
+    checkpoint_seconds: how often a training saves itself.  paths: external data by the names of the declaration.
+    """
+
+    cluster: Cluster
+    progress: Progress
+    log: Path
+    device: str = "auto"
+    threads: int = 1
+    checkpoint_seconds: float = 30.0
+    paths: dict[str, Path] = field(default_factory=dict)
+    store: Path = Path("store")
+
+    @contextmanager
+    def deferred(self) -> Iterator[Stop]:
+        """Within this block SIGINT, SIGTERM and SIGUSR1 only set the flag: a step is finished and saved first."""
+        stop = Stop()
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            stop.requested = KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        try:
+            before = {number: signal.signal(number, ask) for number in numbers}
+        except ValueError:  # not in the main thread: signals are somebody else's business
+            yield stop
+            return
+        try:
+            yield stop
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,130 @@
+"""What a stage is: a function with declared config, inputs and output, known to the runner and to the command line.
+
+    @stage("kmeans", version=1, config=KMeansConfig, reads={"features": read("features")}, writes="codebook", help="...")
+    def fit_kmeans(config: KMeansConfig, inputs: Inputs, out: Draft, run: Runtime) -> None: ...
+
+The decorator only attaches the declaration; a table in `stages/__init__.py` names the modules. Importing a stage module
+imports no torch: its functions import networks when they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from pipeline.artifact import Artifact
+from pipeline.draft import Draft
+from pipeline.errors import CorruptError
+from pipeline.runtime import Runtime
+
+Paths = Mapping[str, Path]
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Read:
+    """One input of a stage: the kinds of artifact that fit, whether it may be left out, whether it is a list."""
+
+    kinds: tuple[str, ...]
+    help: str = ""
+    optional: bool = False
+    many: bool = False
+
+
+def read(*kinds: str, help: str = "", optional: bool = False, many: bool = False) -> Read:
+    return Read(kinds, help, optional, many)
+
+
+@dataclass(frozen=True)
+class External:
+    """Data from outside the store: what it is, and a function (config, path) -> content id that reads no pixels.
+
+    needed: tells from the config whether this stage needs it at all (the embedded digits need no folder).
+    """
+
+    help: str
+    identify: Callable[[Any, Path], str]
+    needed: Callable[[Any], bool] = lambda config: True
+
+
+class Inputs:
+    """The artifacts that a stage was given, by name."""
+
+    def __init__(self, artifacts: Mapping[str, Artifact | list[Artifact]]):
+        self._artifacts = dict(artifacts)
+
+    def __getitem__(self, name: str) -> Artifact:
+        """The single artifact of this input."""
+        artifact = self._artifacts[name]
+        assert isinstance(artifact, Artifact), f"{name} is a list: use all()"
+        return artifact
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._artifacts
+
+    def all(self, name: str) -> list[Artifact]:
+        """The artifacts of an input that takes many (none if it was left out)."""
+        value = self._artifacts.get(name, [])
+        return value if isinstance(value, list) else [value]
+
+    def items(self) -> list[tuple[str, Artifact | list[Artifact]]]:
+        return list(self._artifacts.items())
+
+    def flat(self) -> list[Artifact]:
+        return [artifact for name in self._artifacts for artifact in self.all(name)]
+
+
+StageFunction = Callable[[Any, Inputs, Draft, Runtime], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The declaration of a stage and its function."""
+
+    name: str
+    version: int
+    config: type[BaseModel]
+    reads: Mapping[str, Read]
+    writes: str
+    function: StageFunction
+    help: str
+    example: str
+    externals: Mapping[str, External] = field(default_factory=dict)
+    check: Callable[[Any, Mapping[str, Any]], None] | None = None
+    """Optional early check (config, input facts by name) at planning time, where the inputs exist already."""
+
+
+def stage(
+    name: str,
+    *,
+    version: int,
+    config: type[ConfigT],
+    reads: Mapping[str, Read],
+    writes: str,
+    example: str,
+    externals: Mapping[str, External] | None = None,
+    check: Callable[[Any, Mapping[str, Any]], None] | None = None,
+) -> Callable[[Callable[[ConfigT, Inputs, Draft, Runtime], None]], Stage]:
+    """Declare a stage. Its help is the function's docstring; raise `version` when the same config gives other bytes."""
+
+    def declare(function: Callable[[ConfigT, Inputs, Draft, Runtime], None]) -> Stage:
+        return Stage(
+            name, version, config, reads, writes, function, function.__doc__ or "", example, externals or {}, check
+        )
+
+    return declare
+
+
+def check_kinds(declared: Stage, inputs: Inputs) -> None:
+    """CorruptError (exit code 4) if an artifact of another kind was given."""
+    for name, wanted in declared.reads.items():
+        for artifact in inputs.all(name):
+            if artifact.kind not in wanted.kinds:
+                raise CorruptError(
+                    f"{declared.name} reads a {' or '.join(wanted.kinds)} as {name}, but {artifact.name} is a {artifact.kind}",
+                    path=artifact.path,
+                )

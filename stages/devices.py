@@ -1,0 +1,39 @@
+"""Device and threads of a running stage: what the command line asked for becomes torch's settings here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: this machine has no CUDA device", hint="leave --device out or give cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from error
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with exactly `count` torch threads: float sums depend on the number, so shards fix it (1)."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
