@@ -1,0 +1,88 @@
+"""Configs of the generators; no torch here.
+
+A config says the architecture. How many codes, tokens and classes there are is a property of the token set that it is
+trained on, and is handed to the network beside the config: `build(config, BUILDERS, codes=..., tokens=..., classes=...)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from models.config import Config
+
+SIZES: dict[str, dict[str, int]] = {
+    # The paper names S (133M) without a configuration: these numbers give 133,344,256 parameters.
+    "s": {"width": 768, "layers": 12, "heads": 16, "mlp_width": 3072},
+    "b": {"width": 768, "layers": 24, "heads": 16, "mlp_width": 3072},
+    "l": {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096},
+    "xl": {"width": 1280, "layers": 32, "heads": 16, "mlp_width": 5120},
+    "xxl": {"width": 1408, "layers": 40, "heads": 16, "mlp_width": 6144},
+}
+
+
+class RarInit(Config):
+    """Standard deviations of the truncated normals at initialisation; the defaults are the published ones.
+
+    A budget of a few hundred steps wants the class signal from the start: classes 1.0, adaln 0.02, codes and
+    positions 0.3 learn in a tenth of the steps what the published zeros need.
+    """
+
+    linear: float = Field(0.02, ge=0, description="weights of attention, MLP and head")
+    codes: float = Field(0.02, ge=0, description="embeddings of the codes")
+    classes: float = Field(0.02, ge=0, description="embeddings of the classes and of the dropped label")
+    positions: float = Field(0.02, ge=0, description="both position tables")
+    steps: float = Field(0.02, ge=0, description="step embeddings of the modulation")
+    adaln: float = Field(0.0, ge=0, description="weights of the modulations; 0 makes a fresh network say nothing")
+
+
+class RarConfig(Config):
+    """RAR: a causal transformer over permuted codes, modulated by class and step (arXiv 2411.00776).
+
+    `size: b` stands for the four numbers of a published size.
+    """
+
+    kind: Literal["rar"] = "rar"
+    width: int = Field(gt=0, description="width of the residual stream")
+    layers: int = Field(gt=0, description="transformer blocks")
+    heads: int = Field(gt=0, description="attention heads; they share the width equally")
+    mlp_width: int = Field(gt=0, description="hidden width of the MLPs")
+    dropout: float = Field(0.1, ge=0, lt=1, description="after attention, after GELU and after the MLP, in training")
+    attention_dropout: float = Field(0.1, ge=0, lt=1, description="on attention probabilities, in training")
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels dropped in training, for guidance")
+    init: Literal["published"] | RarInit = Field("published", description="standard deviations at initialisation")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_size(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or "size" not in fields:
+            return fields
+        fields = dict(fields)
+        size = fields.pop("size")
+        if size not in SIZES:
+            raise ValueError(f"size is {size!r}, known are {', '.join(SIZES)}")
+        doubled = sorted(set(SIZES[size]) & set(fields))
+        if doubled:
+            raise ValueError(f"size {size} already says {', '.join(doubled)}; give either the size or the numbers")
+        return {**SIZES[size], **fields}
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        return self
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def stds(self) -> RarInit:
+        """The standard deviations that `init` stands for."""
+        return RarInit() if self.init == "published" else self.init
+
+
+GeneratorConfig = RarConfig  # becomes a union tagged by `kind` with the second generator
+
+BUILDERS: dict[str, str] = {"rar": "models.generators.rar:Rar"}

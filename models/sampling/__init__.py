@@ -1,0 +1,1 @@
+"""Sampling from autoregressive generators; `config` is free of torch."""

@@ -1,0 +1,56 @@
+"""From logits to a code: filters, and the inverse of the cumulative distribution in code order, in float32.
+
+B rows, K codes
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.sampling.config import SamplingConfig
+
+
+def choose(logits_BK: Tensor, uniforms_B: Tensor, config: SamplingConfig) -> Tensor:
+    """A code per row, (B,) int64, from float32 logits and uniforms in [0, 1).
+
+    A row without a finite largest logit gives the impossible code K, for the caller to look for once at the end.
+    """
+    if config.greedy:
+        largest_B, codes_B = logits_BK.max(-1)
+        return torch.where(largest_B.isfinite(), codes_B, logits_BK.shape[-1])
+    logits_BK = logits_BK / config.temperature
+    if config.top_k is not None:
+        logits_BK = keep_top_k(logits_BK, config.top_k)
+    probabilities_BK = logits_BK.softmax(-1)
+    if config.top_p is not None:
+        probabilities_BK = keep_top_p(probabilities_BK, config.top_p)
+    return invert(probabilities_BK, uniforms_B)
+
+
+def keep_top_k(logits_BK: Tensor, k: int) -> Tensor:
+    """Set all logits below the k-th largest to -inf; what ties with the k-th stays."""
+    smallest_B1 = logits_BK.topk(min(k, logits_BK.shape[-1]), dim=-1).values[:, -1:]
+    return logits_BK.masked_fill(logits_BK < smallest_B1, -torch.inf)
+
+
+def keep_top_p(probabilities_BK: Tensor, p: float) -> Tensor:
+    """Zero all but the likeliest codes whose sum first reaches p; ties go to the lower code; at least one stays."""
+    sorted_BK, codes_BK = probabilities_BK.sort(dim=-1, descending=True, stable=True)
+    before_BK = sorted_BK.cumsum(-1) - sorted_BK
+    kept_BK = torch.zeros_like(probabilities_BK, dtype=torch.bool).scatter(1, codes_BK, before_BK < p)
+    return probabilities_BK * kept_BK
+
+
+def invert(probabilities_BK: Tensor, uniforms_B: Tensor) -> Tensor:
+    """The first code whose cumulative probability exceeds uniform * total: never one of probability zero.
+
+    A total that is not finite gives K.
+    """
+    cumulative_BK = probabilities_BK.cumsum(-1)
+    total_B1 = cumulative_BK[:, -1:]
+    drawn_B1 = torch.searchsorted(cumulative_BK, uniforms_B[:, None] * total_B1, right=True)
+    # Rounding may lift uniform * total to the total itself: that is the last code with a probability.
+    last_B1 = torch.searchsorted(cumulative_BK, total_B1)
+    codes_B1 = torch.minimum(drawn_B1, last_B1)
+    return torch.where(total_B1.isfinite(), codes_B1, probabilities_BK.shape[-1])[:, 0]

@@ -1,0 +1,47 @@
+"""Philox4x32-10, a counter-based generator (Salmon et al. 2011), in integer tensor operations.
+
+The same bits on every device and for every batch: a number depends on its seed and its counter alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WORD = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, added to the key after each round
+ROUNDS = 10
+
+
+def uniforms(seed: int, ids_B: Tensor, *, steps: int, subtoken: int = 0) -> Tensor:
+    """Float32 uniforms in [0, 1), (B, steps): multiples of 2**-24, one per (seed, sample id, step, sub-token).
+
+    seed: 0..2**64-1; ids_B: int64 sample ids, not negative.
+    """
+    ids_B1 = ids_B.to(torch.int64)[:, None]
+    steps_1S = torch.arange(steps, device=ids_B.device)[None]
+    counter = (ids_B1 & WORD, ids_B1 >> 32, steps_1S, torch.full_like(steps_1S, subtoken))
+    first_BS = philox4x32(counter, (seed & WORD, seed >> 32 & WORD))[0]
+    return (first_BS >> 8).to(torch.float32) * 2.0**-24
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words, as int64, from a counter of four words (broadcast together) and a key of two."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        high0, low0 = _multiply(c0, MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a product of 32-bit words; by halves, so that int64 never overflows."""
+    below = (word & 0xFFFF) * multiplier
+    above = (word >> 16) * multiplier + (below >> 16)
+    return above >> 16, (above & 0xFFFF) << 16 | below & 0xFFFF

@@ -1,0 +1,44 @@
+"""Schedules as functions of the 0-based step; numbers in, numbers out, no torch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+
+def warmup_cosine(step: int, *, base: float, end: float, warmup: int, total: int) -> float:
+    """Learning rate: linear from 0 at step 0 to `base` at step `warmup`, then half a cosine to `end` at step `total`.
+
+    Beyond `total` it stays at `end`. Step 0 of a warm-up has rate exactly 0, as in the published training.
+    """
+    if step < warmup:
+        return base * step / warmup
+    if step >= total:
+        return end
+    share = (step - warmup) / (total - warmup)
+    return end + (base - end) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def random_ratio(step: int, *, start: int, end: int) -> float:
+    """Probability that a training sample is permuted: 1 before step `start`, then linear to 0 at step `end`.
+
+    With start = end the ratio falls from 1 to 0 at that very step, so (0, 0) is pure raster training.
+    """
+    if step < start:
+        return 1.0
+    if step >= end:
+        return 0.0
+    return 1 - (step - start) / (end - start)
+
+
+def power_cosine(scale: float, power: float, tokens: int) -> npt.NDArray[np.float32]:
+    """Guidance weight of each of `tokens` steps: 1 + (scale - 1) * (1 - cos(pi * (step / tokens) ** power)) / 2.
+
+    power 0 is the constant `scale`, step 0 included (0 ** 0 = 1). Raises ValueError for a negative scale or power.
+    """
+    if scale < 0 or power < 0:
+        raise ValueError(f"guidance scale {scale} and power {power} must not be negative")
+    share = (np.arange(tokens, dtype=np.float64) / tokens) ** power
+    return (1 + (scale - 1) * 0.5 * (1 - np.cos(np.pi * share))).astype(np.float32)
