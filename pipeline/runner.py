@@ -106,7 +106,7 @@ def make(
     if not options.force and _is_current(store, request):
         return Made(_remember_paths(store.open(request.stage, request.key), paths), reused=True)
     if declared.check is not None:
-        declared.check(config, {key: value for key, value in inputs.items()})
+        declared.check(config, dict(inputs.items()))
     with store.draft(request, wait=options.wait) as draft:
         if draft is None:
             return Made(store.open(request.stage, request.key), reused=True)
