@@ -1,0 +1,190 @@
+"""What a token set says about itself: the `smalti` object among its group's attributes, format version 1.
+
+docs/artifacts.md lists the fields. Six are required; a field that is None or empty is left out of the file. Fields
+that this version does not know are kept in `extra`, so that copying a token set loses nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from smalti.errors import UsageError
+from smalti.limits import Json, damage
+
+FORMAT = 1
+LARGEST_CODES = 2**32 - 1  # the dtype's maximum is reserved as fill value
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenAttributes:
+    """Facts of a token set.
+
+    name: of the dataset.  n_images, n_crops: counts.  grid: (height, width) in tokens.  codes: size of the codebook,
+    every code lies in [0, codes).  classes: every label lies in [0, classes); 1 where there are none.
+    factors: sizes of the sub-tokens of one code, for example (64, 4096), their product is codes; factor_order says
+    which comes first in the bits.  tokenizer: {id, family, config_sha256, weights_sha256}.  crops: one object
+    {id, kind, flip, scale} for each crop.  source: {name, licence, terms_url, files_sha256}.
+    created_by: key of the stage that made it.
+    """
+
+    name: str
+    n_images: int
+    n_crops: int
+    grid: tuple[int, int]
+    codes: int
+    classes: int
+    split: str | None = None
+    scan_order: str = "raster"
+    factors: tuple[int, ...] | None = None
+    factor_order: str | None = None
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    resolution: int | None = None
+    resize_filter: str | None = None
+    value_range: tuple[float, float] | None = None
+    crops: tuple[Mapping[str, Any], ...] = ()
+    exif: str | None = None
+    colour: str | None = None
+    class_names: tuple[str, ...] = ()
+    source: Mapping[str, Any] = field(default_factory=dict)
+    licence: str | None = None
+    created_by: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problem = _problem(self)
+        if problem:
+            raise UsageError(f"a token set cannot be described so: {problem}")
+
+    @property
+    def tokens(self) -> int:
+        """Count of tokens of one crop."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def rows(self) -> int:
+        """Count of (image, crop) pairs; row = image * n_crops + crop."""
+        return self.n_images * self.n_crops
+
+    @property
+    def dtype(self) -> str:
+        """uint16 where codes leave its maximum free, else uint32."""
+        return "uint16" if self.codes <= 2**16 - 1 else "uint32"
+
+
+def attributes_to_document(attributes: TokenAttributes) -> dict[str, Any]:
+    """The group's attributes, `{"smalti": {"format": 1, ...}}`, ready for JSON."""
+    known = {name: _plain(value) for name, value in asdict(attributes).items() if name != "extra"}
+    said = {name: value for name, value in known.items() if value is not None and value != [] and value != {}}
+    return {"smalti": {"format": FORMAT, **said, **_plain(dict(attributes.extra))}}
+
+
+def attributes_from_document(document: Json, path: str) -> TokenAttributes:
+    """The facts in a parsed zarr.json of a group; CorruptError, naming path, where they are missing or impossible."""
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    if not isinstance(attributes, dict) or document.get("zarr_format") != 3 or document.get("node_type") != "group":
+        raise damage(path, "is not the metadata of a zarr version 3 group")
+    found = attributes.get("smalti")
+    if not isinstance(found, dict):
+        raise damage(path, "has no attributes named smalti", hint="open a folder that is a token set")
+    check_format(found.get("format"), FORMAT, path)
+    known = {item.name for item in fields(TokenAttributes)} - {"extra"}
+    given = {name: _frozen(value) for name, value in found.items() if name in known}
+    missing = [name for name in _REQUIRED if name not in given]
+    if missing:
+        raise damage(path, f"does not say {', '.join(missing)}")
+    extra = {name: value for name, value in found.items() if name not in known | {"format"}}
+    try:
+        return TokenAttributes(**given, extra=extra)
+    except UsageError as cause:
+        raise damage(path, f"has bad attributes ({cause.message})") from cause
+
+
+def check_format(found: Json, known: int, path: str) -> None:
+    """CorruptError where a file has a format version that this library cannot read."""
+    if type(found) is not int or found < 1:
+        raise damage(path, f"has format version {str(found)[:40]!r}, expected a number from 1 to {known}")
+    if found > known:
+        hint = "install a newer smalti; nothing was altered"
+        raise damage(path, f"has format version {found} and needs version >= {found} of the format reader", hint=hint)
+
+
+_REQUIRED = ("name", "n_images", "n_crops", "grid", "codes", "classes")
+
+
+def _problem(of: TokenAttributes) -> str | None:
+    """The first thing that is wrong, or None."""
+    for name, is_right, expected in _RULES:
+        value = getattr(of, name)
+        if not is_right(value):
+            return f"{name} is {str(value)[:80]!r}, expected {expected}"
+    if of.class_names and len(of.class_names) != of.classes:
+        return f"{len(of.class_names)} class names are given for {of.classes} classes"
+    if of.crops and len(of.crops) != of.n_crops:
+        return f"{len(of.crops)} crops are described, but n_crops is {of.n_crops}"
+    if of.factors and math.prod(of.factors) != of.codes:
+        return f"factors {list(of.factors)} multiply to {math.prod(of.factors)}, but there are {of.codes} codes"
+    return None
+
+
+Rule = tuple[str, Callable[[Any], bool], str]
+
+
+def _count(largest: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and 1 <= value <= largest
+
+
+def _optional(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or is_right(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_tuple(length: int | None, is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, tuple) and (length is None or len(value) == length) and all(map(is_right, value))
+    )
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(map(_is_text, value))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+_RULES: tuple[Rule, ...] = (
+    ("name", lambda value: isinstance(value, str) and value != "", "a name"),
+    ("n_images", _count(2**48), "a positive count"),
+    ("n_crops", _count(2**20), "a positive count"),
+    ("grid", _is_tuple(2, _count(2**15)), "(height, width) in tokens"),
+    ("codes", _count(LARGEST_CODES), f"a count from 1 to {LARGEST_CODES}"),
+    ("classes", _count(2**31 - 1), "a positive count"),
+    ("factors", _optional(_is_tuple(None, _count(LARGEST_CODES))), "sizes whose product is codes"),
+    ("value_range", _optional(_is_tuple(2, _is_number)), "(lowest, highest)"),
+    ("resolution", _optional(_count(2**20)), "a count of pixels"),
+    ("scan_order", _is_text, "text"),
+    *((name, _optional(_is_text), "text") for name in ("split", "factor_order", "resize_filter", "exif", "colour")),
+    *((name, _optional(_is_text), "text") for name in ("licence", "created_by")),
+    *((name, _is_object, "an object") for name in ("tokenizer", "source", "extra")),
+    ("crops", _is_tuple(None, _is_object), "one object for each crop"),
+    ("class_names", _is_tuple(None, _is_text), "a list of names"),
+)
+
+
+def _frozen(value: Json) -> Json:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Json:
+    """Tuples to lists, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,217 @@
+"""Making a token set outside of the pipeline: complete or absent, every file synced before it gets its name.
+
+Everything is written into a hidden folder beside the target, which is renamed when it is whole. A run that is killed
+leaves that folder, never half a token set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from smalti.attributes import TokenAttributes, attributes_to_document
+from smalti.card import card_bytes, croissant_bytes, sums_bytes
+from smalti.encoding import encode_shard, group_metadata_bytes, metadata_bytes
+from smalti.errors import InputError, UsageError
+from smalti.layout import ArraySpec, Profile
+from smalti.listing import SUMS, FileEntry
+from smalti.tokens import BOX_AXES, TokenSet, check_codes, check_labels, encode_keys, open_tokens
+
+SHARD_IMAGES, CHUNK_IMAGES, CHUNK_KEYS = 16_384, 128, 65_536
+
+
+class Sliceable(Protocol):
+    """An array that is read in slices: numpy's, a memory map, zarr's, h5py's."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+def create_tokens(
+    path: str | os.PathLike[str],
+    tokens: Sliceable,
+    *,
+    labels: ArrayLike,
+    codes: int,
+    grid: tuple[int, int],
+    name: str,
+    keys: Sequence[str] | None = None,
+    boxes: Sliceable | None = None,
+    classes: int | None = None,
+    shard_images: int = SHARD_IMAGES,
+    chunk_images: int = CHUNK_IMAGES,
+    profile: Profile = "training",
+    **described: Any,
+) -> TokenSet:
+    """Writes a new token set and opens it.
+
+    path: a folder that does not exist yet.  tokens: (images, crops, tokens) or (images, tokens) integers in [0, codes);
+    read shard by shard, so it may lie on disk.  labels: (images,) in [0, classes); classes defaults to the names'
+    count or the highest label + 1.  keys: a name for each image, by default its number.  boxes: (images, crops, 5).
+    described: further fields of smalti.attributes.TokenAttributes.
+    InputError: a code, label or shape that does not fit, with its row.  UsageError: path exists, impossible layout.
+    """
+    target = Path(path)
+    labels_I = np.asarray(labels)
+    classes = classes or len(described.get("class_names", ())) or int(labels_I.max(initial=0)) + 1
+    images, crops = tokens.shape[0], tokens.shape[1] if len(tokens.shape) == 3 else 1
+    attributes = TokenAttributes(
+        name=name, n_images=images, n_crops=crops, grid=grid, codes=codes, classes=classes, **described
+    )
+    names = encode_keys([f"{number:0{len(str(images - 1))}d}" for number in range(images)] if keys is None else [*keys])
+    specs = token_specs(
+        attributes,
+        key_bytes=names.shape[1],
+        shard_images=shard_images,
+        chunk_images=chunk_images,
+        profile=profile,
+        has_boxes=boxes is not None,
+    )
+    _check_shapes(attributes, tokens, labels_I, names, boxes)
+    check_labels(labels_I, classes, InputError, "labels")
+    sources: dict[str, Sliceable] = {"tokens": tokens, "labels": labels_I, "keys": names}
+    if boxes is not None:
+        sources["boxes"] = boxes
+    _write_whole(target, _files(attributes, specs, sources))
+    return open_tokens(target)
+
+
+def token_specs(
+    attributes: TokenAttributes,
+    *,
+    key_bytes: int,
+    shard_images: int = SHARD_IMAGES,
+    chunk_images: int = CHUNK_IMAGES,
+    profile: Profile = "training",
+    has_boxes: bool = False,
+) -> dict[str, ArraySpec]:
+    """Layouts of the arrays of a token set, by name. key_bytes: UTF-8 length of the longest key."""
+    images, crops = attributes.n_images, attributes.n_crops
+    specs = {
+        "tokens": ArraySpec(
+            shape=(images, crops, attributes.tokens),
+            dtype=attributes.dtype,
+            chunk_rows=chunk_images,
+            shard_rows=shard_images,
+            profile=profile,
+            dimension_names=("image", "crop", "token"),
+        ),
+        "labels": ArraySpec(shape=(images,), dtype="int32", chunk_rows=images, dimension_names=("image",)),
+        "keys": ArraySpec(
+            shape=(images, key_bytes),
+            dtype="uint8",
+            chunk_rows=CHUNK_KEYS,
+            profile="zstd",
+            fill_value=0,
+            dimension_names=("image", "byte"),
+        ),
+    }
+    if has_boxes:
+        specs["boxes"] = ArraySpec(
+            shape=(images, crops, BOX_AXES),
+            dtype="float32",
+            chunk_rows=chunk_images,
+            shard_rows=shard_images,
+            profile="zstd",
+            dimension_names=("image", "crop", "box"),
+        )
+    return specs
+
+
+def _check_shapes(
+    attributes: TokenAttributes,
+    tokens: Sliceable,
+    labels: NDArray[Any],
+    names: NDArray[np.uint8],
+    boxes: Sliceable | None,
+) -> None:
+    images, crops = attributes.n_images, attributes.n_crops
+    if tokens.shape not in ((images, crops, attributes.tokens), (images, attributes.tokens)):
+        expected = f"(images, crops, {attributes.tokens}) for a grid of {attributes.grid}"
+        raise InputError(f"tokens have shape {tuple(tokens.shape)}, expected {expected}")
+    for what, count in (("labels", labels.shape), ("keys", names.shape[:1])):
+        if count != (images,):
+            raise InputError(f"{what} have shape {count}, expected one for each of {images} images")
+    if boxes is not None and boxes.shape != (images, crops, BOX_AXES):
+        raise InputError(f"boxes have shape {tuple(boxes.shape)}, expected {(images, crops, BOX_AXES)}")
+
+
+def _files(
+    attributes: TokenAttributes, specs: dict[str, ArraySpec], sources: dict[str, Sliceable]
+) -> Iterator[tuple[str, bytes]]:
+    """Every file of the set as (path, bytes), the group's zarr.json, the cards and the sums last."""
+    entries: list[FileEntry] = []
+    for path, data in _array_files(attributes, specs, sources):
+        entries.append(FileEntry(path, len(data), hashlib.sha256(data).hexdigest()))
+        yield path, data
+    for path, data in (("README.md", card_bytes(attributes)), ("croissant.json", croissant_bytes(attributes, entries))):
+        entries.append(FileEntry(path, len(data), hashlib.sha256(data).hexdigest()))
+        yield path, data
+    yield SUMS, sums_bytes(entries)
+
+
+def _array_files(
+    attributes: TokenAttributes, specs: dict[str, ArraySpec], sources: dict[str, Sliceable]
+) -> Iterator[tuple[str, bytes]]:
+    for name, spec in specs.items():
+        yield f"{name}/zarr.json", metadata_bytes(spec)
+        for shard in range(spec.shards):
+            start, stop = spec.shard_range(shard)
+            block = np.asarray(sources[name][start:stop]).reshape(stop - start, *spec.row_shape)
+            if name == "tokens":
+                check_codes(block, attributes.codes, start, InputError, "tokens")
+            key, data = encode_shard(spec, shard, block)
+            yield f"{name}/{key}", data
+    yield "zarr.json", group_metadata_bytes(attributes_to_document(attributes))
+
+
+def _write_whole(target: Path, files: Iterator[tuple[str, bytes]]) -> None:
+    """Writes all files into a hidden folder and renames it to target; nothing is left of it after an error."""
+    if target.exists():
+        raise UsageError(f"{target} exists, and a token set is never overwritten; choose another folder", path=target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        draft.chmod(0o777 & ~_umask())
+        for path, data in files:
+            _write_durably(draft / path, data)
+        for folder, _, _ in os.walk(draft):
+            _sync_folder(Path(folder))
+        draft.rename(target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
