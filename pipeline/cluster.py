@@ -57,7 +57,7 @@ class Dask:
         return self.client.submit(_attempt, function, number, pure=False)
 
     def _slots(self) -> int:
-        return max(2, 2 * sum(self.client.nthreads().values()))
+        return max(2, 2 * int(sum(self.client.nthreads().values())))
 
 
 @contextmanager

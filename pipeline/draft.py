@@ -85,6 +85,11 @@ class Draft:
     def files(self, unit: str) -> list[Path]:
         return [self.path / entry.path for entry in self._units[unit]]
 
+    def entries(self) -> list[FileEntry]:
+        """Every recorded data file with size and SHA-256, sorted by path; checkpoints under scratch/ are left out."""
+        entries = (entry for files in self._units.values() for entry in files if not _is_scratch(entry))
+        return sorted(entries, key=lambda entry: entry.path)
+
     def put(self, unit: str, files: Mapping[str, bytes | memoryview]) -> None:
         """Write the files of one unit and record it."""
         self.record(unit, write_files(self.path, files))
@@ -112,7 +117,6 @@ class Draft:
 
     def commit(self, final: Path) -> None:
         """Turn the draft into the artifact `final`."""
-        entries = sorted((entry for files in self._units.values() for entry in files), key=lambda entry: entry.path)
         manifest = {
             "format": FORMAT,
             "stage": self.request.stage,
@@ -123,7 +127,7 @@ class Draft:
             "inputs": self.request.inputs,
             "externals": self.request.externals,
             "facts": self.facts,
-            "files": [entry.as_json() for entry in entries if not _is_scratch(entry)],
+            "files": [entry.as_json() for entry in self.entries()],
         }
         raw = manifest_bytes(manifest)
         durable.write_file(self.path / MANIFEST, raw)

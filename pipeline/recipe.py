@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -162,10 +163,8 @@ def parse_setting(setting: str) -> tuple[list[str], Any]:
     except yaml.YAMLError as error:
         raise UsageError(f"--set {setting!r}: the value is no valid YAML") from error
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
-        try:
+        with suppress(ValueError):
             value = float(value) if any(letter.isdigit() for letter in value) else value
-        except ValueError:
-            pass
     return name.split("."), value
 
 

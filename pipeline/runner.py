@@ -7,7 +7,7 @@ consulted: no times, no logs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +61,8 @@ class Options:
     wait: bool = True
     force: bool = False
     command: str = ""
+    title: str = ""
+    """What the output calls the running step; empty: its stage."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def run(recipe: Recipe, store: Store, options: Options) -> Iterator[tuple[Step, 
         if step.missing:
             raise InputError(missing_sentence(step))
         inputs = Inputs({name: _pick(value, made) for name, value in step.inputs.items()})
-        result = make(store, step.stage, step.config, inputs, step.paths, options)
+        result = make(store, step.stage, step.config, inputs, step.paths, replace(options, title=step.name))
         store.set_ref(f"{recipe.name}/{step.name}", result.artifact)
         made[step.name] = result.artifact
         yield step, result
@@ -114,9 +116,7 @@ def make(
     return Made(_remember_paths(store.open(request.stage, request.key), paths), reused=False)
 
 
-def make_request(
-    declared: Stage, config: BaseModel, inputs: Inputs, paths: Mapping[str, Path], store: Store
-) -> Request:
+def make_request(declared: Stage, config: BaseModel, inputs: Inputs, paths: Mapping[str, Path]) -> Request:
     """The request with its key; external data is identified now, without reading pixels."""
     externals = {name: declared.externals[name].identify(config, path) for name, path in paths.items()}
     values = config_value(config)
@@ -152,6 +152,7 @@ def _work(
     for artifact in inputs.flat():
         check_data(artifact)
     progress = options.progress.into(draft.log)
+    progress.say(_heading(draft, options.title))
     runtime = Runtime(
         cluster=options.cluster,
         progress=progress,
@@ -165,6 +166,12 @@ def _work(
     with Attempt(draft.log / "run.json", device=options.device, threads=options.threads, command=options.command):
         declared.function(config, inputs, draft, runtime)
     draft.commit(store.path(declared.name, draft.request.key))
+
+
+def _heading(draft: Draft, title: str) -> str:
+    stage = draft.request.stage
+    again = f", continues after {len(draft.units())} finished units" if draft.units() else ""
+    return f"{f'{title} ({stage})' if title else stage}{again}"
 
 
 def _plan_step(recipe: Recipe, step: Step, planned: Mapping[str, Planned], store: Store) -> Planned:

@@ -52,15 +52,19 @@ class Store:
         return open_artifact(self.path(stage, key))
 
     def find(self, name: str) -> Artifact:
-        """Open what `name` means: a path of an artifact folder, a ref (<recipe>/<step>), or a key or its beginning."""
+        """Open what `name` means (see `locate`)."""
+        return open_artifact(self.locate(name))
+
+    def locate(self, name: str) -> Path:
+        """The folder that `name` means: a path of an artifact, a ref (<recipe>/<step>), or a key or its beginning."""
         if (Path(name) / MANIFEST).exists():
-            return open_artifact(Path(name).absolute())
+            return Path(name).absolute()
         if self._is_ref(name):
-            return self.open(*self.read_ref(name))
+            return self.path(*self.read_ref(name))
         matches = [path for path in self._folders() if path.name.startswith(name.rpartition("/")[2])] if name else []
         matches = [path for path in matches if "/" not in name or path.parent.name == name.rpartition("/")[0]]
         if len(matches) == 1:
-            return open_artifact(matches[0])
+            return matches[0]
         what = "names no artifact" if not matches else f"is the beginning of {len(matches)} keys"
         raise InputError(
             f"{name!r} {what} in {self.root}", path=self.root, hint="see `smalti status` for what there is"
@@ -107,12 +111,15 @@ class Store:
         """Folders of all finished artifacts."""
         return self._folders()
 
+    def drafts(self) -> list[Path]:
+        """Partial folders: of runs under way, or interrupted ones that will be continued."""
+        return [path for path in self._stage_entries() if path.name.startswith(".") and path.is_dir()]
+
     def garbage(self) -> list[Garbage]:
         """Artifacts and drafts that no ref reaches through inputs."""
         reached = self._reached()
         folders = [path for path in self._folders() if (path.parent.name, path.name) not in reached]
-        drafts = [path for path in self._stage_entries() if path.name.startswith(".") and path.is_dir()]
-        return [Garbage(path, _tree_bytes(path)) for path in [*folders, *drafts]]
+        return [Garbage(path, _tree_bytes(path)) for path in [*folders, *self.drafts()]]
 
     def sweep(self, garbage: list[Garbage]) -> None:
         """Delete garbage, each under its lock; what somebody is writing stays."""

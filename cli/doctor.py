@@ -1,0 +1,104 @@
+"""`smalti doctor`: versions, devices, disk, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cli import options
+from cli.output import guarded, print_json, print_table, readable_bytes, say
+from pipeline.runlog import versions
+
+NEEDED = ("torch", "torchvision", "numpy", "zarr", "faiss", "timm", "dask", "distributed", "torch_fidelity", "sklearn")
+OPTIONAL = {
+    "lpips": "LPIPS in losses and scores: pip install 'smalti[metrics]'",
+    "skimage": "SSIM in scores: pip install 'smalti[metrics]'",
+}
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: found or missing, and what to do about it."""
+
+    what: str
+    found: str
+    advice: str = ""
+    required: bool = False
+
+
+@guarded
+def doctor(store: options.StoreOption = options.DEFAULT_STORE, json: options.JsonOption = False) -> None:
+    """Look at this machine: versions, devices, disk, what is missing and how to get it.
+
+    Example: smalti doctor
+    """
+    findings = [*_machine(), *_libraries(), *_devices(), _disk(store), _weights()]
+    broken = [item for item in findings if item.required and item.advice]
+    if json:
+        print_json({"ok": not broken, "findings": [vars(item) for item in findings], "versions": versions()})
+    else:
+        print_table("doctor", ["what", "found", "advice"], [[item.what, item.found, item.advice] for item in findings])
+        say("something needed is missing: see the advice above" if broken else "everything that is needed is here")
+    if broken:
+        raise SystemExit(70)
+
+
+def _machine() -> list[Finding]:
+    return [
+        Finding("python", platform.python_version()),
+        Finding("platform", f"{platform.system()} {platform.machine()}"),
+        Finding("cores", str(options.core_count())),
+    ]
+
+
+def _libraries() -> list[Finding]:
+    needed = [_library(name, "pip install -c constraints.txt -e .", required=True) for name in NEEDED]
+    return needed + [_library(name, advice, required=False) for name, advice in OPTIONAL.items()]
+
+
+def _library(name: str, advice: str, *, required: bool) -> Finding:
+    try:
+        module: Any = importlib.import_module(name)
+    except ImportError as error:
+        return Finding(name, f"missing ({error})", advice, required)
+    return Finding(name, str(getattr(module, "__version__", "here")), "", required)
+
+
+def _devices() -> list[Finding]:
+    try:
+        import torch
+    except ImportError:
+        return []
+    if not torch.cuda.is_available():
+        return [Finding("cuda", "none", "", False)]
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return [Finding("cuda", ", ".join(names))]
+
+
+def _disk(store: Path) -> Finding:
+    folder = store.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    writable = os.access(folder, os.W_OK)
+    return Finding(
+        f"disk at {store}", f"{readable_bytes(free)} free", "" if writable else "choose another --store", True
+    )
+
+
+def _weights() -> Finding:
+    home = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache" / "torch"))
+    path = home / "hub" / "checkpoints" / INCEPTION
+    if path.exists():
+        return Finding("Inception weights", str(path))
+    return Finding(
+        "Inception weights",
+        "missing (needed only for FID on natural images)",
+        f"fetch {INCEPTION} from the releases of torch-fidelity into {path.parent}, or give its path with --weights",
+    )

@@ -1,0 +1,61 @@
+"""The command `smalti`: one command per stage, and commands on recipes and stores. Thin: text in, stage call out."""
+
+from __future__ import annotations
+
+import inspect
+
+import typer
+
+from cli import doctor, inspection, recipes
+from cli.single import stage_command
+from smalti import __version__
+from stages import stages
+
+app = typer.Typer(
+    name="smalti",
+    help="From images to codes, from codes to a reusable dataset, to generators, and back to images with a score.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def about(
+    version: bool = typer.Option(
+        False,
+        "--version",
+        help="Print the version and leave.",
+        is_eager=True,
+        callback=lambda value: _print_version(value),
+    ),
+) -> None:
+    pass
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+for command in (
+    recipes.run,
+    recipes.plan,
+    recipes.schema,
+    inspection.status,
+    inspection.verify,
+    inspection.gc,
+    doctor.doctor,
+):
+    app.command(rich_help_panel="Recipes and stores")(command)
+for name, declared in stages().items():
+    app.command(name, short_help=inspect.cleandoc(declared.help).split("\n")[0], rich_help_panel="Stages")(
+        stage_command(declared)
+    )
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

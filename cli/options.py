@@ -1,0 +1,92 @@
+"""Options that many commands share: one name, one help text."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.cluster import connect
+from pipeline.errors import UsageError
+from pipeline.progress import Progress
+from pipeline.runner import Options
+
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="SMALTI_STORE", help="Folder of artifacts.", show_default="./store")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Make it again even if it is there; the old one is replaced.")
+]
+NoWaitOption = Annotated[
+    bool, typer.Option("--no-wait", help="Leave with exit code 75 if another process is making the same artifact.")
+]
+WorkersOption = Annotated[int, typer.Option(min=0, help="Local dask worker processes; 0 works in this process.")]
+SchedulerOption = Annotated[str | None, typer.Option(help="Address of a running dask scheduler, tcp://host:8786.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+ThreadsOption = Annotated[
+    int, typer.Option(min=0, help="Threads of a training step; 0 takes every core. Float results depend on it.")
+]
+CheckpointOption = Annotated[
+    float, typer.Option("--checkpoint-seconds", min=0.0, help="How often a training saves itself.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: dotted.key=value. Repeatable.")
+]
+
+DEFAULT_STORE = Path("store")
+
+COMMON: dict[str, tuple[Any, Any]] = {
+    "store": (StoreOption, DEFAULT_STORE),
+    "device": (DeviceOption, "auto"),
+    "threads": (ThreadsOption, 0),
+    "workers": (WorkersOption, 0),
+    "scheduler": (SchedulerOption, None),
+    "checkpoint_seconds": (CheckpointOption, 30.0),
+    "no_wait": (NoWaitOption, False),
+    "force": (ForceOption, False),
+    "dry_run": (DryRunOption, False),
+    "quiet": (QuietOption, False),
+    "json": (JsonOption, False),
+}
+"""name -> (annotation, default) of the options that every running command takes."""
+
+
+@contextmanager
+def running(values: dict[str, Any]) -> Iterator[Options]:
+    """The runner's options from the common ones, with the cluster connected."""
+    with connect(workers=values["workers"], scheduler=values["scheduler"]) as cluster:
+        yield Options(
+            cluster=cluster,
+            progress=Progress.on_stderr(quiet=values["quiet"]),
+            device=values["device"],
+            threads=values["threads"] or core_count(),
+            checkpoint_seconds=values["checkpoint_seconds"],
+            wait=not values["no_wait"],
+            force=values["force"],
+            command=shlex.join(["smalti", *sys.argv[1:]]),
+        )
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parse_paths(pairs: list[str] | None, images: Path | None) -> dict[str, str]:
+    """`--path name=PATH` and `--images DIR` as a mapping."""
+    found = {} if images is None else {"images": str(images)}
+    for pair in pairs or []:
+        name, equals, path = pair.partition("=")
+        if not equals or not path:
+            raise UsageError(f"--path {pair!r}: expected name=PATH")
+        found[name] = path
+    return found

@@ -1,0 +1,107 @@
+"""What a command says: results on stdout, sentences on stderr, one JSON object with --json, the exit code of the error."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.durable import REFUSALS
+from pipeline.errors import CannotWrite, MemoryExhausted, SmaltiError, StorageError
+from pipeline.runtime import Terminated
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+INTERRUPTED = "stopped; nothing is lost: the same command continues where this one was"
+
+
+def guarded(command: CommandT) -> CommandT:
+    """Turn every error of a command into one sentence (or, with json=True, one object) and its exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        as_json = bool(kwargs.get("json", False))
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, _terminate)
+        try:
+            return command(*args, **kwargs)
+        except SmaltiError as error:
+            fail(error, error.exit_code, as_json)
+        except KeyboardInterrupt:
+            fail(SmaltiError(INTERRUPTED), 130, as_json)
+        except Terminated:
+            fail(SmaltiError(INTERRUPTED), 143, as_json)
+        except MemoryError as error:
+            fail(MemoryExhausted(f"the memory of this machine is used up {error}".strip()), 71, as_json)
+        except OSError as error:
+            translated = _translate(error)
+            fail(translated, translated.exit_code, as_json)
+        except typer.Exit:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            fail(SmaltiError(f"internal error: {type(error).__name__}: {error}", hint="please report it"), 70, as_json)
+
+    return run  # type: ignore[return-value]
+
+
+def fail(error: SmaltiError, code: int, as_json: bool) -> NoReturn:
+    if as_json:
+        body = {"code": code, "message": error.message, "path": error.path, "hint": error.hint}
+        typer.echo(json.dumps({"error": body}))
+    else:
+        typer.echo(f"{'error: ' if code < 128 else ''}{error}", err=True)
+    raise typer.Exit(code)
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout: framed on a terminal, tab-separated plain text elsewhere."""
+    if not sys.stdout.isatty():
+        for row in [columns, *rows]:
+            typer.echo("\t".join(row))
+        return
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def say(text: str, *, quiet: bool = False) -> None:
+    """A sentence for the person in front of the screen."""
+    if not quiet:
+        typer.echo(text, err=True)
+
+
+def readable_bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _translate(error: OSError) -> SmaltiError:
+    where = error.filename or "a file"
+    if error.errno in REFUSALS and error.errno not in (errno.EPERM, errno.EEXIST):
+        return CannotWrite(f"cannot write {where}: {REFUSALS[error.errno]}", path=error.filename)
+    return StorageError(f"{where}: {error.strerror or error}", path=error.filename)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated()

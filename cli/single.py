@@ -1,0 +1,208 @@
+"""A typer command for every stage, generated from its declaration: `smalti kmeans --features digits/rar/features`.
+
+Inputs are refs, keys, their beginnings, or paths of artifacts; an image set may also be a plain folder or the word
+`digits`, which is indexed first. Simple config fields are options of their own, all others are reached with --set.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from cli.options import COMMON, SetOption, running
+from cli.output import guarded, print_json, say
+from pipeline.artifact import Artifact
+from pipeline.config import parse_config
+from pipeline.errors import InputError, UsageError
+from pipeline.recipe import parse_setting, put_setting
+from pipeline.runner import Made, Options, make, make_request
+from pipeline.stage import Inputs, Read, Stage
+from pipeline.store import Store
+from stages import stages
+
+SCALARS = (int, float, str, bool)
+
+
+def stage_command(declared: Stage) -> Callable[..., None]:
+    """The command function of one stage, with a signature that typer turns into options."""
+
+    def command(**values: Any) -> None:
+        _run(declared, values)
+
+    parameters = [*_inputs(declared), *_externals(declared), *_fields(declared), *_common()]
+    command.__name__ = declared.name.replace("-", "_")
+    command.__doc__ = f"{inspect.cleandoc(declared.help)}\n\nExample: {declared.example}"
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return guarded(command)
+
+
+def _run(declared: Stage, values: dict[str, Any]) -> None:
+    store = Store(values["store"])
+    config = parse_config(declared.config, _config_values(declared, values), where=declared.name)
+    paths = {name: values[name] for name in declared.externals if values.get(name) is not None}
+    for name, external in declared.externals.items():
+        if name not in paths and external.needed(config):
+            raise UsageError(f"{declared.name} lacks --{_flag(name)}: {external.help}")
+    with running(values) as options:
+        inputs = Inputs(_find_inputs(declared, values, store, options))
+        if values["dry_run"]:
+            _say_plan(declared, config, inputs, paths, store, values["json"])
+            return
+        made = make(store, declared, config, inputs, paths, options)
+        if values["ref"]:
+            store.set_ref(values["ref"], made.artifact)
+    _show(made, values["json"], values["quiet"])
+
+
+def _config_values(declared: Stage, values: dict[str, Any]) -> dict[str, Any]:
+    """Config as plain values: the file of --config, then the options, then --set."""
+    found: dict[str, Any] = _read_config(values["config"], declared) if values["config"] else {}
+    for name in declared.config.model_fields:
+        if values.get(f"field_{name}") is not None:
+            found[name] = values[f"field_{name}"]
+    for setting in values["set"] or []:
+        keys, value = parse_setting(setting)
+        put_setting(found, keys, value)
+    return found
+
+
+def _read_config(text: str, declared: Stage) -> dict[str, Any]:
+    """Settings from a YAML file, or from one step of a recipe: FILE.yaml or RECIPE.yaml:step."""
+    name, _, step = text.partition(":")
+    try:
+        document = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        if step:
+            document = document["steps"][step].get("config", {})
+    except OSError as error:
+        raise InputError(f"--config {name} cannot be read: {error.strerror}", path=name) from error
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"--config {text} holds no settings of {declared.name}") from error
+    if not isinstance(document, dict):
+        raise UsageError(f"--config {text} holds no mapping")
+    return document
+
+
+def _find_inputs(
+    declared: Stage, values: dict[str, Any], store: Store, options: Options
+) -> dict[str, Artifact | list[Artifact]]:
+    found: dict[str, Artifact | list[Artifact]] = {}
+    for name, wanted in declared.reads.items():
+        given = values.get(name)
+        if not given:
+            if not wanted.optional:
+                raise UsageError(
+                    f"{declared.name} lacks --{_flag(name)}: {wanted.help or 'a ' + ' or '.join(wanted.kinds)}"
+                )
+            continue
+        items = [_find(text, wanted, store, options) for text in (given if isinstance(given, list) else [given])]
+        found[name] = items if wanted.many else items[0]
+    return found
+
+
+def _find(text: str, wanted: Read, store: Store, options: Options) -> Artifact:
+    """The artifact that a word on the command line means; folders of images and `digits` are indexed first."""
+    word, _, split = text.partition(":")
+    if "image-set" in wanted.kinds and word == "digits":
+        return _index(store, options, {"source": {"kind": "digits", "split": split or "all"}}, {})
+    if "image-set" in wanted.kinds and Path(text).is_dir() and not (Path(text) / "manifest.json").exists():
+        return _index(store, options, {"source": {"kind": "folder"}}, {"images": Path(text)})
+    return store.find(text)
+
+
+def _index(store: Store, options: Options, values: dict[str, Any], paths: dict[str, Path]) -> Artifact:
+    declared = stages()["index"]
+    made = make(store, declared, parse_config(declared.config, values, where="index"), Inputs({}), paths, options)
+    options.progress.say(f"indexed {paths.get('images', 'the embedded digits')} as {made.artifact.name}")
+    return made.artifact
+
+
+def _say_plan(
+    declared: Stage, config: BaseModel, inputs: Inputs, paths: dict[str, Path], store: Store, as_json: bool
+) -> None:
+    request = make_request(declared, config, inputs, paths)
+    state = "done" if store.has(request.stage, request.key) else "run"
+    if as_json:
+        print_json({"stage": request.stage, "key": request.key, "state": state})
+    else:
+        typer.echo(f"{request.stage}/{request.key}: {'is there already' if state == 'done' else 'would be made'}")
+
+
+def _show(made: Made, as_json: bool, quiet: bool) -> None:
+    artifact = made.artifact
+    if as_json:
+        facts = {"stage": artifact.stage, "kind": artifact.kind, "key": artifact.key, "path": str(artifact.path)}
+        print_json({**facts, "reused": made.reused, "facts": artifact.facts})
+        return
+    typer.echo(str(artifact.path))
+    say(f"{'is there already' if made.reused else 'made'}: {artifact.facts.get('figure', artifact.name)}", quiet=quiet)
+
+
+def _inputs(declared: Stage) -> list[inspect.Parameter]:
+    parameters = []
+    for name, item in declared.reads.items():
+        kinds = " or ".join(item.kinds)
+        text = f"{item.help or 'Input'} ({kinds}: ref, key or path{'; repeatable' if item.many else ''})"
+        kind: Any = list[str] | None if item.many else str | None
+        parameters.append(_parameter(name, kind, text, flag=_flag(name)))
+    return parameters
+
+
+def _externals(declared: Stage) -> list[inspect.Parameter]:
+    return [_parameter(name, Path | None, item.help, flag=_flag(name)) for name, item in declared.externals.items()]
+
+
+def _fields(declared: Stage) -> list[inspect.Parameter]:
+    fields = declared.config.model_fields.items()
+    taken = {*declared.reads, *declared.externals, *COMMON, "set", "config", "ref"}
+    return [
+        _parameter(f"field_{name}", _simple(field) | None, _field_help(field), flag=_flag(name))
+        for name, field in fields
+        if _simple(field) is not None and name not in taken
+    ]
+
+
+def _common() -> list[inspect.Parameter]:
+    own = {
+        "set": (SetOption, None),
+        "config": (Annotated[str | None, typer.Option(help="YAML file of settings, or RECIPE.yaml:step.")], None),
+        "ref": (Annotated[str | None, typer.Option(help="Name to give to the result, such as my/codebook.")], None),
+    }
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in {**own, **COMMON}.items()
+    ]
+
+
+def _parameter(name: str, kind: Any, text: str, *, flag: str) -> inspect.Parameter:
+    annotation = Annotated[kind, typer.Option(f"--{flag}", help=text, show_default=False)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _simple(field: FieldInfo) -> Any:
+    """The option type of a config field that is one number, word or switch; None for all others."""
+    kind = field.annotation
+    if get_origin(kind) in (Union, types.UnionType):
+        kinds = [item for item in get_args(kind) if item is not type(None)]
+        kind = kinds[0] if len(kinds) == 1 else None
+    if get_origin(kind) is Literal:
+        return type(get_args(kind)[0])
+    return kind if kind in SCALARS else None
+
+
+def _field_help(field: FieldInfo) -> str:
+    default = "" if field.is_required() else f" [default: {field.get_default(call_default_factory=True)}]"
+    choices = f" ({', '.join(map(str, get_args(field.annotation)))})" if get_origin(field.annotation) is Literal else ""
+    return f"{field.description or ''}{choices}{default}"
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
