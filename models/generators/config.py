@@ -6,7 +6,7 @@ trained on, and is handed to the network beside the config: `build(config, BUILD
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -83,6 +83,22 @@ class RarConfig(Config):
         return RarInit() if self.init == "published" else self.init
 
 
-GeneratorConfig = RarConfig  # becomes a union tagged by `kind` with the second generator
+class HistogramConfig(Config):
+    """A baseline: each code is drawn from its class's histogram of codes at that position, as if codes were independent."""
 
-BUILDERS: dict[str, str] = {"rar": "models.generators.rar:Rar"}
+    kind: Literal["histogram"] = "histogram"
+
+
+class UniformConfig(Config):
+    """The worst case: every code is equally likely everywhere."""
+
+    kind: Literal["uniform"] = "uniform"
+
+
+GeneratorConfig = Annotated[RarConfig | HistogramConfig | UniformConfig, Field(discriminator="kind")]
+
+BUILDERS: dict[str, str] = {
+    "rar": "models.generators.rar:Rar",
+    "histogram": "models.generators.histogram:Histogram",
+    "uniform": "models.generators.uniform:Uniform",
+}

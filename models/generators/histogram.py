@@ -1,0 +1,48 @@
+"""The histogram baseline: codes drawn one by one from their class's counts at that position.
+
+It knows which codes a class shows where, and nothing of how codes go together. On small images that is already enough
+for a judge to name most classes, so a generator has to beat it by a wide margin before it has shown anything.
+
+N images, T tokens, K codes, C classes
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.generators.config import HistogramConfig
+from models.generators.table_decoder import TableDecoder
+
+NEVER = -1e30  # logit of a code that was never seen: probability exactly 0, and finite under guidance
+
+
+class Histogram(nn.Module):
+    """Counts of codes per class and position; a code that was never seen there is never drawn."""
+
+    trained_by = "counting"
+    counts_CTK: Tensor
+
+    def __init__(self, config: HistogramConfig, *, codes: int, tokens: int, classes: int):
+        super().__init__()
+        self.config = config
+        self.codes, self.tokens, self.classes = codes, tokens, classes
+        self.register_buffer("counts_CTK", torch.zeros(classes, tokens, codes, dtype=torch.int64))
+
+    def fit(self, codes_NT: Tensor, labels_N: Tensor) -> None:
+        """Count codes (int64, 0..K-1) of images with labels 0..C-1; ValueError for a class that has no image."""
+        self.counts_CTK.zero_()
+        places_NT = labels_N[:, None] * self.tokens + torch.arange(self.tokens, device=labels_N.device)
+        bins_M = (places_NT * self.codes + codes_NT).flatten()
+        self.counts_CTK += torch.bincount(bins_M, minlength=self.counts_CTK.numel()).view_as(self.counts_CTK)
+        unseen = (self.counts_CTK.sum((1, 2)) == 0).nonzero().flatten().tolist()
+        if unseen:
+            raise ValueError(f"the histogram needs images of every class, and there are none of {unseen[:10]}")
+
+    def decoder(
+        self, *, rows: int, guided: bool, orders: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> TableDecoder:
+        """A sampler's view of the counts; the logits are float32 whatever `dtype` says."""
+        counts_CTK = torch.cat([self.counts_CTK, self.counts_CTK.sum(0, keepdim=True)])
+        logits_CTK = counts_CTK.double().log().clamp_min(NEVER).float()
+        return TableDecoder(logits_CTK, rows=rows, guided=guided, orders=orders)
