@@ -1,0 +1,127 @@
+"""Networks out of artifacts: built from their config, filled strictly, ready for inference; once per process.
+
+A shard function asks for its network by `NetworkFile`, which travels to workers; the first shard of a process loads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import Field, TypeAdapter
+
+from models.classifiers.config import BUILDERS as CLASSIFIERS
+from models.classifiers.config import ClassifierConfig
+from models.config import Config
+from models.generators.config import BUILDERS as GENERATORS
+from models.generators.config import GeneratorConfig
+from models.registry import build
+from models.tokenizer_config import TokenizerConfig
+from pipeline.artifact import Artifact, read_manifest
+from pipeline.config import parse_config
+from pipeline.errors import CorruptError, UsageError
+from stages.devices import pick_device
+from stages.weights import fill, load_config, load_weights
+
+KEPT = 8  # networks in memory per process: a sweep over many does not keep them all
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """Where a network lies and on which device it runs; the digest keeps one that was made again from being mixed up."""
+
+    path: Path
+    digest: str
+    device: str
+
+    @classmethod
+    def of(cls, artifact: Artifact, device: str) -> NetworkFile:
+        """device: as the command line says it; "auto" is decided by whoever loads."""
+        return cls(artifact.path.absolute(), artifact.digest, device)
+
+    def open(self) -> Artifact:
+        artifact = read_manifest(self.path)
+        if artifact.digest != self.digest:
+            raise CorruptError(f"{self.path} was made again while it was being read", path=self.path)
+        return artifact
+
+
+class GeneratorCard(Config):
+    """config.json of a generator artifact: the network, and the token set that it was trained on.
+
+    tokenizer: identity of the tokenizer that made the codes.  resolution: pixels of the images behind them.
+    """
+
+    model: GeneratorConfig
+    codes: int = Field(ge=1)
+    classes: int = Field(ge=1)
+    grid: tuple[int, int] = Field(strict=False)
+    class_names: tuple[str, ...] = Field((), strict=False)
+    tokenizer: dict[str, str]
+    resolution: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+def read_card(artifact: Artifact) -> GeneratorCard:
+    return _config(artifact, GeneratorCard)
+
+
+def read_tokenizer_config(artifact: Artifact) -> TokenizerConfig:
+    return _config(artifact, TokenizerConfig)
+
+
+def read_classifier_config(artifact: Artifact) -> ClassifierConfig:
+    return _checked(artifact, lambda: TypeAdapter(ClassifierConfig).validate_python(load_config(artifact)))
+
+
+@lru_cache(KEPT)
+def load_generator(file: NetworkFile) -> Any:
+    """The generator, in evaluation mode, on its device."""
+    artifact = file.open()
+    card = read_card(artifact)
+    network = build(card.model, GENERATORS, codes=card.codes, tokens=card.tokens, classes=card.classes)
+    return _ready(network, artifact, file.device)
+
+
+@lru_cache(KEPT)
+def load_tokenizer(file: NetworkFile) -> Any:
+    """The tokenizer (models.tokenizer.Tokenizer), in evaluation mode, on its device."""
+    from models.tokenizer import Tokenizer
+
+    artifact = file.open()
+    return _ready(Tokenizer(read_tokenizer_config(artifact)), artifact, file.device)
+
+
+@lru_cache(KEPT)
+def load_classifier(file: NetworkFile) -> Any:
+    """The classifier, in evaluation mode, on its device."""
+    artifact = file.open()
+    return _ready(build(read_classifier_config(artifact), CLASSIFIERS), artifact, file.device)
+
+
+def _ready(network: Any, artifact: Artifact, device: str) -> Any:
+    fill(network, load_weights(artifact), artifact)
+    return network.to(pick_device(device)).eval().requires_grad_(False)
+
+
+def _config(artifact: Artifact, model: type[ConfigT]) -> ConfigT:
+    return _checked(
+        artifact, lambda: parse_config(model, load_config(artifact), where=f"config.json of {artifact.name}")
+    )
+
+
+def _checked(artifact: Artifact, read: Callable[[], Any]) -> Any:
+    """A config that does not validate here belongs to another version, or was altered: exit code 4, not 2."""
+    try:
+        return read()
+    except (UsageError, ValueError) as error:
+        raise CorruptError(
+            f"{artifact.name} has a config.json that this version cannot read: {error}", path=artifact.path
+        ) from error
