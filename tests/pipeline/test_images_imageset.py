@@ -1,0 +1,217 @@
+"""Image sets: written by pure functions, opened again, read at random, and refused when anything has changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.errors import CorruptError, InputError
+from pipeline.images import (
+    CorruptImage,
+    DecodePolicy,
+    DigitsSource,
+    FolderSource,
+    ImageSet,
+    drop_corrupt,
+    index_files,
+    list_images,
+    remember_root,
+)
+from pipeline.images.views import CenterViews, ShiftViews
+
+SKIP = DecodePolicy(corrupt="skip", max_skipped=2)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    for row in range(6):
+        path = tmp_path / "images" / "train" / f"n{row % 2}" / f"{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (20 + row, 30, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+def index(directory: Path, source: FolderSource | DigitsSource, root: Path | None = None) -> Path:
+    files = index_files(list_images(source, root), source=source, decode=DecodePolicy())
+    directory.mkdir()
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    if root is not None:
+        remember_root(directory, root)
+    return directory
+
+
+@pytest.fixture
+def folder_set(tmp_path: Path, root: Path) -> Path:
+    return index(tmp_path / "set", FolderSource(split="train"), root)
+
+
+def test_folder_round_trip(folder_set: Path, root: Path) -> None:
+    images = ImageSet.open(folder_set)
+    assert (len(images), images.keys[0], images.classes) == (6, "n0/0.png", ["n0", "n1"])
+    assert images.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert images.source == FolderSource(split="train")
+    for row, key in enumerate(images.keys):
+        np.testing.assert_array_equal(images.image(row), np.asarray(Image.open(root / "train" / key)))
+
+
+def test_files_are_deterministic_and_name_no_path(root: Path) -> None:
+    source = FolderSource(split="train", deep=True)
+    first, second = (index_files(list_images(source, root), source=source, decode=SKIP) for _ in range(2))
+    assert first == second
+    assert first.keys() == {"images.json", "keys.txt", "labels.npy", "sizes.npy", "digests.npy", "skipped.jsonl"}
+    assert not any(str(root).encode() in data for data in first.values())
+
+
+def test_digits_round_trip(tmp_path: Path) -> None:
+    images = ImageSet.open(index(tmp_path / "set", DigitsSource(split="held-out", size=16)))
+    assert len(images) == 360
+    assert images.image(5).shape == (16, 16, 3)
+    views = ShiftViews(size=16, pixels=1)
+    every = images.all_views([7, 3], views=views)
+    assert every.shape == (2, 9, 16, 16, 3)
+    np.testing.assert_array_equal(images.chosen_views([3, 7], [4, 0], views=views), [every[1, 4], every[0, 0]])
+    np.testing.assert_array_equal(every[0, 0], images.image(7))
+
+
+def test_threads_change_nothing(folder_set: Path) -> None:
+    images, views = ImageSet.open(folder_set), CenterViews(size=8, kind="center+flip")
+    order = np.array([5, 0, 3, 3, 1])
+    np.testing.assert_array_equal(
+        images.all_views(order, views=views, threads=4), images.all_views(order, views=views, threads=1)
+    )
+    one_by_one = [images.image(int(row)) for row in order]
+    for found, expected in zip(images.batch(order, threads=3), one_by_one, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_moved_images_are_found_by_a_new_root(folder_set: Path, root: Path) -> None:
+    moved = root.rename(root.with_name("moved"))
+    images = ImageSet.open(folder_set)  # keys and labels need no images
+    with pytest.raises(InputError, match="no such folder; give the folder of the images with --images"):
+        images.image(0)
+    assert ImageSet.open(folder_set, root=moved).image(0).shape == (20, 30, 3)
+    remember_root(folder_set, moved)
+    assert ImageSet.open(folder_set).image(0).shape == (20, 30, 3)
+
+
+def test_unknown_root_is_an_input_error(folder_set: Path) -> None:
+    (folder_set / "log" / "images-root.txt").unlink()
+    with pytest.raises(InputError, match="none is given"):
+        ImageSet.open(folder_set).image(0)
+
+
+def test_changed_size_and_missing_file_are_refused(folder_set: Path, root: Path) -> None:
+    images = ImageSet.open(folder_set)
+    with (root / "train" / images.keys[1]).open("ab") as file:
+        file.write(b"\0")
+    (root / "train" / images.keys[2]).unlink()
+    with pytest.raises(InputError, match=r"bytes, but had \d+ when it was indexed"):
+        images.image(1)
+    with pytest.raises(InputError, match="No such file"):
+        images.image(2)
+
+
+def test_deep_set_refuses_other_bytes_of_the_same_size(tmp_path: Path, root: Path) -> None:
+    images = ImageSet.open(index(tmp_path / "deep", FolderSource(split="train", deep=True), root))
+    path = root / "train" / images.keys[0]
+    images.image(0)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="SHA-256 differs"):
+        images.image(0)
+
+
+def test_link_that_now_leads_out_is_refused(folder_set: Path, root: Path) -> None:
+    images = ImageSet.open(folder_set)
+    path = root / "train" / images.keys[0]
+    path.rename(root / "outside.png")
+    path.symlink_to(root / "outside.png")
+    with pytest.raises(InputError, match="leads out of"):
+        images.image(0)
+
+
+class TestCorruptImages:
+    @pytest.fixture
+    def damaged(self, root: Path) -> ImageSet:
+        for key in ("n0/2.png", "n1/3.png"):
+            (root / "train" / key).write_bytes(b"garbage")
+        source = FolderSource(split="train")
+        return ImageSet(list_images(source, root), source=source, decode=SKIP, root=root)
+
+    def test_fail_names_the_path(self, damaged: ImageSet) -> None:
+        strict = ImageSet(damaged.listing, source=damaged.source, decode=DecodePolicy(), root=damaged.root)
+        with pytest.raises(CorruptImage, match=r"n0/2\.png is none of JPEG") as caught:
+            drop_corrupt(strict)
+        assert caught.value.exit_code == 3
+
+    def test_skip_leaves_out_and_lists(self, damaged: ImageSet) -> None:
+        listing, skipped = drop_corrupt(damaged, threads=2)
+        assert listing.keys == ["n0/0.png", "n0/4.png", "n1/1.png", "n1/5.png"]
+        assert listing.labels.tolist() == [0, 0, 1, 1]
+        report = index_files(listing, source=damaged.source, decode=SKIP, skipped=skipped)["skipped.jsonl"].decode()
+        assert [json.loads(line)["key"] for line in report.splitlines()] == ["n0/2.png", "n1/3.png"]
+
+    def test_more_than_the_bound_is_refused(self, damaged: ImageSet) -> None:
+        tighter = DecodePolicy(corrupt="skip", max_skipped=1)
+        images = ImageSet(damaged.listing, source=damaged.source, decode=tighter, root=damaged.root)
+        with pytest.raises(
+            InputError, match=r"2 of 6 images cannot be decoded, 1 may be skipped; the first is n0/2\.png"
+        ):
+            drop_corrupt(images)
+
+    def test_nothing_left_is_refused(self, damaged: ImageSet) -> None:
+        only = ImageSet(damaged.listing.keep(np.array([1, 4])), source=damaged.source, decode=SKIP, root=damaged.root)
+        assert only.keys == ["n0/2.png", "n1/3.png"]
+        with pytest.raises(InputError, match="none of the 2 images"):
+            drop_corrupt(only)
+
+
+class TestDamagedSets:
+    def refuse(self, directory: Path) -> str:
+        with pytest.raises(CorruptError) as caught:
+            ImageSet.open(directory)
+        assert caught.value.exit_code == 4
+        return str(caught.value)
+
+    @pytest.mark.parametrize("name", ["images.json", "keys.txt", "labels.npy", "sizes.npy"])
+    def test_missing_and_cut_files(self, folder_set: Path, name: str) -> None:
+        data = (folder_set / name).read_bytes()
+        for damaged in (b"", data[:-3], data[: len(data) // 2]):
+            (folder_set / name).write_bytes(damaged)
+            self.refuse(folder_set)
+        (folder_set / name).unlink()
+        self.refuse(folder_set)
+
+    def test_future_format(self, folder_set: Path) -> None:
+        description = json.loads((folder_set / "images.json").read_bytes())
+        (folder_set / "images.json").write_text(json.dumps(description | {"format": 2}))
+        assert "has format 2, this version knows 1; install a newer smalti" in self.refuse(folder_set)
+
+    @pytest.mark.parametrize(
+        "key", ["../secret.png", "/etc/passwd", "n0/../../x.png", "n0/..", ".", "..", "./x", "n0//x", "n0/", ""]
+    )
+    def test_keys_that_leave_the_folder(self, folder_set: Path, key: str) -> None:
+        keys = (folder_set / "keys.txt").read_text().splitlines()
+        (folder_set / "keys.txt").write_text("\n".join([*keys[:2], key, *keys[3:]]) + "\n")
+        assert "outside the images" in self.refuse(folder_set)
+
+    def test_labels_out_of_range(self, folder_set: Path) -> None:
+        for label in (-1, 2):
+            np.save(folder_set / "labels.npy", np.array([0, 0, label, 1, 1, 1], dtype=np.int32))
+            assert "do not fit each other" in self.refuse(folder_set)
+
+    def test_header_that_promises_too_much(self, folder_set: Path) -> None:
+        data = (folder_set / "labels.npy").read_bytes().replace(b"(6,), }" + b" " * 12, b"(1000000000000,), }")
+        (folder_set / "labels.npy").write_bytes(data)
+        assert "is damaged" in self.refuse(folder_set)
+
+    def test_pickles_are_not_loaded(self, folder_set: Path) -> None:
+        np.save(folder_set / "labels.npy", np.array([object()] * 6), allow_pickle=True)
+        self.refuse(folder_set)

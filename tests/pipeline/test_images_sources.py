@@ -1,0 +1,205 @@
+"""Sources: what is listed, in which order, under which id, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from pipeline.errors import InputError
+from pipeline.images import DigitsSource, FolderSource, content_id, list_images
+from pipeline.images.digits import draw_digits, load_digits, share_among
+
+FOLDER = FolderSource()
+
+
+def write(path: Path, data: bytes = b"12345") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name in ("n02/b.JPEG", "n02/a.png", "n01/z.jpg", "n01/deep/er/y.jpg"):
+        write(tmp_path / "images" / name, name.encode())
+    return tmp_path / "images"
+
+
+def test_folder_is_sorted_and_labelled(root: Path) -> None:
+    listing = list_images(FOLDER, root)
+    assert listing.keys == ["n01/deep/er/y.jpg", "n01/z.jpg", "n02/a.png", "n02/b.JPEG"]
+    assert listing.labels.tolist() == [0, 0, 1, 1]
+    assert listing.sizes.tolist() == [len(key) for key in listing.keys]
+    assert listing.classes == ["n01", "n02"]
+    assert (listing.labels.dtype, listing.sizes.dtype, listing.digests) == (np.int32, np.int64, None)
+
+
+def test_order_is_that_of_utf8_bytes(tmp_path: Path) -> None:
+    names = ["é", "z", "Z", "a-b", "a", "日本", "🐕"]
+    for name in names:
+        write(tmp_path / name / f"{name}.png")
+    listing = list_images(FOLDER, tmp_path)
+    assert listing.classes == sorted(names, key=str.encode)
+    assert listing.keys == sorted(listing.keys, key=str.encode)
+    # "a-b/" sorts before "a/", though the class "a" comes before "a-b": a label belongs to its key all the same
+    assert [listing.classes[label] for label in listing.labels] == [key.split("/")[0] for key in listing.keys]
+
+
+def test_split_is_a_folder_below_the_root(root: Path) -> None:
+    assert list_images(FolderSource(split=root.name), root.parent).keys == list_images(FOLDER, root).keys
+    for split in ("..", "/etc", "train/../..", "train/"):
+        with pytest.raises(ValidationError):
+            FolderSource(split=split)
+
+
+def test_hidden_and_foreign_files_are_passed_over(root: Path) -> None:
+    before = content_id(FOLDER, root)
+    for name in ("README.txt", "n01/.DS_Store", "n01/._z.jpg", "n01/list.csv", ".cache/a/x.png", "n01/.thumbs/z.jpg"):
+        write(root / name)
+    assert content_id(FOLDER, root) == before
+
+
+def test_content_id_follows_names_sizes_and_labels_only(root: Path) -> None:
+    before = content_id(FOLDER, root)
+    write(root / "n02/a.png", b"N02/A.PNG")  # as many bytes
+    os.utime(root / "n02/b.JPEG", (0, 0))
+    moved = root.rename(root.with_name("moved"))
+    assert content_id(FOLDER, moved) == before
+    ids = {before}
+    write(moved / "n02/a.png", b"longer than before")
+    ids.add(content_id(FOLDER, moved))
+    (moved / "n02/a.png").rename(moved / "n02/c.png")
+    ids.add(content_id(FOLDER, moved))
+    write(moved / "n00/x.png")
+    ids.add(content_id(FOLDER, moved))
+    assert len(ids) == 4
+
+
+def test_deep_id_follows_the_bytes(root: Path) -> None:
+    deep = FolderSource(deep=True)
+    before = content_id(deep, root)
+    assert before != content_id(FOLDER, root)
+    write(root / "n02/a.png", b"N02/A.PNG")
+    assert content_id(deep, root) != before
+
+
+def test_link_inside_is_an_image_and_its_size_that_of_the_target(root: Path) -> None:
+    (root / "n01/link.jpg").symlink_to("../n02/b.JPEG")
+    listing = list_images(FOLDER, root)
+    assert listing.sizes[listing.keys.index("n01/link.jpg")] == len("n02/b.JPEG")
+
+
+def test_root_may_itself_be_a_link(root: Path) -> None:
+    (root / "n01/link.jpg").symlink_to(root / "n02/b.JPEG")
+    root.with_name("link").symlink_to(root)
+    assert content_id(FOLDER, root.with_name("link")) == content_id(FOLDER, root)
+
+
+def refuse(root: Path | None, match: str) -> None:
+    with pytest.raises(InputError, match=match) as caught:
+        list_images(FOLDER, root)
+    assert "\n" not in str(caught.value)
+
+
+def test_links_out_and_to_folders_are_refused(root: Path) -> None:
+    (root / "n01/out.jpg").symlink_to(write(root.parent / "secret.jpg"))
+    refuse(root, "leaves")
+    (root / "n01/out.jpg").unlink()
+    (root / "n01/loop").symlink_to(root / "n01")
+    refuse(root, "link to a folder")
+    (root / "n01/loop").unlink()
+    (root / "n03").symlink_to(root / "n01")
+    refuse(root, "link to a folder")
+    (root / "n03").unlink()
+    (root / "n01/broken.jpg").symlink_to("nowhere.jpg")
+    refuse(root, "broken.jpg cannot be read")
+
+
+def test_missing_and_empty_folders_are_refused(root: Path, tmp_path: Path) -> None:
+    refuse(None, "none is given")
+    refuse(tmp_path / "nowhere", "nowhere should hold one folder per class, but there is nothing")
+    refuse(write(tmp_path / "file"), "but there is a file")
+    (tmp_path / "empty").mkdir()
+    refuse(tmp_path / "empty", "has no class folders")
+    write(root / "n03/notes.txt")
+    refuse(root, "class folder .*n03 has no images")
+
+
+def test_unreadable_folder_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = os.scandir
+
+    def deny(path: Path) -> object:  # mode bits would not bind the user root
+        if Path(path).name == "n01":
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    refuse(root, "n01 cannot be read: Permission denied")
+
+
+@pytest.mark.parametrize("name", [b"new\nline.jpg", b"\xff.jpg"])
+def test_names_that_cannot_be_keys_are_refused(root: Path, name: bytes) -> None:
+    try:
+        Path(os.fsdecode(os.fsencode(root / "n01") + b"/" + name)).write_bytes(b"1")
+    except OSError:
+        pytest.skip("this file system does not take such names")
+    refuse(root, "line break|not UTF-8")
+
+
+class TestDigits:
+    def test_split_is_exact_disjoint_and_stratified(self) -> None:
+        train, held_out, whole = (list_images(DigitsSource(split=split)) for split in ("train", "held-out", "all"))
+        assert (len(train), len(held_out), len(whole)) == (1437, 360, 1797)
+        assert sorted(train.keys + held_out.keys) == whole.keys
+        assert train.keys == sorted(train.keys)
+        shares = np.bincount(held_out.labels) / np.bincount(whole.labels)
+        assert (np.abs(shares - 0.2) < 0.006).all()
+        np.testing.assert_array_equal(whole.labels, load_digits()[1])
+
+    def test_split_is_pinned(self) -> None:
+        """Another split would change every key and score of the digits recipes."""
+        assert list_images(DigitsSource(split="held-out")).keys[:6] == [
+            "digit-0002",
+            "digit-0006",
+            "digit-0014",
+            "digit-0016",
+            "digit-0025",
+            "digit-0030",
+        ]
+
+    def test_other_seed_is_another_split(self) -> None:
+        assert list_images(DigitsSource(split_seed=1)).keys != list_images(DigitsSource()).keys
+
+    def test_pixels(self) -> None:
+        images = draw_digits(["digit-0000", "digit-1796"], 32)
+        assert (images.shape, images.dtype) == ((2, 32, 32, 3), np.uint8)
+        assert images[:, 0, 0].max() == 0  # the background is black
+        assert images.max() == 255
+        grey = Image.fromarray((load_digits()[0][1796] * (255 / 16)).round().astype(np.uint8))
+        expected = np.asarray(grey.resize((32, 32), Image.Resampling.BICUBIC), dtype=int)
+        np.testing.assert_allclose(images[1], np.repeat(expected[:, :, None], 3, axis=2), atol=1)
+
+    def test_other_data_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipeline.images.digits.SHA256", "0" * 64)
+        with pytest.raises(InputError, match="digits of the installed scikit-learn"):
+            load_digits.__wrapped__()
+
+    def test_content_id_imports_neither_scikit_learn_nor_torch(self) -> None:
+        code = (
+            "import sys; from pipeline.images import DigitsSource, content_id; content_id(DigitsSource());"
+            "print(sorted({'torch', 'sklearn', 'scipy', 'models'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]"
+
+
+def test_share_among_gives_the_whole() -> None:
+    assert share_among(np.array([5, 3, 2]), 4) == [2, 1, 1]
+    assert share_among(np.array([1, 1, 1]), 2) == [1, 1, 0]
