@@ -67,6 +67,8 @@ class Draft:
         for name in list_files(path):
             if name not in kept:
                 durable.remove(path / name)
+        for stray in (path / LOG).rglob(f"*{durable.TEMPORARY}"):
+            durable.remove(stray)
         return draft
 
     @property

@@ -6,6 +6,7 @@ consulted: no times, no logs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipeline.artifact import LOG, Artifact, check_data
 from pipeline.cluster import Cluster, InProcess
 from pipeline.draft import Draft, Request
 from pipeline.errors import InputError, SmaltiError
-from pipeline.keys import artifact_key, config_value
+from pipeline.keys import artifact_key, canonical_bytes, config_value
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, Step
 from pipeline.runlog import Attempt
@@ -216,7 +217,7 @@ def _reason(
     if before.stage != step.stage.name:
         return f"stage {before.stage} became {step.stage.name}"
     changes = [f"version {before.version} became {step.stage.version}"] if before.version != step.stage.version else []
-    changes += [f"config {change}" for change in differences(before.config, config_value(step.config))]
+    changes += [f"config {change}" for change in differences(before.config, json.loads(canonical_bytes(config_value(step.config))))]
     old = {name: _map(value, lambda record: record["key"]) for name, value in before.inputs.items()}
     changes += [f"input {name} changed" for name in sorted({*old, *keys}) if old.get(name) != keys.get(name)]
     changes += [f"external {name} changed" for name in externals if before.externals.get(name) != externals[name]]

@@ -7,6 +7,7 @@ bytes. The worker writes them into the draft folder; only this process writes th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -66,7 +67,9 @@ def raise_failures(failures: Mapping[int, Exception], shards: int) -> None:
     named = ", ".join(str(number) for number in numbers[:10]) + (", ..." if len(numbers) > 10 else "")
     head = f"shard{'s' if len(numbers) > 1 else ''} {named} of {shards} failed, the others are kept: "
     if isinstance(first, SmaltiError):
-        raise type(first)(head + first.message, path=first.path, hint=first.hint) from first
+        failure = copy(first)  # some kinds are made from other arguments than a message
+        failure.message = head + first.message
+        raise failure from first
     raise WorkerError(f"{head}{type(first).__name__}: {first}") from first
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -122,7 +122,7 @@ class Store:
         return [Garbage(path, _tree_bytes(path)) for path in [*folders, *self.drafts()]]
 
     def sweep(self, garbage: list[Garbage]) -> None:
-        """Delete garbage, each under its lock; what somebody is writing stays."""
+        """Delete garbage, each under its lock; what somebody is writing stays. Strays of killed processes go too."""
         for item in garbage:
             key = item.path.name.removeprefix(".").split(".")[0]
             try:
@@ -130,6 +130,12 @@ class Store:
                     durable.remove(item.path)
             except Busy:
                 continue
+        for entry in self._stage_entries():
+            if entry.suffix == ".lock":
+                with suppress(Busy), lock(entry, wait=False):
+                    pass  # whoever held it is dead: releasing removes it
+        for stray in (self.root / REFS).rglob(f"*{durable.TEMPORARY}"):
+            durable.remove(stray)
 
     def _reached(self) -> set[tuple[str, str]]:
         reached: set[tuple[str, str]] = set()
