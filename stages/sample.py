@@ -1,0 +1,203 @@
+"""Sampling: a generator lays new codes for given classes, shard by shard.
+
+A sample's random numbers belong to (seed, sample id, step) alone, and the id is its row in the token set; a pass has
+always the same number of rows. So workers, retries and interruptions leave no trace in the codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from models.sampling.config import SamplingConfig
+from pipeline.artifact import Artifact
+from pipeline.config import Config
+from pipeline.draft import Draft
+from pipeline.errors import NumericError, UsageError
+from pipeline.keys import config_value
+from pipeline.runtime import Runtime
+from pipeline.shards import map_shards
+from pipeline.stage import Inputs, read, stage
+from smalti.attributes import TokenAttributes
+from smalti.tokens import open_tokens
+from stages.devices import threads
+from stages.networks import GeneratorCard, NetworkFile, load_generator, read_card
+from stages.token_files import TokenLayout, write_labels_and_cards
+
+LABELS = "labels"
+KEY_DIGITS = 6
+
+Labels_I = NDArray[np.int32]
+
+
+class SampleConfig(Config):
+    """What to ask of the generator."""
+
+    images: int = Field(64, ge=1, description="how many samples")
+    labels: Literal["balanced", "like"] = Field(
+        "balanced", description="balanced: the classes in turn; like: in the proportions of the input labels"
+    )
+    classes: tuple[int, ...] | None = Field(None, description="take only these classes, in turn (with balanced)")
+    seed: int = Field(0, ge=0, lt=2**53, description="of all random numbers")
+    sampling: SamplingConfig = Field(SamplingConfig(), description="guidance, temperature, top-k, top-p, greedy")
+    order: tuple[int, ...] | None = Field(
+        None, description="the image position that each step produces, left out for raster order"
+    )
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of weights and cache; logits are float32")
+    rows_per_pass: int = Field(64, ge=1, description="samples that go through the network together")
+    shard_images: int = Field(16_384, ge=1, description="images per file of codes")
+    chunk_images: int = Field(128, ge=1, description="images per checksum; divides shard_images")
+
+
+@dataclass(frozen=True, eq=False)
+class SampleSpec:
+    """What a worker needs for any shard."""
+
+    generator: NetworkFile
+    config: SampleConfig
+    layout: TokenLayout
+    labels_I: Labels_I
+
+
+@stage(
+    "sample",
+    version=1,
+    config=SampleConfig,
+    reads={
+        "generator": read("generator", help="the generator to sample from"),
+        LABELS: read("token-set", help="whose class proportions to follow (labels: like)", optional=True),
+    },
+    writes="token-set",
+    example="smalti sample --generator digits/rar/generator --images 100 --sampling.guidance-scale 0.3",
+)
+def draw_samples(config: SampleConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
+    """Draw codes for given classes from a generator.
+
+    The result is a token set like any other: labels are the classes that were asked for, keys are sample ids. Every
+    shard is a unit of its own, so an interrupted run continues with the next one.
+    """
+    card = read_card(inputs["generator"])
+    check_order(config.order, card)
+    labels_I = choose_labels(config, card.classes, next(iter(inputs.all(LABELS)), None))
+    digits = max(KEY_DIGITS, len(str(config.images - 1)))
+    layout = TokenLayout(describe(config, card, out.request.key), digits, config.shard_images, config.chunk_images)
+    spec = SampleSpec(NetworkFile.of(inputs["generator"], run.device), config, layout, labels_I)
+    map_shards(out, run, sample_shard, spec, layout.sizes, label="sample")
+    write_labels_and_cards(out, layout, labels_I, [f"{number:0{digits}d}" for number in range(config.images)])
+    out.facts = {
+        "images": config.images,
+        "crops": 1,
+        "grid": list(card.grid),
+        "codes": card.codes,
+        "classes": card.classes,
+        "tokenizer": card.tokenizer,
+        "figure": f"{config.images:,} samples of {len(np.unique(labels_I))} classes",
+    }
+
+
+def check_order(order: Sequence[int] | None, card: GeneratorCard) -> None:
+    """UsageError unless `order` names every image position once."""
+    if order is not None and sorted(order) != list(range(card.tokens)):
+        raise UsageError(
+            f"order must name each of the positions 0 to {card.tokens - 1} once, found {len(order)} numbers"
+        )
+
+
+def choose_labels(config: SampleConfig, classes: int, like: Artifact | None) -> Labels_I:
+    """The class of every sample (N,) int32."""
+    if (config.labels == "like") != (like is not None):
+        raise UsageError(
+            f"labels: {config.labels} {'needs' if like is None else 'does not use'} the input {LABELS}",
+            hint=f"give a token set as --{LABELS} together with labels: like, or neither",
+        )
+    if like is None:
+        asked = config.classes or tuple(range(classes))
+        _check_asked(asked, classes)
+        return np.resize(np.array(asked, np.int32), config.images)
+    if config.classes is not None:
+        raise UsageError("classes chooses the labels, and so does labels: like; give one of them")
+    counts_C = np.bincount(open_tokens(like.path).labels, minlength=classes)
+    _check_asked(range(len(counts_C)), classes)
+    return spread(share_out(config.images, counts_C))
+
+
+def share_out(total: int, weights_C: NDArray[Any]) -> NDArray[np.int64]:
+    """`total` divided in the proportions of integer weights, by largest remainder (ties to the lower class)."""
+    exact_C = total * weights_C.astype(np.int64)
+    counts_C, remainders_C = np.divmod(exact_C, weights_C.sum())
+    lacking = total - int(counts_C.sum())
+    counts_C[np.argsort(-remainders_C, kind="stable")[:lacking]] += 1
+    return counts_C
+
+
+def spread(counts_C: NDArray[np.int64]) -> Labels_I:
+    """Labels with these counts, every class evenly over the whole length."""
+    labels_I = np.repeat(np.arange(len(counts_C), dtype=np.int32), counts_C)
+    times_I = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts_C])
+    return labels_I[np.argsort(times_I, kind="stable")]
+
+
+def describe(config: SampleConfig, card: GeneratorCard, key: str) -> TokenAttributes:
+    """What the token set says about itself."""
+    return TokenAttributes(
+        name="samples",
+        n_images=config.images,
+        n_crops=1,
+        grid=card.grid,
+        codes=card.codes,
+        classes=card.classes,
+        tokenizer=card.tokenizer,
+        resolution=card.resolution,
+        class_names=card.class_names,
+        created_by=key,
+        extra={"sampled": {**config_value(config), "generator": card.model.kind}},
+    )
+
+
+def sample_shard(spec: SampleSpec, number: int) -> dict[str, bytes]:
+    """The file of one shard: passes of exactly `rows_per_pass` rows, the last one padded with its first row."""
+    import torch
+
+    from models.sampling.loop import sample
+
+    config = spec.config
+    start, stop = spec.layout.shard_range(number)
+    drawn: list[NDArray[Any]] = []
+    with threads(1):
+        decoder = _decoder(spec.generator, config.rows_per_pass, config.sampling.guided, config.order, config.precision)
+        for first in range(start, stop, config.rows_per_pass):
+            ids_B = np.arange(first, first + config.rows_per_pass)
+            ids_B[ids_B >= stop] = first
+            labels_B = torch.from_numpy(spec.labels_I[ids_B].astype(np.int64))
+            try:
+                codes_BT = sample(decoder, labels_B, torch.from_numpy(ids_B), config=config.sampling, seed=config.seed)
+            except FloatingPointError as error:
+                raise NumericError(
+                    f"samples {first} to {min(first + config.rows_per_pass, stop) - 1} cannot be drawn: {error}",
+                    path=spec.generator.path,
+                    hint="train the generator again with a lower learning rate",
+                ) from error
+            drawn.append(codes_BT[: stop - first].cpu().numpy())
+    return spec.layout.shard(number, np.concatenate(drawn)[:, None])
+
+
+@lru_cache(2)
+def _decoder(file: NetworkFile, rows: int, guided: bool, order: tuple[int, ...] | None, precision: str) -> Any:
+    """The static cache of this process, made once and used by every pass."""
+    import torch
+
+    model = load_generator(file)
+    orders = None if order is None else torch.tensor(order)
+    return model.decoder(rows=rows, guided=guided, orders=orders, dtype=getattr(torch, precision))
+
+
+def _check_asked(asked: Sequence[int], classes: int) -> None:
+    unknown = [label for label in asked if not 0 <= label < classes]
+    if unknown:
+        raise UsageError(f"class {unknown[0]} was asked for, but the generator knows 0 to {classes - 1}")
