@@ -1,0 +1,48 @@
+"""Encoders in artifacts: `encoder.json` says what to build, `encoder.safetensors` holds fitted or published weights."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from models.encoders.config import BUILDERS, Dinov2Config, EncoderConfig, WhitenedPatchesConfig
+from models.registry import build
+from pipeline.errors import CorruptError
+
+if TYPE_CHECKING:
+    import torch
+
+ENCODER = "encoder.json"
+ENCODER_WEIGHTS = "encoder.safetensors"
+
+Encoder = WhitenedPatchesConfig | Dinov2Config
+
+
+def parse_encoder(values: Any, *, path: Path) -> Encoder:
+    """An encoder's config from an artifact; CorruptError if this version knows no such encoder."""
+    try:
+        found: Encoder = TypeAdapter(EncoderConfig).validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise CorruptError(f"the encoder config in {path} does not fit this version", path=path) from error
+    return found
+
+
+def build_encoder(config: Encoder, state: dict[str, torch.Tensor], device: torch.device) -> torch.nn.Module:
+    """The network with its weights, ready to use."""
+    encoder: torch.nn.Module = build(config, BUILDERS)
+    encoder.load_state_dict(state)
+    return encoder.eval().to(device)
+
+
+@lru_cache(maxsize=2)
+def load_encoder(folder: Path, digest: str, device: str) -> torch.nn.Module:
+    """The encoder of a features artifact or its draft; once per process. digest: SHA-256 of its weight file."""
+    import torch
+    from safetensors.torch import load_file
+
+    config = parse_encoder(json.loads((folder / ENCODER).read_bytes()), path=folder)
+    return build_encoder(config, load_file(folder / ENCODER_WEIGHTS), torch.device(device))

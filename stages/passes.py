@@ -1,0 +1,97 @@
+"""Images of a set as passes of a fixed number of rows, ready for a network.
+
+A row is one view of one image: row = image * views + view. Every pass has exactly the rows that were asked for, the last
+one of a range filled up with its last row, so that a network's results never depend on neighbours, shards or retries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.artifact import Artifact
+from pipeline.images import ImageSet, ViewPolicy
+
+if TYPE_CHECKING:
+    import torch
+
+# R rows of a pass, S pixels per side, B images, V views
+
+
+@dataclass(frozen=True)
+class ImagesAt:
+    """Where a shard finds its images: an image set's folder, its manifest's digest, and the threads that decode."""
+
+    path: Path
+    digest: str
+    threads: int = 1
+
+    @classmethod
+    def of(cls, artifact: Artifact, *, threads: int = 1) -> ImagesAt:
+        return cls(artifact.path, artifact.digest, threads)
+
+    def open(self) -> ImageSet:
+        """The image set; opened once per process."""
+        return _open(self.path, self.digest)
+
+
+class Pass(NamedTuple):
+    """rows_RSS3: uint8 rows of one pass.  count: how many of them are real, the rest is filling."""
+
+    rows_RSS3: NDArray[np.uint8]
+    count: int
+
+
+def view_passes(source: ImagesAt, start: int, stop: int, *, views: ViewPolicy, rows: int) -> Iterator[Pass]:
+    """All views of images start to stop (excluded) in passes of `rows` rows; the next is read while one is used."""
+    passes = _passes(source, start, stop, views, rows)
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, passes, None)
+        while (found := coming.result()) is not None:
+            coming = reader.submit(next, passes, None)
+            yield found
+
+
+def run_passes(
+    network: Callable[[torch.Tensor], torch.Tensor], passes: Iterator[Pass], *, device: torch.device
+) -> NDArray[Any]:
+    """The network's results for all real rows, in order. network: images in [0,1] (R, 3, S, S) to a tensor (R, ...)."""
+    import torch
+
+    with torch.no_grad():
+        results = [network(to_images(rows_RSS3, device))[:count].cpu().numpy() for rows_RSS3, count in passes]
+    return np.concatenate(results)
+
+
+def to_images(rows_RSS3: NDArray[np.uint8], device: torch.device) -> torch.Tensor:
+    """Bytes (R, S, S, 3) to a tensor (R, 3, S, S) in [0,1] on the device."""
+    import torch
+
+    return torch.from_numpy(rows_RSS3).to(device).permute(0, 3, 1, 2).contiguous().float().div_(255)
+
+
+@lru_cache(maxsize=4)
+def _open(path: Path, digest: str) -> ImageSet:
+    return ImageSet.open(path)
+
+
+def _passes(source: ImagesAt, start: int, stop: int, views: ViewPolicy, rows: int) -> Iterator[Pass]:
+    image_set = source.open()
+    at_once = -(-rows // views.count)
+    waiting = np.empty((0, views.size, views.size, 3), np.uint8)
+    for first in range(start, stop, at_once):
+        numbers = range(first, min(first + at_once, stop))
+        views_BVSS3 = image_set.all_views(numbers, views=views, threads=source.threads)
+        waiting = np.concatenate([waiting, views_BVSS3.reshape(-1, *waiting.shape[1:])])
+        while len(waiting) >= rows:
+            yield Pass(waiting[:rows], rows)
+            waiting = waiting[rows:]
+    if len(waiting):
+        yield Pass(np.concatenate([waiting, np.repeat(waiting[-1:], rows - len(waiting), 0)]), len(waiting))
