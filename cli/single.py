@@ -66,9 +66,10 @@ def _run(declared: Stage, values: dict[str, Any]) -> None:
 def _config_values(declared: Stage, values: dict[str, Any]) -> dict[str, Any]:
     """Config as plain values: the file of --config, then the options, then --set."""
     found: dict[str, Any] = _read_config(values["config"], declared) if values["config"] else {}
-    for name in declared.config.model_fields:
-        if values.get(f"field_{name}") is not None:
-            found[name] = values[f"field_{name}"]
+    for name, kind, _ in _simple_fields(declared.config):
+        given = values.get(_argument(name))
+        if given is not None:
+            put_setting(found, name.split("."), yaml.safe_load(f"[{given}]") if kind is list else given)
     for setting in values["set"] or []:
         keys, value = parse_setting(setting)
         put_setting(found, keys, value)
@@ -161,13 +162,24 @@ def _externals(declared: Stage) -> list[inspect.Parameter]:
 
 
 def _fields(declared: Stage) -> list[inspect.Parameter]:
-    fields = declared.config.model_fields.items()
     taken = {*declared.reads, *declared.externals, *COMMON, "set", "config", "ref"}
     return [
-        _parameter(f"field_{name}", _simple(field) | None, _field_help(field), flag=_flag(name))
-        for name, field in fields
-        if _simple(field) is not None and name not in taken
+        _parameter(_argument(name), str | None if kind is list else kind | None, _field_help(field), flag=_flag(name))
+        for name, kind, field in _simple_fields(declared.config)
+        if name not in taken
     ]
+
+
+def _simple_fields(config: type[BaseModel], place: str = "") -> list[tuple[str, Any, FieldInfo]]:
+    """(dotted name, type, field) of every number, word, switch or list of these, in configs inside the config too."""
+    found: list[tuple[str, Any, FieldInfo]] = []
+    for name, field in config.model_fields.items():
+        kind = _plain_kind(field.annotation)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found += _simple_fields(kind, f"{place}{name}.")
+        elif kind is not None:
+            found.append((f"{place}{name}", kind, field))
+    return found
 
 
 def _common() -> list[inspect.Parameter]:
@@ -187,15 +199,25 @@ def _parameter(name: str, kind: Any, text: str, *, flag: str) -> inspect.Paramet
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _simple(field: FieldInfo) -> Any:
-    """The option type of a config field that is one number, word or switch; None for all others."""
-    kind = field.annotation
-    if get_origin(kind) in (Union, types.UnionType):
-        kinds = [item for item in get_args(kind) if item is not type(None)]
-        kind = kinds[0] if len(kinds) == 1 else None
-    if get_origin(kind) is Literal:
-        return type(get_args(kind)[0])
-    return kind if kind in SCALARS else None
+def _plain_kind(annotation: Any) -> Any:
+    """int, float, str, bool, list (of these) or a config class; None for unions and everything else."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        kinds = [item for item in parts if item is not type(None)]
+        return _plain_kind(kinds[0]) if len(kinds) == 1 else None
+    if origin is Literal:
+        return type(parts[0])
+    if origin in (tuple, list):
+        return list if parts and parts[0] in SCALARS else None
+    return (
+        annotation
+        if annotation in SCALARS or (isinstance(annotation, type) and issubclass(annotation, BaseModel))
+        else None
+    )
+
+
+def _argument(name: str) -> str:
+    return "field_" + name.replace(".", "__")
 
 
 def _field_help(field: FieldInfo) -> str:
