@@ -1,0 +1,24 @@
+"""`make bench`: every benchmark in turn, as Markdown on stdout. Run it on an idle machine; quote ratios, not seconds."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from benchmarks.machine import describe_machine
+
+MODULES = ("tokens", "sampling", "quantizers", "recipe")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*MODULES, []], help="benchmarks to run; none: all")
+    names = parser.parse_args().names or MODULES
+    print(describe_machine())
+    for name in names:
+        print(f"\n## {name}\n", flush=True)
+        importlib.import_module(f"benchmarks.{name}").main()
+
+
+if __name__ == "__main__":
+    main()
