@@ -54,6 +54,8 @@ class TokenAttributes:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("grid", "factors", "value_range", "crops", "class_names"):
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
         problem = _problem(self)
         if problem:
             raise UsageError(f"a token set cannot be described so: {problem}")
@@ -91,7 +93,7 @@ def attributes_from_document(document: Json, path: str) -> TokenAttributes:
         raise damage(path, "has no attributes named smalti", hint="open a folder that is a token set")
     check_format(found.get("format"), FORMAT, path)
     known = {item.name for item in fields(TokenAttributes)} - {"extra"}
-    given = {name: _frozen(value) for name, value in found.items() if name in known}
+    given = {name: value for name, value in found.items() if name in known}
     missing = [name for name in _REQUIRED if name not in given]
     if missing:
         raise damage(path, f"does not say {', '.join(missing)}")

@@ -240,10 +240,12 @@ class MappedArray:
 def _by_shard(indices: NDArray[np.int64], rows_per_shard: int) -> Iterator[tuple[int, Positions]]:
     """(shard, positions in indices) for each shard that is asked for."""
     shards = indices // rows_per_shard
-    if shards.size and shards.min() == shards.max():
+    if shards.size == 0:
+        return
+    if shards.min() == shards.max():
         yield int(shards[0]), slice(None)
         return
-    narrow = shards.astype(np.uint16) if shards.size and shards.max() < 2**16 else shards  # numpy sorts these by radix
+    narrow = shards.astype(np.uint16) if shards.max() < 2**16 else shards  # numpy sorts these by radix
     order = np.argsort(narrow, kind="stable")
     found, starts = np.unique(narrow[order], return_index=True)
     for shard, where in zip(found, np.split(order, starts[1:]), strict=True):
