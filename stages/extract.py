@@ -143,8 +143,8 @@ def fit_patches(config: ExtractConfig, source: ImagesAt, images: int, run: Runti
     rows = images * config.seen.count
     with threads(1), run.progress.bar("fitting", total=rows, unit="views") as bar:
         for seen in view_passes(source, 0, images, views=config.seen, rows=config.rows_per_pass):
-            fitting.add(to_images(seen.rows_RSS3[: seen.count], torch.device("cpu")))
-            bar.advance(seen.count)
+            fitting.add(to_images(seen.rows_RSS3[: seen.real], torch.device("cpu")))
+            bar.advance(seen.real)
         state = fitting.finish()
     if not all(bool(torch.isfinite(value).all()) for value in state.values()):
         raise NumericError("the images do not vary, so no patches can be whitened", hint="give more than one image")

@@ -43,10 +43,10 @@ class ImagesAt:
 
 
 class Pass(NamedTuple):
-    """rows_RSS3: uint8 rows of one pass.  count: how many of them are real, the rest is filling."""
+    """rows_RSS3: uint8 rows of one pass.  real: how many of them are real, the rest is filling."""
 
     rows_RSS3: NDArray[np.uint8]
-    count: int
+    real: int
 
 
 def view_passes(source: ImagesAt, start: int, stop: int, *, views: ViewPolicy, rows: int) -> Iterator[Pass]:
@@ -66,7 +66,7 @@ def run_passes(
     import torch
 
     with torch.no_grad():
-        results = [network(to_images(rows_RSS3, device))[:count].cpu().numpy() for rows_RSS3, count in passes]
+        results = [network(to_images(rows_RSS3, device))[:real].cpu().numpy() for rows_RSS3, real in passes]
     return np.concatenate(results)
 
 

@@ -1,0 +1,33 @@
+"""How a codebook is used: codes in use and perplexity, counted exactly in any order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class CodeUsage:
+    """Counts of `codes` codes, added up block by block."""
+
+    def __init__(self, codes: int):
+        self.counts_K = np.zeros(codes, dtype=np.int64)
+
+    def add(self, codes: NDArray[Any]) -> None:
+        """Count codes of any shape, each in [0, codes)."""
+        self.counts_K += np.bincount(codes.reshape(-1), minlength=len(self.counts_K))
+
+    @property
+    def used(self) -> int:
+        return int(np.count_nonzero(self.counts_K))
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the entropy, from 1 to the number of codes; six decimals."""
+        shares = self.counts_K[self.counts_K > 0] / max(1, int(self.counts_K.sum()))
+        return round(float(np.exp(-(shares * np.log(shares)).sum())), 6)
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.used}/{len(self.counts_K)} codes used, perplexity {self.perplexity:.0f}"
