@@ -5,13 +5,13 @@ A shard function asks for its network by `NetworkFile`, which travels to workers
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from models.classifiers.config import BUILDERS as CLASSIFIERS
 from models.classifiers.config import ClassifierConfig
@@ -21,13 +21,11 @@ from models.generators.config import GeneratorConfig
 from models.registry import build
 from models.tokenizer_config import TokenizerConfig
 from pipeline.artifact import Artifact, read_manifest
-from pipeline.config import parse_config
-from pipeline.errors import CorruptError, UsageError
+from pipeline.errors import CorruptError
 from stages.devices import pick_device
 from stages.weights import fill, load_config, load_weights
 
 KEPT = 8  # networks in memory per process: a sweep over many does not keep them all
-ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 @dataclass(frozen=True)
@@ -70,15 +68,18 @@ class GeneratorCard(Config):
 
 
 def read_card(artifact: Artifact) -> GeneratorCard:
-    return _config(artifact, GeneratorCard)
+    config: GeneratorCard = _checked(artifact, GeneratorCard)
+    return config
 
 
 def read_tokenizer_config(artifact: Artifact) -> TokenizerConfig:
-    return _config(artifact, TokenizerConfig)
+    config: TokenizerConfig = _checked(artifact, TokenizerConfig)
+    return config
 
 
 def read_classifier_config(artifact: Artifact) -> ClassifierConfig:
-    return _checked(artifact, lambda: TypeAdapter(ClassifierConfig).validate_python(load_config(artifact)))
+    config: ClassifierConfig = _checked(artifact, ClassifierConfig)
+    return config
 
 
 @lru_cache(KEPT)
@@ -111,17 +112,13 @@ def _ready(network: Any, artifact: Artifact, device: str) -> Any:
     return network.to(pick_device(device)).eval().requires_grad_(False)
 
 
-def _config(artifact: Artifact, model: type[ConfigT]) -> ConfigT:
-    return _checked(
-        artifact, lambda: parse_config(model, load_config(artifact), where=f"config.json of {artifact.name}")
-    )
-
-
-def _checked(artifact: Artifact, read: Callable[[], Any]) -> Any:
-    """A config that does not validate here belongs to another version, or was altered: exit code 4, not 2."""
+def _checked(artifact: Artifact, model: Any) -> Any:
+    """Its config.json as `model`; one that does not validate belongs to another version or was altered: exit code 4."""
     try:
-        return read()
-    except (UsageError, ValueError) as error:
+        return TypeAdapter(model).validate_json(json.dumps(load_config(artifact)))
+    except ValidationError as error:
+        complaint = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in complaint["loc"])
         raise CorruptError(
-            f"{artifact.name} has a config.json that this version cannot read: {error}", path=artifact.path
+            f"config.json of {artifact.name} does not fit this version: {place}: {complaint['msg']}", path=artifact.path
         ) from error

@@ -39,20 +39,26 @@ Labels_I = NDArray[np.int32]
 class SampleConfig(Config):
     """What to ask of the generator."""
 
-    images: int = Field(64, ge=1, description="how many samples")
+    images: int = Field(default=64, ge=1, description="how many samples")
     labels: Literal["balanced", "like"] = Field(
-        "balanced", description="balanced: the classes in turn; like: in the proportions of the input labels"
+        default="balanced", description="balanced: the classes in turn; like: in the proportions of the input labels"
     )
-    classes: tuple[int, ...] | None = Field(None, description="take only these classes, in turn (with balanced)")
-    seed: int = Field(0, ge=0, lt=2**53, description="of all random numbers")
-    sampling: SamplingConfig = Field(SamplingConfig(), description="guidance, temperature, top-k, top-p, greedy")
+    classes: tuple[int, ...] | None = Field(
+        default=None, description="take only these classes, in turn (with balanced)"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**53, description="of all random numbers")
+    sampling: SamplingConfig = Field(
+        default=SamplingConfig.model_validate({}), description="guidance, temperature, top-k, top-p, greedy"
+    )
     order: tuple[int, ...] | None = Field(
-        None, description="the image position that each step produces, left out for raster order"
+        default=None, description="the image position that each step produces, left out for raster order"
     )
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of weights and cache; logits are float32")
-    rows_per_pass: int = Field(64, ge=1, description="samples that go through the network together")
-    shard_images: int = Field(16_384, ge=1, description="images per file of codes")
-    chunk_images: int = Field(128, ge=1, description="images per checksum; divides shard_images")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of weights and cache; logits are float32"
+    )
+    rows_per_pass: int = Field(default=64, ge=1, description="samples that go through the network together")
+    shard_images: int = Field(default=16_384, ge=1, description="images per file of codes")
+    chunk_images: int = Field(default=128, ge=1, description="images per checksum; divides shard_images")
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,160 @@
+"""Tiny artifacts for the tests of later stages, written by hand: networks with random weights, token sets, images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from models.classifiers.config import BUILDERS as CLASSIFIERS
+from models.classifiers.config import ConvolutionalClassifierConfig
+from models.generators.config import BUILDERS as GENERATORS
+from models.generators.config import RarConfig
+from models.registry import build
+from models.tokenizer import Tokenizer
+from models.tokenizer_config import TokenizerConfig
+from pipeline import durable
+from pipeline.artifact import Artifact
+from pipeline.draft import Draft, Request
+from pipeline.keys import config_value, sha256
+from pipeline.store import Store
+from smalti.attributes import TokenAttributes
+from stages.identity import tokenizer_identity
+from stages.image_files import ImageLayout, write_labels_and_metadata
+from stages.token_files import TokenLayout, write_labels_and_cards
+from stages.weights import save_weights
+
+CLASSES, CODES, GRID, SIZE = 3, 8, (2, 2), 16
+
+
+class Killed(BaseException):
+    """Stands for a process that dies: nothing catches it."""
+
+
+def made(store: Store, kind: str, write: Callable[[Draft], None], *, name: str = "", **facts: Any) -> Artifact:
+    """An artifact of stage `made-<kind>`, whose files `write` puts."""
+    key = sha256(f"{kind} {name}".encode())
+    request = Request(f"made-{kind}", kind, 1, key, {}, {}, {})
+    with store.draft(request) as draft:
+        assert draft is not None
+        write(draft)
+        draft.facts = facts
+        draft.commit(store.path(request.stage, key))
+    return store.open(request.stage, key)
+
+
+def tokenizer_artifact(store: Store, *, seed: int = 0, codes: int = CODES) -> Artifact:
+    """A tokenizer of random weights: 16x16 pixels to 2x2 codes."""
+    torch.manual_seed(seed)
+    config = TokenizerConfig.model_validate(
+        {
+            "autoencoder": {"kind": "convolutional", "widths": [8, 8, 8], "latent": 4},
+            "quantizer": {"kind": "vector", "codes": codes},
+        }
+    )
+    state = Tokenizer(config).state_dict()
+    return made(store, "tokenizer", lambda out: save_weights(out, state, config_value(config)), name=f"{seed} {codes}")
+
+
+def generator_artifact(
+    store: Store, tokenizer: Artifact, model: Any = None, *, poison: str = "", **changes: Any
+) -> Artifact:
+    """A RAR of random weights (or `model` with its network) for the codes of this tokenizer.
+
+    poison: a tensor that is filled with NaN.  changes: other fields of the card.
+    """
+    torch.manual_seed(1)
+    model = model or RarConfig(width=16, layers=1, heads=2, mlp_width=32)
+    network = build(model, GENERATORS, codes=CODES, tokens=GRID[0] * GRID[1], classes=CLASSES)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    card = {
+        "model": config_value(model),
+        "codes": CODES,
+        "classes": CLASSES,
+        "grid": list(GRID),
+        "class_names": ["zero", "one", "two"],
+        "tokenizer": tokenizer_identity(tokenizer),
+        "resolution": SIZE,
+        **changes,
+    }
+    state = network.state_dict()
+    if poison:
+        state[poison].fill_(torch.nan)
+    return made(store, "generator", lambda out: save_weights(out, state, card), name=f"{model.kind} {poison} {changes}")
+
+
+def token_artifact(
+    store: Store, tokenizer: Artifact, codes_ICT: NDArray[Any], labels_I: NDArray[Any], *, name: str = "", **said: Any
+) -> Artifact:
+    """A token set of these codes."""
+    described = {
+        "name": "tiny",
+        "n_images": len(codes_ICT),
+        "n_crops": codes_ICT.shape[1],
+        "grid": GRID,
+        "codes": CODES,
+        "classes": CLASSES,
+        "tokenizer": tokenizer_identity(tokenizer),
+        "resolution": SIZE,
+        **said,
+    }
+    layout = TokenLayout(TokenAttributes(**described), 4, 8, 4)
+
+    def write(out: Draft) -> None:
+        for number in range(layout.shards):
+            start, stop = layout.shard_range(number)
+            out.put(f"shard-{number}", layout.shard(number, codes_ICT[start:stop]))
+        write_labels_and_cards(out, layout, labels_I, [f"{row:04d}" for row in range(len(codes_ICT))])
+
+    return made(store, "token-set", write, name=name)
+
+
+def images_artifact(
+    store: Store, images_NHW3: NDArray[np.uint8], labels_N: NDArray[Any], *, name: str = ""
+) -> Artifact:
+    """An images artifact of these pictures."""
+    layout = ImageLayout(len(images_NHW3), *images_NHW3.shape[1:3], len(images_NHW3), len(images_NHW3))
+
+    def write(out: Draft) -> None:
+        out.put("shard", layout.shard(0, images_NHW3))
+        write_labels_and_metadata(out, layout, labels_N.astype(np.int32))
+
+    return made(store, "images", write, name=name)
+
+
+def classifier_artifact(store: Store, *, seed: int = 0, features: int = 8) -> Artifact:
+    """A classifier of random weights for 16x16 pixels."""
+    torch.manual_seed(seed)
+    config = ConvolutionalClassifierConfig(image_size=SIZE, classes=CLASSES, widths=(8, 8, 8, 8), features=features)
+    state = build(config, CLASSIFIERS).state_dict()
+    save = lambda out: save_weights(out, state, config_value(config))  # noqa: E731
+    return made(store, "classifier", save, name=f"{seed} {features}")
+
+
+@contextmanager
+def killed_at(call: int) -> Iterator[None]:
+    """Raise `Killed` at the n-th operation of the commit protocol."""
+    calls = 0
+
+    def count(what: str, path: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Killed
+
+    durable.watch = count
+    try:
+        yield
+    finally:
+        durable.watch = None
+
+
+def digests(artifact: Artifact) -> dict[str, str]:
+    """Every data file's SHA-256, and the manifest's."""
+    return {"manifest": artifact.digest, **{name: entry.sha256 for name, entry in artifact.files.items()}}
