@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from models.encoders.config import BUILDERS, Dinov2Config, EncoderConfig, WhitenedPatchesConfig
 from models.registry import build
 from pipeline.errors import CorruptError
+from stages.devices import pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -31,18 +32,17 @@ def parse_encoder(values: Any, *, path: Path) -> Encoder:
     return found
 
 
-def build_encoder(config: Encoder, state: dict[str, torch.Tensor], device: torch.device) -> torch.nn.Module:
+def build_encoder(config: Encoder, state: dict[str, torch.Tensor], device: str) -> torch.nn.Module:
     """The network with its weights, ready to use."""
     encoder: torch.nn.Module = build(config, BUILDERS)
     encoder.load_state_dict(state)
-    return encoder.eval().to(device)
+    return encoder.eval().requires_grad_(False).to(pick_device(device))
 
 
 @lru_cache(maxsize=2)
 def load_encoder(folder: Path, digest: str, device: str) -> torch.nn.Module:
     """The encoder of a features artifact or its draft; once per process. digest: SHA-256 of its weight file."""
-    import torch
     from safetensors.torch import load_file
 
     config = parse_encoder(json.loads((folder / ENCODER).read_bytes()), path=folder)
-    return build_encoder(config, load_file(folder / ENCODER_WEIGHTS), torch.device(device))
+    return build_encoder(config, load_file(folder / ENCODER_WEIGHTS), device)

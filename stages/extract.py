@@ -109,10 +109,9 @@ def extract_features(config: ExtractConfig, inputs: Inputs, out: Draft, run: Run
     """
     image_set = ImageSet.open(inputs["images"].path)
     source = ImagesAt.of(inputs["images"])
-    device = pick_device(run.device)
     if not out.is_done("encoder"):
         out.put("encoder", encoder_files(config, source, len(image_set), run))
-    spec = make_spec(config, source, len(image_set), out, device)
+    spec = make_spec(config, source, len(image_set), out, run.device)
     shards = [spec.features.shard_range(shard) for shard in range(spec.features.shards)]
     sizes = [(stop - start) // config.seen.count for start, stop in shards]
     map_shards(out, run, extract_shard, spec, sizes, label="features")
@@ -151,9 +150,9 @@ def fit_patches(config: ExtractConfig, source: ImagesAt, images: int, run: Runti
     return state
 
 
-def make_spec(config: ExtractConfig, source: ImagesAt, images: int, out: Draft, device: torch.device) -> ExtractSpec:
+def make_spec(config: ExtractConfig, source: ImagesAt, images: int, out: Draft, device: str) -> ExtractSpec:
     digest = hash_file(out.path / ENCODER_WEIGHTS)
-    encoder: Any = load_encoder(out.path, digest, str(device))
+    encoder: Any = load_encoder(out.path, digest, device)
     views = config.seen.count
     features = ArraySpec(
         shape=(images * views, *config.encoder.grid, encoder.dims),
@@ -162,19 +161,17 @@ def make_spec(config: ExtractConfig, source: ImagesAt, images: int, out: Draft, 
         shard_rows=config.shard_images * views,
         dimension_names=("row", "y", "x", "value"),
     )
-    return ExtractSpec(config, source, out.path, digest, str(device), features)
+    return ExtractSpec(config, source, out.path, digest, device, features)
 
 
 def extract_shard(spec: ExtractSpec, number: int) -> dict[str, bytes]:
     """The features of one shard; NumericError names the first image whose features are not finite."""
-    import torch
-
     views = spec.config.seen
     start, stop = (row // views.count for row in spec.features.shard_range(number))
     with threads(1):
         network = load_encoder(spec.encoder, spec.encoder_digest, spec.device)
         passes = view_passes(spec.images, start, stop, views=views, rows=spec.config.rows_per_pass)
-        features_NhwD = run_passes(network, passes, device=torch.device(spec.device))
+        features_NhwD = run_passes(network, passes, device=pick_device(spec.device))
     stored_NhwD = store_as(features_NhwD, spec.config.dtype)
     check_finite(stored_NhwD, spec, start)
     name, data = encode_shard(spec.features, number, stored_NhwD)

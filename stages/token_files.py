@@ -33,6 +33,7 @@ class TokenLayout:
     key_bytes: int
     shard_images: int
     chunk_images: int
+    has_boxes: bool = False
 
     @cached_property
     def specs(self) -> dict[str, ArraySpec]:
@@ -42,6 +43,7 @@ class TokenLayout:
             key_bytes=self.key_bytes,
             shard_images=self.shard_images,
             chunk_images=self.chunk_images,
+            has_boxes=self.has_boxes,
         )
 
     @property
@@ -65,6 +67,11 @@ class TokenLayout:
         check_codes(codes_ICT, self.attributes.codes, start, CorruptError, "tokens")
         name, data = encode_shard(spec, number, codes_ICT.reshape(stop - start, *spec.row_shape))
         return {f"tokens/{name}": data}
+
+    def box_shard(self, number: int, boxes_IC5: NDArray[np.float32]) -> dict[str, bytes]:
+        """The file of a shard's boxes, where crops lie at random places."""
+        name, data = encode_shard(self.specs["boxes"], number, boxes_IC5)
+        return {f"boxes/{name}": data}
 
 
 def write_labels_and_cards(out: Draft, layout: TokenLayout, labels_I: ArrayLike, keys: list[str]) -> None:
