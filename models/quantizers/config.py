@@ -5,7 +5,7 @@ The width of a code is not repeated here: a quantizer is built with `dim`, the l
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -37,6 +37,56 @@ class VectorConfig(Config):
         return self.codes
 
 
-QuantizerConfig = VectorConfig  # a union tagged by `kind` as soon as there is a second one
+class LookupFreeConfig(Config):
+    """Signs of the latent channels, 2 ** channels codes (MAGVIT-v2, arXiv 2310.05737); defaults are Open-MAGVIT2's."""
 
-BUILDERS: dict[str, str] = {"vector": "models.quantizers.vector:VectorQuantizer"}
+    kind: Literal["lookup-free"] = "lookup-free"
+    temperature: float = Field(default=0.01, gt=0, description="Divides the logits of the entropy loss.")
+    entropy_weight: float = Field(default=0.1, ge=0, description="Weight of the entropy loss.")
+    sample_weight: float = Field(default=1.0, ge=0, description="In it: weight of the entropy of single tokens.")
+    batch_weight: float = Field(default=1.0, ge=0, description="In it: weight of the (maximised) entropy of codes.")
+    commitment_weight: float = Field(default=0.25, ge=0, description="Weight of the distance of latents to signs.")
+    enlarge_ratio: float = Field(default=0.0, ge=0, description="More entropy weight at first: (1 + ratio) at step 0.")
+    enlarge_steps: int = Field(default=2000, ge=1, description="Steps until that surplus has fallen to nothing.")
+    usage_decay: float = Field(default=0.99, ge=0, lt=1, description="Decay per step of the running use of each code.")
+    dead_below: float = Field(
+        default=0.1, ge=0, lt=1, description="A code is dead if used less than this share of an even use."
+    )
+
+    def codebook_size(self, dim: int) -> int:
+        """Number of codes, given the latent channels of the autoencoder."""
+        return 2**dim
+
+    def enlargement(self, step: int) -> float:
+        """By how much the entropy weight is raised at this step."""
+        return self.enlarge_ratio * max(0.0, 1 - step / self.enlarge_steps)
+
+
+class IndexBackpropagationConfig(Config):
+    """Largest dot product with a codebook whose every row gets gradient (IBQ, arXiv 2412.02692)."""
+
+    kind: Literal["index-backpropagation"] = "index-backpropagation"
+    codes: int = Field(ge=1, description="Size of the codebook.")
+    weight: float = Field(default=1.0, ge=0, description="Weight of the quantization loss.")
+    beta: float = Field(default=0.25, ge=0, description="In it: weight of the term that moves codes to latents.")
+    temperature: float = Field(default=0.01, gt=0, description="Divides the logits of the entropy loss.")
+    entropy_weight: float = Field(default=0.05, ge=0, description="Weight of the entropy loss; 0: none.")
+    sample_weight: float = Field(default=1.0, ge=0, description="In it: weight of the entropy of single tokens.")
+    batch_weight: float = Field(default=1.0, ge=0, description="In it: weight of the (maximised) entropy of codes.")
+    usage_decay: float = Field(default=0.99, ge=0, lt=1, description="Decay per step of the running use of each code.")
+    dead_below: float = Field(
+        default=0.1, ge=0, lt=1, description="A code is dead if used less than this share of an even use."
+    )
+
+    def codebook_size(self, dim: int) -> int:
+        """Number of codes, given the latent channels of the autoencoder."""
+        return self.codes
+
+
+QuantizerConfig = Annotated[VectorConfig | LookupFreeConfig | IndexBackpropagationConfig, Field(discriminator="kind")]
+
+BUILDERS: dict[str, str] = {
+    "vector": "models.quantizers.vector:VectorQuantizer",
+    "lookup-free": "models.quantizers.lookup_free:LookupFreeQuantizer",
+    "index-backpropagation": "models.quantizers.index_backpropagation:IndexBackpropagationQuantizer",
+}

@@ -1,0 +1,112 @@
+"""Lookup-free quantization: the code of a latent is the signs of its channels (arXiv 2310.05737; Open-MAGVIT2).
+
+The entropy loss is over a softmax of 2^D codes, but its logits are sums over channels, so it factorises exactly:
+the entropy of a token is the sum of D binary entropies, and the mean distribution over codes is one matrix product of
+the joint probabilities of the low and of the high half of the channels. Nothing of tokens x 2^D is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.quantizers.config import LookupFreeConfig
+from models.quantizers.quantized import Quantized
+from models.quantizers.usage import CountsUse
+
+# Shapes: B images, D latent channels (bits of a code), h w latent grid, N tokens (B*h*w), K = 2^D codes,
+# L and M joint values of the low and of the high channels (L * M = K)
+EPSILON = 1e-5  # inside the logarithm of the mean distribution, as published
+
+
+class LookupFreeQuantizer(CountsUse):
+    """Signs of `dim` channels; there is no parameter. Channel 0 is the lowest bit; a channel of exactly 0 is a 0 bit."""
+
+    def __init__(self, config: LookupFreeConfig, *, dim: int):
+        super().__init__(2**dim, decay=config.usage_decay, dead_below=config.dead_below)
+        self.config = config
+        self.register_buffer("bit_values_D", 2 ** torch.arange(dim), persistent=False)
+
+    def forward(self, z_BDhw: Tensor) -> Quantized:
+        """Quantize; the gradient passes straight through. In training also keep the running use of codes."""
+        signs_BDhw = torch.where(z_BDhw > 0, 1.0, -1.0).to(z_BDhw.dtype)
+        codes_Bhw = self.encode(z_BDhw)
+        codes_N = codes_Bhw.flatten()
+        z_ND = at_least_float32(z_BDhw).movedim(1, -1).reshape(len(codes_N), -1)
+        losses, entropies = self.losses(z_ND)
+        if self.training:
+            self.count(codes_N)
+        passed_BDhw = signs_BDhw + (z_BDhw - z_BDhw.detach())  # exactly the signs, with the gradient of z
+        return Quantized(passed_BDhw, codes_Bhw, losses, self.stats(codes_N) | entropies)
+
+    def encode(self, z_BDhw: Tensor) -> Tensor:
+        """Codes alone, without losses."""
+        return ((z_BDhw > 0).movedim(1, -1) * self.bit_values_D).sum(-1)
+
+    def lookup(self, codes_Bhw: Tensor) -> Tensor:
+        is_set_BDhw = (codes_Bhw[..., None] & self.bit_values_D).movedim(-1, 1) != 0
+        return torch.where(is_set_BDhw, 1.0, -1.0)
+
+    def losses(self, z_ND: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weighted losses, and the two entropies (nats) for the log. Float32 even under autocast."""
+        config = self.config
+        with torch.autocast(z_ND.device.type, enabled=False):
+            sample, codebook = entropies(z_ND, temperature=config.temperature)
+            commitment = F.mse_loss(z_ND, torch.where(z_ND > 0, 1.0, -1.0).to(z_ND.dtype))
+        weight = config.entropy_weight * (1 + config.enlargement(int(self.step)))
+        losses = {
+            "entropy": weight * (config.sample_weight * sample - config.batch_weight * codebook),
+            "commitment": config.commitment_weight * commitment,
+        }
+        return losses, {"sample_entropy": sample.detach(), "codebook_entropy": codebook.detach()}
+
+
+def entropies(z_ND: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """Mean entropy of a token over all codes, and entropy of the mean distribution; both in nats, exact.
+
+    The logit of code c is 2 z.c / temperature, so that a channel is +1 with probability sigmoid(4 z / temperature).
+    """
+    logits_ND = z_ND * (4 / temperature)
+    low = z_ND.shape[1] // 2
+    high_NM, low_NL = joint(logits_ND[:, low:]), joint(logits_ND[:, :low])
+    mean_ML = high_NM.T @ low_NL / len(z_ND)
+    return binary_entropy(logits_ND).sum(1).mean(), -(mean_ML * (mean_ML + EPSILON).log()).sum()
+
+
+def binary_entropy(logits: Tensor) -> Tensor:
+    """Entropy of sigmoid(logit) in nats, without cancellation at large logits."""
+    size = logits.abs()
+    return torch.log1p(torch.exp(-size)) + size * torch.sigmoid(-size)
+
+
+def joint(logits_ND: Tensor) -> Tensor:
+    """Probability of each of the 2^D values of D independent channels; channel 0 is the lowest bit."""
+    probabilities_NL = torch.ones_like(logits_ND[:, :1])
+    for logit_N1 in logits_ND.split(1, dim=1):
+        zero_NL = probabilities_NL * torch.sigmoid(-logit_N1)
+        probabilities_NL = torch.cat([zero_NL, probabilities_NL * torch.sigmoid(logit_N1)], dim=1)
+    return probabilities_NL
+
+
+def split_code(codes: Tensor, bits: Sequence[int]) -> tuple[Tensor, ...]:
+    """The sub-tokens of a code: as many as `bits`, the lowest bits first (Open-MAGVIT2 predicts 18 as 6, then 12)."""
+    parts = []
+    for width in bits:
+        parts.append(codes & (2**width - 1))
+        codes = codes >> width
+    return tuple(parts)
+
+
+def join_code(parts: Sequence[Tensor], bits: Sequence[int]) -> Tensor:
+    """The inverse of `split_code`."""
+    codes = torch.zeros_like(parts[0])
+    for part, width in zip(reversed(parts), reversed(bits), strict=True):
+        codes = (codes << width) | part
+    return codes
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

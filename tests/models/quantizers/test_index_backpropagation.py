@@ -1,0 +1,122 @@
+"""Index backpropagation against the published implementation's numbers, in float32 and in float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.quantizers import propagation
+from models.quantizers.config import IndexBackpropagationConfig
+from models.quantizers.index_backpropagation import IndexBackpropagationQuantizer
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "ibq"
+NAMES = ("small", "large", "saturated", "other_hyper")
+CASES = {name: load_file(GOLDEN / f"quantizer_{name}.safetensors") for name in NAMES}
+SPECS = {name: json.loads((GOLDEN / f"quantizer_{name}.json").read_text()) for name in NAMES}
+
+
+def build(name: str, *, entropy: bool, dtype: torch.dtype = torch.float32) -> IndexBackpropagationQuantizer:
+    spec = SPECS[name]["config"]
+    config = IndexBackpropagationConfig(
+        codes=spec["K"],
+        beta=spec["beta"],
+        temperature=spec["entropy_temperature"],
+        entropy_weight=0.05 if entropy else 0.0,
+        sample_weight=spec["sample_minimization_weight"],
+        batch_weight=spec["batch_maximization_weight"],
+    )
+    quantizer = IndexBackpropagationQuantizer(config, dim=spec["D"]).to(dtype)
+    quantizer.codebook_KD.data.copy_(CASES[name]["weights/embedding.weight"])
+    return quantizer
+
+
+def gradients(quantizer: IndexBackpropagationQuantizer, z_BDhw: Tensor, objective: str, upstream: Tensor) -> list[Tensor]:
+    z_BDhw = z_BDhw.detach().requires_grad_()
+    quantized = quantizer(z_BDhw)
+    terms = {
+        "upstream": (quantized.z_BDhw * upstream).sum(),
+        "quant": quantized.losses["quantization"],
+        "entropy": quantized.losses.get("entropy", torch.zeros(())) / 0.05,
+    }
+    weighted = terms["upstream"] + terms["quant"] + 0.05 * terms["entropy"]
+    return list(torch.autograd.grad(weighted if objective == "total" else terms[objective], [z_BDhw, quantizer.codebook_KD]))
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.fixture(params=[1, 7, 64], autouse=True)
+def rows_per_tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every size of the chunks gives the same numbers."""
+    monkeypatch.setattr(propagation, "CPU_ROWS_PER_TILE", request.param)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("entropy", [True, False])
+def test_values(name: str, entropy: bool) -> None:
+    case = CASES[name]
+    part = f"out/entropy_{'on' if entropy else 'off'}"
+    quantizer = build(name, entropy=entropy)
+    quantized = quantizer(case["in/z"])
+    assert torch.equal(quantized.codes_Bhw.flatten(), case[f"{part}/indices"])
+    torch.testing.assert_close(quantized.z_BDhw, case[f"{part}/z_q"], atol=2e-6, rtol=0)
+    ours = {"quant_loss": quantized.losses["quantization"]}
+    if entropy:
+        ours |= {
+            "sample_entropy": quantized.stats["sample_entropy"],
+            "avg_entropy": quantized.stats["codebook_entropy"],
+            "entropy_loss": quantized.losses["entropy"] / 0.05,
+        }
+    for term, value in ours.items():
+        torch.testing.assert_close(value, case[f"{part}/{term}"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("entropy", [True, False])
+def test_float32_gradients(name: str, entropy: bool) -> None:
+    case, part = CASES[name], f"entropy_{'on' if entropy else 'off'}"
+    ours = gradients(build(name, entropy=entropy), case["in/z"], "total", case["in/upstream"])
+    for gradient, of in zip(ours, ("z", "codebook"), strict=True):
+        assert relative(gradient, case[f"out/{part}/grad_{of}"]) < (2e-4 if entropy else 1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("objective", ["upstream", "quant", "entropy", "total"])
+def test_float64_gradients(name: str, objective: str) -> None:
+    case = CASES[name]
+    quantizer = build(name, entropy=True, dtype=torch.float64)
+    ours = gradients(quantizer, case["in/z"].double(), objective, case["in/upstream"].double())
+    part = "entropy_on" if objective == "total" else f"only_{objective}"
+    for gradient, of in zip(ours, ("z", "codebook"), strict=True):
+        assert relative(gradient, case[f"out64/{part}/grad_{of}"]) < 1e-9
+
+
+@pytest.mark.parametrize("share", [0, 10**9])
+def test_window_and_dense_form_agree(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every chunk by the underflow window, then every chunk by the dense form: the published gradients both times."""
+    monkeypatch.setattr(propagation, "SPARSE_SHARE", share)
+    test_float64_gradients("large", "entropy")
+    test_float32_gradients("small", True)
+
+
+def test_encode_and_lookup() -> None:
+    case = CASES["large"]
+    quantizer = build("large", entropy=True).eval()
+    codes_Bhw = quantizer.encode(case["in/z"])
+    assert torch.equal(codes_Bhw.flatten(), case["out/entropy_on/indices"])
+    torch.testing.assert_close(quantizer.lookup(codes_Bhw), case["out/entropy_on/z_q"], atol=2e-6, rtol=0)
+
+
+def test_float32_under_autocast() -> None:
+    case = CASES["small"]
+    quantizer = build("small", entropy=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        quantized = quantizer(case["in/z"])
+    assert torch.equal(quantized.stats["sample_entropy"], quantizer(case["in/z"]).stats["sample_entropy"])
+    assert quantized.z_BDhw.dtype == torch.float32
