@@ -247,6 +247,6 @@ def _by_shard(indices: NDArray[np.int64], rows_per_shard: int) -> Iterator[tuple
         return
     narrow = shards.astype(np.uint16) if shards.max() < 2**16 else shards  # numpy sorts these by radix
     order = np.argsort(narrow, kind="stable")
-    found, starts = np.unique(narrow[order], return_index=True)
-    for shard, where in zip(found, np.split(order, starts[1:]), strict=True):
-        yield int(shard), where
+    starts = np.flatnonzero(np.diff(narrow[order])) + 1
+    for where in np.split(order, starts):
+        yield int(shards[where[0]]), where

@@ -193,6 +193,12 @@ def test_missing_shard_folder_is_named(folder, shard):
         MappedArray(folder)
 
 
+def test_stray_file_of_a_killed_writer_is_ignored(folder, spec):
+    (folder / "c" / "0" / "0" / "0.1a2b.partial").write_bytes(b"half")
+    (folder / "c" / "7.1a2b.partial").write_bytes(b"half")
+    np.testing.assert_array_equal(MappedArray(folder, verify="crc").read(), values_for(spec.shape, spec.dtype))
+
+
 def test_chunks_in_another_order_are_read_through_zarr(folder, spec):
     shard = folder / spec.shard_key(0)
     data, step = shard.read_bytes(), spec.chunk_bytes + 4

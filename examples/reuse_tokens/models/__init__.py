@@ -1,0 +1,1 @@
+"""This project's own models: the name clashes with nothing in smalti."""
