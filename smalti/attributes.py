@@ -1,6 +1,6 @@
 """What a token set says about itself: the `smalti` object among its group's attributes, format version 1.
 
-docs/artifacts.md lists the fields. Six are required; a field that is None or empty is left out of the file. Fields
+FORMAT.md beside this file lists the fields. Six are required; a field that is None or empty is left out of the file. Fields
 that this version does not know are kept in `extra`, so that copying a token set loses nothing.
 """
 

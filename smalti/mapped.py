@@ -11,6 +11,7 @@ import logging
 import math
 import mmap
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cached_property
@@ -53,6 +54,7 @@ class MappedArray:
         if not self.is_mapped:
             log.info("%s is read through zarr (profile %s): slow for shuffled rows", self.path, self.spec.profile)
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
+        self._lock = threading.Lock()
         if verify == "crc":
             self.check_crc()
 
@@ -192,13 +194,14 @@ class MappedArray:
         return np.ndarray(shape, little, self._map(shard), 0, (stride(self.spec), *inner))
 
     def _map(self, shard: int) -> mmap.mmap:
-        if shard not in self._maps:
-            with self.shard_path(shard).open("rb") as file:
-                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if len(self._maps) > MOST_MAPS:
-                self._maps.popitem(last=False)
-        self._maps.move_to_end(shard)
-        return self._maps[shard]
+        with self._lock:  # a loader may read from several threads
+            if shard not in self._maps:
+                with self.shard_path(shard).open("rb") as file:
+                    self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                if len(self._maps) > MOST_MAPS:
+                    self._maps.popitem(last=False)
+            self._maps.move_to_end(shard)
+            return self._maps[shard]
 
     def _check_crc_of_map(self, shard: int) -> None:
         raw = np.memmap(self.shard_path(shard), np.uint8, mode="r")

@@ -158,6 +158,18 @@ class TokenSet:
             boxes=self.boxes,
         )
 
+    def check_made_by(self, *, codes: int, grid: tuple[int, int], config_sha256: str, weights_sha256: str) -> None:
+        """CorruptError where another tokenizer made these codes: its digests decide, not its name."""
+        made_by = self.attributes.tokenizer
+        found = (self.codes, self.grid, made_by.get("config_sha256"), made_by.get("weights_sha256"))
+        expected = (codes, grid, config_sha256, weights_sha256)
+        for what, ours, theirs in zip(
+            ("codes", "grid", "config_sha256", "weights_sha256"), found, expected, strict=True
+        ):
+            if ours != theirs:
+                hint = "take the tokenizer that made the token set, or tokenize again with this one"
+                raise damage(self.path, f"was made by a tokenizer with {what} {ours}, expected {theirs}", hint=hint)
+
     def check_values(self) -> None:
         """Reads everything; CorruptError names the first row whose code or label is out of range."""
         check_labels(self.labels, self.attributes.classes, CorruptError, str(self.path / "labels"))

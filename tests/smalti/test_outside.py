@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import smalti
@@ -54,3 +55,7 @@ assert "zarr" not in sys.modules
 """
     done = run_outside(tmp_path, program)
     assert done.returncode == 0, done.stderr
+
+
+def test_version_is_that_of_the_package():
+    assert tomllib.loads((CLONE / "pyproject.toml").read_text())["project"]["version"] == smalti.__version__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -389,6 +390,23 @@ def test_dataset_gives_one_or_many(token_set, codes_ICT):
     np.testing.assert_array_equal([codes for codes, _ in many], codes_ICT.reshape(150, 8)[[5, 140, 5]])
     with pytest.raises(IndexError):
         dataset[150]
+
+
+@pytest.mark.parametrize(
+    "other", [{"codes": 301}, {"grid": (2, 8)}, {"config_sha256": "1"}, {"weights_sha256": "0" * 64}]
+)
+def test_codes_of_another_tokenizer_are_refused(other):
+    found = smalti.open_tokens(GOLDEN)
+    same = {"codes": 300, "grid": (4, 4), "config_sha256": "0" * 64, "weights_sha256": "1" * 64}
+    found.check_made_by(**same)
+    with pytest.raises(smalti.CorruptError, match=f"with {next(iter(other))}"):
+        found.check_made_by(**{**same, **other})
+
+
+def test_a_set_travels_between_processes(token_set, codes_ICT):
+    found = pickle.loads(pickle.dumps(token_set))
+    np.testing.assert_array_equal(found.codes_of([8, 3]), codes_ICT.reshape(150, 8)[[8, 3]])
+    assert found.attributes == token_set.attributes
 
 
 def test_old_version_stays_readable():
