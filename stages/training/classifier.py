@@ -1,0 +1,51 @@
+"""The training of a classifier as a task of the engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from models.classifiers.config import BUILDERS
+from models.registry import build
+from stages.passes import run_passes
+from stages.training.images import TrainingImages, unit_pixels
+from stages.training.task import Batch, Losses, Modules, Part, Task
+
+if TYPE_CHECKING:
+    from stages.train_classifier import TrainClassifierConfig
+
+PART = "classifier"
+
+
+class ClassifierTask(Task):
+    """Cross entropy of drawn views; judged by the share of upright images that are named right."""
+
+    def __init__(
+        self, config: TrainClassifierConfig, images: TrainingImages, judged: TrainingImages, device: torch.device
+    ):
+        self.config, self.images, self.judged, self.device = config, images, judged, device
+        self.network = build(config.model, BUILDERS)
+        self.parts = [Part(PART, self.network, config.training.optimizer, config.training.schedule)]
+        self.rows = len(images)
+        self.reads_ahead = not images.is_cached
+
+    def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
+        return self.images.batch(step, rows_B, share)
+
+    def losses(self, part: str, modules: Modules, batch: Batch, step: int) -> Losses:
+        pixels_BSS3, labels_B = batch
+        logits_BL = modules[PART](unit_pixels(pixels_BSS3))
+        loss = F.cross_entropy(logits_BL, labels_B, label_smoothing=self.config.smoothing)
+        accuracy = (logits_BL.detach().argmax(1) == labels_B).float().mean()
+        return Losses({"cross_entropy": loss}, {"batch_accuracy": accuracy})
+
+    def evaluate(self) -> dict[str, float]:
+        """Share of right answers on the judged images."""
+        passes = self.judged.upright_passes(self.config.rows_per_pass)
+        named_N = run_passes(lambda images_BCHW: self.network(images_BCHW).argmax(1), passes, device=self.device)
+        accuracy = float(np.mean(named_N == self.judged.image_set.labels))
+        return {"accuracy": accuracy, "loss": 1 - accuracy}

@@ -1,0 +1,62 @@
+"""What chance decides in a training, as functions of (seed, name, step): data order, views, orders, dropped labels.
+
+Each draw is made for the whole global batch, of which a process takes its share. So neither the number of processes nor
+an interruption changes what a row of a batch meets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UsageError
+from smalti.epoch import exact_order
+
+# B rows of a global batch, N rows of the data
+
+Rows_B = NDArray[np.int64]
+
+
+def stream(seed: int, name: str, step: int) -> np.random.Generator:
+    """The random numbers of one name in one step: Philox keyed by SHA-256 of the three."""
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(seed, name, step)[:16], "little")))
+
+
+def torch_seed(seed: int, name: str, step: int, rank: int = 0) -> int:
+    """Seed of torch's default generator before a step, in [0, 2**63). Only dropout-like draws differ between ranks."""
+    return int.from_bytes(_digest(seed, f"{name}/{rank}", step)[:8], "little") >> 1
+
+
+def rows_of_step(step: int, *, rows: int, batch: int, seed: int) -> Rows_B:
+    """Which of `rows` data rows make up the global batch of a step: epochs of whole batches, each a new permutation.
+
+    It is the order of `TokenSet.epoch(batch, seed=seed, epoch=...)`.
+    """
+    if batch > rows:
+        raise UsageError(
+            f"training.batch is {batch}, but there are only {rows} rows to train on", hint="lower training.batch"
+        )
+    epoch, place = divmod(step, rows // batch)
+    return _order(rows, seed, epoch)[place * batch : (place + 1) * batch]
+
+
+def share_of(batch: int, *, rank: int, world: int, accumulation: int) -> slice:
+    """The part of a global batch that process `rank` of `world` computes."""
+    if batch % (world * accumulation):
+        raise UsageError(
+            f"training.batch {batch} does not divide into {world} processes x accumulation {accumulation}",
+            hint="choose a batch that is a multiple of both together",
+        )
+    return slice(batch // world * rank, batch // world * (rank + 1))
+
+
+@lru_cache(maxsize=2)
+def _order(rows: int, seed: int, epoch: int) -> Rows_B:
+    return exact_order(rows, seed=seed, epoch=epoch)
+
+
+def _digest(seed: int, name: str, step: int) -> bytes:
+    return hashlib.sha256(f"{seed} {name} {step}".encode()).digest()

@@ -1,0 +1,378 @@
+"""The training engine: steps of one or several optimizers, saved so that an interrupted training continues exactly.
+
+`train` is the story. A step depends on (state, seed, step) alone: data and draws by `draws`, torch's generator seeded
+before it. So a training that was stopped anywhere ends with the same bytes as one that was not (same device kind,
+threads and number of processes).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.draft import Draft
+from pipeline.errors import NumericError
+from pipeline.progress import Progress
+from pipeline.runtime import Runtime, Terminated
+from stages.devices import threads
+from stages.training import checkpoints
+from stages.training.average import Average
+from stages.training.config import TrainingConfig
+from stages.training.draws import rows_of_step, share_of, torch_seed
+from stages.training.limits import memory_in_words, same_kernels
+from stages.training.metrics import Metrics
+from stages.training.optimizers import build_optimizer, parameters_of, set_rate
+from stages.training.replicas import Replicas
+from stages.training.task import Batch, Losses, Part, Task
+
+READ_AHEAD = 2
+SMOOTHING = 0.98  # of the loss that is shown and reported
+
+TaskT = TypeVar("TaskT", bound=Task)
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[TaskT]):
+    """What a training ended with.
+
+    task: its modules hold the result.  loss: smoothed training loss.  figures: of the task's evaluation of the result.
+    is_first: True in the process that writes the artifact.
+    """
+
+    task: TaskT
+    loss: float
+    figures: dict[str, float]
+    is_first: bool
+
+
+def train(
+    make_task: Callable[[torch.device], TaskT], config: TrainingConfig, out: Draft, run: Runtime, *, label: str
+) -> Outcome[TaskT]:
+    """Train what `make_task(device)` builds, from the draft's newest checkpoint on.
+
+    The task is built with torch's generator seeded by config.seed.
+    NumericError: a loss or gradient is not finite.  CorruptError: the checkpoint does not fit.  MemoryExhausted.
+    """
+    replicas = Replicas(device=run.device, precision=config.precision)
+    with ExitStack() as around:
+        around.enter_context(threads(run.threads))
+        around.enter_context(same_kernels(replicas.device, is_deterministic=config.is_deterministic))
+        around.enter_context(memory_in_words(config, replicas.world))
+        torch.manual_seed(torch_seed(config.seed, "first weights", 0))
+        task = make_task(replicas.device)
+        trainer = Trainer(task, config, replicas, out)
+        trainer.resume()
+        _run_steps(trainer, config, run if trainer.is_first else _silent(run), label)
+        return Outcome(task, trainer.loss, trainer.finish(), trainer.is_first)
+
+
+def _run_steps(trainer: Trainer, config: TrainingConfig, run: Runtime, label: str) -> None:
+    task, first = trainer.task, trainer.step
+    metrics = Metrics(run, steps=config.steps, batch=config.batch, first_step=first, has_board=trainer.is_first)
+    saved = time.monotonic()
+    with run.deferred() as stop, run.progress.bar(label, total=config.steps * config.batch, unit=task.unit) as bar:
+        bar.skip(first * config.batch)
+        for batch in _batches(task, config, trainer.replicas, first):
+            step = trainer.step
+            losses = trainer.advance(batch)
+            bar.advance(config.batch, loss=trainer.loss)
+            if metrics.is_due(step):
+                figures = trainer.figures(losses)
+                metrics.write(step, figures)
+                _warn(task, step, figures, run)
+            if config.evaluate_every and (step + 1) % config.evaluate_every == 0:
+                metrics.record("evaluate", step + 1, trainer.evaluate())
+            leaves = trainer.replicas.any(stop.requested is not None)
+            if leaves or step + 1 == config.steps or time.monotonic() - saved >= run.checkpoint_seconds:
+                trainer.save()
+                saved = time.monotonic()
+            if leaves:
+                stop.requested = stop.requested or Terminated
+                stop.leave()
+    metrics.close()
+
+
+class Running:
+    """A part while it is trained: its module wrapped for replicas, its optimizer, its average."""
+
+    def __init__(self, part: Part, config: TrainingConfig, replicas: Replicas):
+        self.part = part
+        self.wrapped = replicas.wrap(part.module)
+        self.optimizer = build_optimizer(part)
+        self.parameters = parameters_of(self.optimizer)
+        self.names = {id(parameter): name for name, parameter in part.module.named_parameters()}
+        self.average = Average(part.module, config.ema) if config.ema is not None else None
+
+    def rate(self, step: int, steps: int) -> float:
+        return self.part.schedule.rate(step, base=self.part.optimizer.learning_rate, steps=steps)
+
+    def state(self) -> checkpoints.State:
+        name = self.part.name
+        state = {f"model.{name}.{key}": tensor for key, tensor in self.part.module.state_dict().items()}
+        for parameter, moments in self.optimizer.state.items():
+            state |= {
+                f"optimizer.{name}.{self.names[id(parameter)]}.{key}": value for key, value in moments.items()
+            }
+        if self.average is not None:
+            state |= {f"average.{name}.{key}": tensor for key, tensor in self.average.tensors.items()}
+        return state
+
+    def load(self, state: checkpoints.State) -> None:
+        """Take over a state that fits."""
+        name = self.part.name
+        self.part.module.load_state_dict(checkpoints.part_of(state, f"model.{name}."))
+        moments = checkpoints.part_of(state, f"optimizer.{name}.")
+        known = self.optimizer.state_dict()
+        known["state"] = {
+            place: own
+            for place, parameter in enumerate(self.parameters)
+            if (own := _moments_of(moments, self.names[id(parameter)]))
+        }
+        self.optimizer.load_state_dict(known)
+        if self.average is not None:
+            for key, tensor in checkpoints.part_of(state, f"average.{name}.").items():
+                self.average.tensors[key].copy_(tensor)
+
+
+class Trainer:
+    """State of a training and the ways to change it: `advance` by a step, `evaluate`, `save`, `resume`, `finish`."""
+
+    def __init__(self, task: Task, config: TrainingConfig, replicas: Replicas, out: Draft):
+        self.task, self.config, self.replicas, self.out = task, config, replicas, out
+        self.parts = [Running(part, config, replicas) for part in task.parts]
+        self.modules = {running.part.name: running.wrapped for running in self.parts}
+        self.step = self.bad_steps = self.best_step = 0
+        self.loss = self.best_loss = math.inf
+        self._checkpoint = "none yet"
+
+    @property
+    def is_first(self) -> bool:
+        return self.replicas.rank == 0
+
+    def advance(self, batch: Batch) -> Losses:
+        """One step of every part on this process's share of the batch; counts a bad one, or raises NumericError."""
+        torch.manual_seed(torch_seed(self.config.seed, "step", self.step, self.replicas.rank))
+        batch = tuple(tensor.to(self.replicas.device, non_blocking=True) for tensor in batch)
+        buffers = self._copy_of_buffers() if self.config.skip_bad_steps else []
+        seen = Losses({}, {})
+        for place, running in enumerate(self.parts):
+            if self.step < running.part.first_step:
+                continue
+            losses = self._gradients(running, batch)
+            loss, norm = self._clip(running, losses)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self._count_bad_step(running, losses, loss, norm)
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+                break
+            set_rate(running.optimizer, running.rate(self.step, self.config.steps))
+            running.optimizer.step()
+            seen = Losses(seen.losses | losses.losses, seen.stats | losses.stats)
+            if place == 0:
+                self.loss = loss if math.isinf(self.loss) else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
+        else:
+            for running in self.parts:
+                if running.average is not None:
+                    running.average.update()
+        self.step += 1
+        return seen
+
+    def figures(self, losses: Losses) -> dict[str, float]:
+        """Plain numbers of a step for the log."""
+        named = losses.losses | losses.stats
+        values = self.replicas.mean(torch.stack([value.detach().float() for value in named.values()])) if named else []
+        rates = {
+            "learning_rate" if place == 0 else f"learning_rate_{running.part.name}": running.rate(
+                self.step - 1, self.config.steps
+            )
+            for place, running in enumerate(self.parts)
+        }
+        return {"loss": self.loss, **dict(zip(named, values, strict=True)), **rates}
+
+    def evaluate(self) -> dict[str, float]:
+        """Figures on held-out data, with the weights that would be the result; keeps the best ones if asked to."""
+        with ExitStack() as averaged, torch.no_grad():
+            for running in self.parts:
+                running.part.module.eval()
+                if running.average is not None:
+                    averaged.enter_context(running.average.in_place())
+            figures = self.task.evaluate()
+            if self.config.select == "best" and figures.get("loss", math.inf) < self.best_loss:
+                self._keep_best(figures["loss"])
+        for running in self.parts:
+            running.part.module.train()
+        return figures
+
+    def save(self) -> None:
+        """Write a checkpoint (the first process alone)."""
+        if not self.is_first:
+            return
+        numbers = {
+            "step": self.step,
+            "bad_steps": self.bad_steps,
+            "best_step": self.best_step,
+            "loss": self.loss,
+            "best_loss": self.best_loss,
+        }
+        state = {f"engine.{name}": torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+        checkpoints.save_checkpoint(self.out, self.step, state | self._state())
+        checkpoints.drop_worse(self.out, self.best_step)
+        self._checkpoint = f"step {self.step}"
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint of the draft, if there is one."""
+        path = checkpoints.newest_checkpoint(self.out) if self.is_first else None
+        name = self.replicas.from_first(str(path or ""))
+        if name:
+            self._load(Path(name))
+        for running in self.parts:
+            running.part.module.train()
+
+    def finish(self) -> dict[str, float]:
+        """Leave the resulting weights in the parts' modules, ready for use, and evaluate them."""
+        if self.config.select == "best" and self.best_step:
+            self._load_best()
+        for running in self.parts:
+            self.replicas.unwrap(running.wrapped)
+            if running.average is not None and not self.best_step:
+                running.average.put()
+            running.optimizer.zero_grad(set_to_none=True)
+            running.part.module.eval()
+        with torch.no_grad():
+            return self.task.evaluate()
+
+    def _gradients(self, running: Running, batch: Batch) -> Losses:
+        """Fill the gradients of one part; losses and stats are the means over the parts of the batch."""
+        self._let_train(running)
+        pieces = list(zip(*(tensor.chunk(self.config.accumulation) for tensor in batch), strict=True))
+        found: list[Losses] = []
+        for number, piece in enumerate(pieces):
+            is_last = number + 1 == len(pieces)
+            with nullcontext() if is_last else self.replicas.without_exchange(list(self.modules.values())):
+                losses = self.task.losses(running.part.name, self.modules, piece, self.step)
+                total = torch.stack([value for value in losses.losses.values()]).sum()
+                self.replicas.backward(total / len(pieces))
+            found.append(Losses(_detached(losses.losses), _detached(losses.stats)))
+        return found[0] if len(found) == 1 else Losses(_means([one.losses for one in found]), _means([one.stats for one in found]))
+
+    def _let_train(self, running: Running) -> None:
+        """Clear the part's gradients; while it is trained, gradients go through the other parts but stay in none."""
+        running.optimizer.zero_grad(set_to_none=True)
+        if len(self.parts) > 1:
+            for other in self.parts:
+                for parameter in other.parameters:
+                    parameter.requires_grad_(other is running)
+
+    def _clip(self, running: Running, losses: Losses) -> tuple[float, float]:
+        """Loss and gradient norm, the same numbers in every process, after clipping."""
+        limit = math.inf if self.config.clip is None else self.config.clip
+        norm = nn.utils.clip_grad_norm_(running.parameters, limit)
+        total = torch.stack(list(losses.losses.values())).sum()
+        loss, norm_value = self.replicas.mean(torch.stack([total.float(), norm.float()]))
+        return loss, norm_value
+
+    def _count_bad_step(self, running: Running, losses: Losses, loss: float, norm: float) -> None:
+        self.bad_steps += 1
+        running.optimizer.zero_grad(set_to_none=True)
+        if self.bad_steps <= self.config.skip_bad_steps:
+            return
+        terms = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.losses.items())
+        allowed = f" (step number {self.bad_steps} of this kind)" if self.config.skip_bad_steps else ""
+        raise NumericError(
+            f"step {self.step} of {running.part.name} has loss {loss} ({terms}) and gradient norm {norm}{allowed}; "
+            f"the last good checkpoint is {self._checkpoint}",
+            path=self.out.path,
+            hint="lower training.optimizer.learning_rate or training.clip, or let training.skip_bad_steps pass some",
+        )
+
+    def _copy_of_buffers(self) -> list[tuple[Tensor, Tensor]]:
+        return [(one, one.clone()) for running in self.parts for one in running.part.module.buffers()]
+
+    def _state(self) -> checkpoints.State:
+        return {name: tensor for running in self.parts for name, tensor in running.state().items()}
+
+    def _load(self, path: Path) -> None:
+        state = checkpoints.read_state(path)
+        own = {name: tensor for name, tensor in self._state().items() if not name.startswith("optimizer.")}
+        found = {name: tensor for name, tensor in state.items() if not name.startswith(("optimizer.", "engine."))}
+        checkpoints.check_fits(found, own, path)
+        for running in self.parts:
+            running.load(state)
+        numbers = {name: float(tensor) for name, tensor in checkpoints.part_of(state, "engine.").items()}
+        self.step, self.bad_steps = int(numbers["step"]), int(numbers["bad_steps"])
+        self.best_step = int(numbers["best_step"])
+        self.loss, self.best_loss = numbers["loss"], numbers["best_loss"]
+        self._checkpoint = f"step {self.step}"
+
+    def _keep_best(self, loss: float) -> None:
+        """Keep weights better than all before; the old best goes only when a checkpoint knows of the new one."""
+        self.best_loss, self.best_step = loss, self.step
+        if self.is_first:
+            weights = {name: one for name, one in self._state().items() if name.startswith("model.")}
+            checkpoints.save_best(self.out, self.step, weights)
+
+    def _load_best(self) -> None:
+        path = checkpoints.best_file(self.out, self.best_step)
+        state = checkpoints.read_state(path)
+        for running in self.parts:
+            running.part.module.load_state_dict(checkpoints.part_of(state, f"model.{running.part.name}."))
+
+
+def _batches(task: Task, config: TrainingConfig, replicas: Replicas, first: int) -> Iterator[Batch]:
+    """This process's share of every batch from step `first` on; read ahead by a thread where reading takes time."""
+    share = share_of(config.batch, rank=replicas.rank, world=replicas.world, accumulation=config.accumulation)
+
+    def read(step: int) -> Batch:
+        rows_B = rows_of_step(step, rows=task.rows, batch=config.batch, seed=config.seed)
+        return task.batch(step, rows_B, share)
+
+    if not task.reads_ahead:
+        yield from map(read, range(first, config.steps))
+        return
+    with ThreadPoolExecutor(1) as reader:
+        coming = [reader.submit(read, step) for step in range(first, min(first + READ_AHEAD, config.steps))]
+        try:
+            for step in range(first, config.steps):
+                batch = coming.pop(0).result()
+                if step + READ_AHEAD < config.steps:
+                    coming.append(reader.submit(read, step + READ_AHEAD))
+                yield batch
+        finally:
+            reader.shutdown(cancel_futures=True)
+
+
+def _warn(task: Task, step: int, figures: dict[str, float], run: Runtime) -> None:
+    sentence = task.warning(step, figures)
+    if sentence is not None:
+        run.progress.say(f"  warning: {sentence}")
+        run.progress.record("warning", step=step + 1, text=sentence)
+
+
+def _silent(run: Runtime) -> Runtime:
+    """The runtime of a process other than the first: it shows and logs nothing."""
+    return replace(run, progress=Progress())
+
+
+def _moments_of(moments: checkpoints.State, name: str) -> dict[str, Any]:
+    """Optimizer state of one parameter, in memory of torch's own (a mapped file may be aligned otherwise)."""
+    found = {key: moments.get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+    return {key: tensor.clone() for key, tensor in found.items() if tensor is not None}
+
+
+def _detached(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in named.items()}
+
+
+def _means(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([one[name] for one in found]).mean() for name in found[0]}
+
+

@@ -1,0 +1,63 @@
+"""Training batches of images: one drawn view of each, from memory where all views fit, else decoded as they come."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.artifact import Artifact
+from pipeline.images import ImageSet, ViewPolicy
+from stages.passes import Pass
+from stages.training.draws import stream
+
+# B rows of a global batch, P rows of this process's share, S pixels per side, N images, V views
+
+CACHE_BYTES = 2**29
+DECODING_THREADS = min(8, os.cpu_count() or 1)
+
+
+class TrainingImages:
+    """Images of a set under a view policy. Which view a row gets is drawn by (seed, step, index in the batch)."""
+
+    def __init__(self, artifact: Artifact, *, views: ViewPolicy, seed: int):
+        self.image_set = ImageSet.open(artifact.path)
+        self.views = views
+        self._seed = seed
+        self.is_cached = len(self.image_set) * views.count * views.size**2 * 3 <= CACHE_BYTES
+        self._views_NVSS3 = self._read_all() if self.is_cached else None
+
+    def __len__(self) -> int:
+        return len(self.image_set)
+
+    def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 (P, S, S, 3) and int64 labels (P,) of this process's share."""
+        views_B = stream(self._seed, "views", step).integers(self.views.count, size=len(rows_B))
+        rows_P, views_P = rows_B[share], views_B[share]
+        labels_P = self.image_set.labels[rows_P].astype(np.int64)
+        return torch.from_numpy(self._pixels(rows_P, views_P)), torch.from_numpy(labels_P)
+
+    def upright_passes(self, rows: int) -> Iterator[Pass]:
+        """The upright view of every image in passes of exactly `rows` rows, the last one filled up."""
+        for first in range(0, len(self), rows):
+            numbers = np.arange(first, min(first + rows, len(self)))
+            padded = np.concatenate([numbers, np.repeat(numbers[-1:], rows - len(numbers))])
+            yield Pass(self._pixels(padded, np.full(rows, self.views.upright)), len(numbers))
+
+    def _pixels(self, rows_P: NDArray[np.int64], views_P: NDArray[np.int64]) -> NDArray[np.uint8]:
+        if self._views_NVSS3 is not None:
+            return self._views_NVSS3[rows_P, views_P]
+        return self.image_set.chosen_views(
+            rows_P.tolist(), views_P.tolist(), views=self.views, threads=DECODING_THREADS
+        )
+
+    def _read_all(self) -> NDArray[np.uint8]:
+        return self.image_set.all_views(range(len(self)), views=self.views, threads=1)
+
+
+def unit_pixels(pixels_PSS3: torch.Tensor) -> torch.Tensor:
+    """Bytes (P, S, S, 3) to float32 (P, 3, S, S) in [0,1], on the tensor's device."""
+    return pixels_PSS3.permute(0, 3, 1, 2).contiguous().float().div_(255)

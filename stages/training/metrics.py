@@ -1,0 +1,46 @@
+"""The figures of a running training: JSON lines always, TensorBoard for long runs, rates and a bar on the way."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pipeline.runtime import Runtime
+
+LINES = 200  # log lines of one training, whatever its length
+TENSORBOARD_STEPS = 2000  # shorter trainings are over before anybody opens it
+
+
+class Metrics:
+    """Says when a step is logged, and where its figures go."""
+
+    def __init__(self, run: Runtime, *, steps: int, batch: int, first_step: int, has_board: bool):
+        self._run = run
+        self._every = max(1, steps // LINES)
+        self._steps, self._batch = steps, batch
+        self._since, self._at = first_step, time.monotonic()
+        self._board: Any = None
+        if has_board and steps >= TENSORBOARD_STEPS:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run.log / "tensorboard"), purge_step=first_step)
+
+    def is_due(self, step: int) -> bool:
+        return (step + 1) % self._every == 0 or step + 1 == self._steps
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """Log the figures of a finished step, with the rate since the last line."""
+        now = time.monotonic()
+        rate = (step + 1 - self._since) * self._batch / max(now - self._at, 1e-9)
+        self._since, self._at = step + 1, now
+        self.record("train", step + 1, {**figures, "rows_per_second": round(rate, 2)})
+
+    def record(self, event: str, step: int, figures: dict[str, float]) -> None:
+        self._run.progress.record(event, step=step, **figures)
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(f"{event}/{name}", value, step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
