@@ -10,7 +10,6 @@ Levels: `open_artifact` (milliseconds: manifest digest, names, sizes, array meta
 
 from __future__ import annotations
 
-import json
 import stat
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,12 +20,24 @@ from pipeline import durable
 from pipeline.errors import CorruptError
 from pipeline.keys import canonical_bytes, sha256
 from smalti.arrays import MappedArray
+from smalti.limits import parse_json, read_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
 LOG = "log"
 MANIFEST_BYTES = 256 * 2**20  # far above a manifest of a million files; refuse to parse more
+FIELDS = {
+    "stage": str,
+    "version": int,
+    "kind": str,
+    "key": str,
+    "config": dict,
+    "inputs": dict,
+    "externals": dict,
+    "facts": dict,
+    "files": list,
+}
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,7 @@ def manifest_bytes(manifest: dict[str, Any]) -> bytes:
 def open_artifact(path: Path) -> Artifact:
     """Open a finished artifact and check it at level *open*; CorruptError (exit code 4) says what does not fit."""
     artifact = read_manifest(path)
+    _check_folders(artifact)
     for entry in artifact.files.values():
         _check_size(path, entry)
     for folder in array_folders(artifact):
@@ -146,21 +158,43 @@ def read_manifest(path: Path) -> Artifact:
             path=path / MANIFEST,
             hint="restore it or make the artifact again with --force",
         )
-    manifest = json.loads(raw)
-    if manifest.get("format") != FORMAT:
-        raise CorruptError(
-            f"{path} has artifact format {manifest.get('format')!r} and needs smalti version >= that; this one knows format {FORMAT}",
-            path=path,
-        )
-    for entry in manifest["files"]:
-        check_name(entry["path"], path)
+    manifest = parse_json(raw, path / MANIFEST)
+    _check_format(manifest, path)
+    _check_fields(manifest, path)
     return Artifact(path=path, manifest=manifest, digest=digest)
 
 
+def _check_format(manifest: Any, path: Path) -> None:
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(found, int) and found > FORMAT:
+        raise CorruptError(
+            f"{path} has artifact format {found} and needs a newer version of smalti: this one knows formats up to {FORMAT}",
+            path=path,
+            hint="upgrade smalti; nothing was altered",
+        )
+    if found != FORMAT or isinstance(found, bool):
+        raise CorruptError(f"{path} has artifact format {found!r}, but the formats are 1 to {FORMAT}", path=path)
+
+
+def _check_fields(manifest: dict[str, Any], path: Path) -> None:
+    """Refuse a manifest that lacks a field, or whose files are no plain relative paths with size and SHA-256."""
+    wrong = [name for name, kind in FIELDS.items() if type(manifest.get(name)) is not kind]
+    if wrong:
+        raise CorruptError(f"the manifest of {path} lacks a valid field {wrong[0]}", path=path / MANIFEST)
+    kinds = {"path": str, "size": int, "sha256": str}
+    for entry in manifest["files"]:
+        if not isinstance(entry, dict) or {name: type(value) for name, value in entry.items()} != kinds:
+            raise CorruptError(
+                f"the manifest of {path} lists a file without path, size and sha256", path=path / MANIFEST
+            )
+        check_name(entry["path"], path)
+
+
 def check_name(name: str, path: Path) -> None:
-    """Refuse a file name that leaves its artifact."""
+    """Refuse a file name that leaves its artifact, or that means the artifact's own files."""
     pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or str(pure) != name:
+    is_plain = bool(name) and not pure.is_absolute() and ".." not in pure.parts and str(pure) == name
+    if not is_plain or "\\" in name or "\0" in name or pure.parts[0] in (LOG, MANIFEST, DIGEST):
         raise CorruptError(f"{path} names the file {name!r}, which is no plain relative path", path=path)
 
 
@@ -181,11 +215,20 @@ def _is_array(artifact: Artifact, folder: str) -> bool:
     path = artifact.path / folder / "zarr.json"
     entry = artifact.files[(PurePosixPath(folder) / "zarr.json").as_posix()]
     _check_hash(artifact.path, entry)
-    return bool(json.loads(path.read_bytes()).get("node_type") == "array")
+    document = read_json(path)
+    return isinstance(document, dict) and document.get("node_type") == "array"
 
 
 def _check_metadata(artifact: Artifact, folder: str) -> None:
     MappedArray(artifact.path / folder, verify="index")
+
+
+def _check_folders(artifact: Artifact) -> None:
+    """Refuse folders that are links: the data of an artifact lies inside it."""
+    folders = {parent for name in artifact.files for parent in PurePosixPath(name).parents}
+    for folder in sorted(folders - {PurePosixPath(".")}):
+        if (artifact.path / folder).is_symlink():
+            raise CorruptError(f"{artifact.path / folder} is a link, expected a folder", path=artifact.path / folder)
 
 
 def _check_size(root: Path, entry: FileEntry) -> None:

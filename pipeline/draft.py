@@ -33,6 +33,7 @@ from pipeline.keys import sha256
 
 JOURNAL = "journal.jsonl"
 SCRATCH = "scratch"
+REPLACED = ".replaced"
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,16 @@ class Draft:
 
 
 def finish(partial: Path, final: Path) -> None:
-    """The last steps of a commit, repeatable: the manifest is written, what is left is to tidy and to rename."""
+    """The last steps of a commit, repeatable: the manifest is written, what is left is to tidy and to rename.
+
+    Tidying takes checkpoints, and what workers left that died in the middle of a file.
+    """
     durable.remove(partial / SCRATCH)
+    for name in set(list_files(partial)) - {*read_manifest(partial).files, MANIFEST, DIGEST, JOURNAL}:
+        durable.remove(partial / name)
     durable.sync_tree(partial)
     durable.remove(partial / JOURNAL)
-    replaced = final.with_name(f".{final.name}.replaced")
+    replaced = final.with_name(f".{final.name}{REPLACED}")
     if final.exists():
         durable.remove(replaced)
         durable.move(final, replaced)
@@ -174,31 +180,35 @@ def write_files(root: Path, files: Mapping[str, bytes | memoryview]) -> list[Fil
 
 
 def _verified_units(root: Path) -> dict[str, list[FileEntry]]:
-    """The journal's units whose files all verify; an unterminated or unreadable last line is ignored and cut off."""
+    """The journal's units whose files all verify; an unterminated or unreadable line ends it and is cut off."""
     journal = root / JOURNAL
     if not journal.exists():
         return {}
     units: dict[str, list[FileEntry]] = {}
     kept = b""
     for line in journal.read_bytes().splitlines(keepends=True):
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n"):
+        if not line.endswith(b"\n") or not _replay(units, line, root):
             break
         kept += line
-        _replay(units, entry)
     if len(kept) != journal.stat().st_size:
         durable.write_file(journal, kept)
     return {unit: files for unit, files in units.items() if all(_is_whole(root, entry) for entry in files)}
 
 
-def _replay(units: dict[str, list[FileEntry]], entry: dict[str, Any]) -> None:
-    if "dropped" in entry:
-        units.pop(entry["dropped"], None)
-    else:
-        units[entry["unit"]] = [FileEntry(**file) for file in entry["files"]]
+def _replay(units: dict[str, list[FileEntry]], line: bytes, root: Path) -> bool:
+    """Apply one line of the journal; False if it is none of ours."""
+    try:
+        entry = json.loads(line)
+        if "dropped" in entry:
+            units.pop(entry["dropped"], None)
+            return True
+        files = [FileEntry(str(file["path"]), int(file["size"]), str(file["sha256"])) for file in entry["files"]]
+        for file in files:
+            check_name(file.path, root)
+        units[str(entry["unit"])] = files
+    except (ValueError, TypeError, KeyError, CorruptError):
+        return False
+    return True
 
 
 def _is_whole(root: Path, entry: FileEntry) -> bool:

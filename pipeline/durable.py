@@ -28,6 +28,9 @@ REFUSALS = {
     errno.EPERM: "the operation is not permitted",
     errno.ENOTDIR: "a part of the path is a file",
     errno.EEXIST: "a file stands in the way",
+    errno.EISDIR: "a folder stands in the way",
+    errno.ENOTEMPTY: "a folder stands in the way",
+    errno.ENAMETOOLONG: "the name is too long",
 }
 
 watch: Callable[[str, Path], None] | None = None
@@ -46,10 +49,14 @@ def writing(path: Path) -> Iterator[Path]:
     with refusals(path):
         make_folder(path.parent)
         _seen("write", path)
-        yield temporary
-        _sync(temporary)
-        _seen("rename", path)
-        temporary.replace(path)
+        try:
+            yield temporary
+            _sync(temporary)
+            _seen("rename", path)
+            temporary.replace(path)
+        except BaseException:  # a full disk shall not be filled by what could not be written
+            temporary.unlink(missing_ok=True)
+            raise
         _seen("renamed", path)
 
 

@@ -86,8 +86,9 @@ def run(recipe: Recipe, store: Store, options: Options) -> Iterator[tuple[Step, 
     """Run what is not done, step by step, and point the recipe's refs to the results."""
     made: dict[str, Artifact] = {}
     for step in recipe.steps:
-        if step.missing:
+        if step.missing:  # said before the first step is computed, not hours later
             raise InputError(missing_sentence(step))
+    for step in recipe.steps:
         inputs = Inputs({name: _pick(value, made) for name, value in step.inputs.items()})
         result = make(store, step.stage, step.config, inputs, step.paths, replace(options, title=step.name))
         store.set_ref(f"{recipe.name}/{step.name}", result.artifact)
@@ -106,11 +107,11 @@ def make(
     """The artifact of one stage: the finished one if there is one that fits, else made now (or continued)."""
     check_kinds(declared, inputs)
     request = make_request(declared, config, inputs, paths)
-    if not options.force and _is_current(store, request):
+    if not options.force and store.is_current(request):
         return Made(_remember_paths(store.open(request.stage, request.key), paths), reused=True)
     if declared.check is not None:
         declared.check(config, dict(inputs.items()))
-    with store.draft(request, wait=options.wait) as draft:
+    with store.draft(request, wait=options.wait, again=options.force) as draft:
         if draft is None:
             return Made(store.open(request.stage, request.key), reused=True)
         _work(store, declared, config, inputs, paths, options, draft)
@@ -191,6 +192,11 @@ def _plan_step(recipe: Recipe, step: Step, planned: Mapping[str, Planned], store
     if not store.has(step.stage.name, key):
         return Planned(step, key, "run", _reason(recipe, step, key, keys, externals, store))
     artifact = store.open(step.stage.name, key)
+    absent = [parent.step.name for value in parents.values() for parent in _flat(value) if parent.artifact is None]
+    if absent:
+        return Planned(
+            step, key, "run", f"{', '.join(dict.fromkeys(absent))} is made first, and may differ from the one used"
+        )
     stale = [name for name, value in parents.items() if not _fits(artifact, name, value)]
     if stale:
         return Planned(step, key, "run", f"input {', '.join(stale)} was made again and differs from the one used")
@@ -200,7 +206,7 @@ def _plan_step(recipe: Recipe, step: Step, planned: Mapping[str, Planned], store
 def _fits(artifact: Artifact, name: str, value: Planned | list[Planned]) -> bool:
     records = artifact.inputs.get(name)
     pairs = zip(_flat(records), _flat(value), strict=True)
-    return all(parent.artifact is not None and record["digest"] == parent.artifact.digest for record, parent in pairs)
+    return all(record["digest"] == (parent.artifact and parent.artifact.digest) for record, parent in pairs)
 
 
 def _reason(
@@ -217,7 +223,10 @@ def _reason(
     if before.stage != step.stage.name:
         return f"stage {before.stage} became {step.stage.name}"
     changes = [f"version {before.version} became {step.stage.version}"] if before.version != step.stage.version else []
-    changes += [f"config {change}" for change in differences(before.config, json.loads(canonical_bytes(config_value(step.config))))]
+    changes += [
+        f"config {change}"
+        for change in differences(before.config, json.loads(canonical_bytes(config_value(step.config))))
+    ]
     old = {name: _map(value, lambda record: record["key"]) for name, value in before.inputs.items()}
     changes += [f"input {name} changed" for name in sorted({*old, *keys}) if old.get(name) != keys.get(name)]
     changes += [f"external {name} changed" for name in externals if before.externals.get(name) != externals[name]]
@@ -234,13 +243,6 @@ def differences(before: Any, after: Any, place: str = "") -> list[str]:
             for text in differences(before.get(name), after.get(name), f"{place}.{name}" if place else str(name))
         ]
     return [] if before == after else [f"{place}: {before} -> {after}"]
-
-
-def _is_current(store: Store, request: Request) -> bool:
-    """True if the artifact exists and was made from exactly these inputs; a damaged one is an error, not a reason to run."""
-    if not store.has(request.stage, request.key):
-        return False
-    return bool(store.open(request.stage, request.key).inputs == request.inputs)
 
 
 def _input_record(artifact: Artifact) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from pipeline.artifact import FileEntry
 from pipeline.draft import Draft, write_files
-from pipeline.errors import SmaltiError, WorkerError
+from pipeline.errors import CannotWrite, MemoryExhausted, SmaltiError, StorageError, WorkerError
 from pipeline.runtime import Runtime
 
 Spec = TypeVar("Spec")
@@ -42,6 +42,8 @@ def map_shards(
     with run.progress.bar(label, total=sum(sizes), unit=unit) as bar:
         bar.skip(sum(sizes) - sum(sizes[number] for number in pending))
         for number, outcome in run.cluster.map(partial(_compute, function, spec, out.path), pending):
+            if isinstance(outcome, CannotWrite):  # a full disk fails the others too: do not compute them in vain
+                raise outcome
             if isinstance(outcome, Exception):
                 failures[number] = outcome
             else:
@@ -70,7 +72,14 @@ def raise_failures(failures: Mapping[int, Exception], shards: int) -> None:
         failure = copy(first)  # some kinds are made from other arguments than a message
         failure.message = head + first.message
         raise failure from first
-    raise WorkerError(f"{head}{type(first).__name__}: {first}") from first
+    kind = _kind_of(first)
+    raise kind(f"{head}{type(first).__name__}: {first}") from first
+
+
+def _kind_of(failure: Exception) -> type[SmaltiError]:
+    if isinstance(failure, MemoryError):
+        return MemoryExhausted
+    return StorageError if isinstance(failure, OSError) else WorkerError
 
 
 def _compute(function: ShardFunction[Spec], spec: Spec, root: Path, number: int) -> list[FileEntry]:

@@ -2,6 +2,7 @@
 
 <store>/<stage>/<key>/              a finished artifact
 <store>/<stage>/.<key>.partial/     its draft while it is made, or after an interruption
+<store>/<stage>/.<key>.replaced/    the former artifact while --force swaps it for a new one
 <store>/<stage>/<key>.lock          held with flock while it is made (the kernel frees it when the holder dies)
 <store>/refs/<recipe>/<step>        a small file that names "<stage>/<key>"
 <store>/external/<content id>       where external data (an image folder, a weight file) was last seen
@@ -18,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeline import durable
 from pipeline.artifact import MANIFEST, Artifact, open_artifact, read_manifest
-from pipeline.draft import Draft, Request, finish, is_complete
+from pipeline.draft import REPLACED, Draft, Request, finish, is_complete
 from pipeline.errors import Busy, CannotWrite, CorruptError, InputError, UsageError
 
 REFS = "refs"
@@ -48,8 +49,15 @@ class Store:
         return (self.path(stage, key) / MANIFEST).exists()
 
     def open(self, stage: str, key: str) -> Artifact:
-        """Open a finished artifact at level *open*."""
-        return open_artifact(self.path(stage, key))
+        """Open a finished artifact at level *open*; CorruptError also if another one lies in its place."""
+        artifact = open_artifact(self.path(stage, key))
+        if (artifact.stage, artifact.key) != (stage, key):
+            raise CorruptError(
+                f"{artifact.path} holds {artifact.stage}/{artifact.key}: somebody moved it here",
+                path=artifact.path,
+                hint="move it back",
+            )
+        return artifact
 
     def find(self, name: str) -> Artifact:
         """Open what `name` means (see `locate`)."""
@@ -61,8 +69,9 @@ class Store:
             return Path(name).absolute()
         if self._is_ref(name):
             return self.path(*self.read_ref(name))
-        matches = [path for path in self._folders() if path.name.startswith(name.rpartition("/")[2])] if name else []
-        matches = [path for path in matches if "/" not in name or path.parent.name == name.rpartition("/")[0]]
+        stage, slash, start = name.rpartition("/")
+        matches = [path for path in self.artifacts() if path.name.startswith(start) and (path / MANIFEST).exists()]
+        matches = [path for path in matches if start and (not slash or path.parent.name == stage)]
         if len(matches) == 1:
             return matches[0]
         what = "names no artifact" if not matches else f"is the beginning of {len(matches)} keys"
@@ -71,23 +80,34 @@ class Store:
         )
 
     @contextmanager
-    def draft(self, request: Request, *, wait: bool = True) -> Iterator[Draft | None]:
-        """Hold the lock of this key and yield its draft, or None if another process finished it meanwhile.
+    def draft(self, request: Request, *, wait: bool = True, again: bool = False) -> Iterator[Draft | None]:
+        """Hold the lock of this key and yield its draft, or None if the artifact was finished meanwhile.
 
-        wait: False raises Busy (exit code 75) where another process holds the lock.
+        wait: False raises Busy (exit code 75) where another process holds the lock.  again: make it even if it is
+        there, unless it is another one than before the wait.
         """
         final, partial = self.path(request.stage, request.key), self.partial(request.stage, request.key)
         before = _manifest_identity(final)
         with lock(final.with_name(f"{request.key}.lock"), wait=wait):
             if is_complete(partial, request):
                 finish(partial, final)
-            if final.exists() and _manifest_identity(final) != before:
+            is_new = _manifest_identity(final) != before
+            if (is_new or not again) and self.is_current(request):
                 yield None
             else:
                 yield Draft.open(partial, request)
 
+    def is_current(self, request: Request) -> bool:
+        """True if the artifact is there and was made from exactly these inputs; a damaged one raises CorruptError."""
+        if not self.has(request.stage, request.key):
+            return False
+        return bool(self.open(request.stage, request.key).inputs == request.inputs)
+
     def set_ref(self, name: str, artifact: Artifact) -> None:
-        durable.write_file(self._ref_path(name), f"{artifact.stage}/{artifact.key}\n".encode())
+        """Point a ref to an artifact; one that points there already is left alone (a finished store may be read-only)."""
+        path, line = self._ref_path(name), f"{artifact.stage}/{artifact.key}\n".encode()
+        if not path.is_file() or path.read_bytes() != line:
+            durable.write_file(path, line)
 
     def read_ref(self, name: str) -> tuple[str, str]:
         """(stage, key) that a ref names."""
@@ -108,28 +128,34 @@ class Store:
         return {name: self.read_ref(name) for name in names}
 
     def artifacts(self) -> list[Path]:
-        """Folders of all finished artifacts."""
-        return self._folders()
+        """Folders of all finished artifacts, damaged ones included."""
+        return [path for path in self._stage_entries() if path.is_dir() and not path.name.startswith(".")]
 
     def drafts(self) -> list[Path]:
         """Partial folders: of runs under way, or interrupted ones that will be continued."""
-        return [path for path in self._stage_entries() if path.name.startswith(".") and path.is_dir()]
+        return [path for path in self._stage_entries() if path.is_dir() and path.name.endswith(durable.TEMPORARY)]
 
     def garbage(self) -> list[Garbage]:
-        """Artifacts and drafts that no ref reaches through inputs."""
+        """Artifacts and drafts that no ref reaches through inputs, and what was replaced.
+
+        The draft of a key that a ref names stays: a killed swap may have left the whole artifact in it.
+        """
         reached = self._reached()
-        folders = [path for path in self._folders() if (path.parent.name, path.name) not in reached]
-        return [Garbage(path, _tree_bytes(path)) for path in [*folders, *self.drafts()]]
+        folders = [path for path in self._stage_entries() if path.is_dir() and _named_key(path) not in reached]
+        replaced = [path for path in self._stage_entries() if path.name.endswith(REPLACED) and path not in folders]
+        done = [path for path in replaced if self.has(*_named_key(path))]
+        return [Garbage(path, _tree_bytes(path)) for path in sorted([*folders, *done])]
 
     def sweep(self, garbage: list[Garbage]) -> None:
         """Delete garbage, each under its lock; what somebody is writing stays. Strays of killed processes go too."""
         for item in garbage:
-            key = item.path.name.removeprefix(".").split(".")[0]
-            try:
-                with lock(item.path.with_name(f"{key}.lock"), wait=False):
-                    durable.remove(item.path)
-            except Busy:
-                continue
+            key = _named_key(item.path)[1]
+            gone = item.path.with_name(f".{key}{REPLACED}")  # under another name first: a reader never sees a half
+            with suppress(Busy), lock(item.path.with_name(f"{key}.lock"), wait=False):
+                if item.path != gone:
+                    durable.remove(gone)
+                    durable.move(item.path, gone)
+                durable.remove(gone)
         for entry in self._stage_entries():
             if entry.suffix == ".lock":
                 with suppress(Busy), lock(entry, wait=False):
@@ -142,15 +168,14 @@ class Store:
         todo = list(self.refs().values())
         while todo:
             stage, key = todo.pop()
-            if (stage, key) in reached or not self.has(stage, key):
+            if (stage, key) in reached:
                 continue
             reached.add((stage, key))
+            if not self.has(stage, key):
+                continue
             for value in read_manifest(self.path(stage, key)).inputs.values():
                 todo += [(item["stage"], item["key"]) for item in (value if isinstance(value, list) else [value])]
         return reached
-
-    def _folders(self) -> list[Path]:
-        return [path for path in self._stage_entries() if not path.name.startswith(".") and (path / MANIFEST).exists()]
 
     def _stage_entries(self) -> list[Path]:
         if not self.root.is_dir():
@@ -199,8 +224,9 @@ def _acquire(path: Path, *, wait: bool) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
-            return descriptor
+        with suppress(FileNotFoundError):  # its holder removed it while we waited
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return descriptor
         os.close(descriptor)
 
 
@@ -211,6 +237,11 @@ def _manifest_identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_ctime_ns
+
+
+def _named_key(path: Path) -> tuple[str, str]:
+    """(stage, key) of an artifact, a draft, or what was replaced."""
+    return path.parent.name, path.name.removeprefix(".").partition(".")[0]
 
 
 def _is_plain(name: str) -> bool:
