@@ -1,0 +1,212 @@
+"""Scoring: how far images are from a reference, by the features of a classifier or of Inception.
+
+Features are computed shard by shard in passes of fixed size and kept in the draft until the figures are made, so a long
+extraction survives interruptions and can be spread over workers. The figures themselves are torch-fidelity's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.artifact import Artifact
+from pipeline.draft import Draft
+from pipeline.durable import hash_file
+from pipeline.errors import CorruptError, InputError, UsageError
+from pipeline.keys import canonical_bytes
+from pipeline.runtime import Runtime
+from pipeline.shards import map_shards
+from pipeline.stage import External, Inputs, read, stage
+from smalti.tokens import open_tokens
+from stages.devices import threads
+from stages.identity import is_same_tokenizer
+from stages.image_files import Pictures, open_pictures
+from stages.scoring.extraction import ExtractionSpec, Source, choose_extractors, extract_shard, gather
+from stages.scoring.protocol import (
+    ScoreConfig,
+    check_classes,
+    check_counts,
+    common_size,
+    extractor_ids,
+    feature_counts,
+)
+
+METRICS = "metrics.json"
+FORMAT = 1
+
+
+@stage(
+    "score",
+    version=1,
+    config=ScoreConfig,
+    reads={
+        "images": read("images", "image-set", help="what to score: samples, or reconstructions (pairs)"),
+        "reference": read("image-set", "images", help="the real images, best held-out ones"),
+        "classifiers": read(
+            "classifier", help="judges: extractors, and of class consistency", optional=True, many=True
+        ),
+        "best": read("metrics", help="the same score of real against real images", optional=True),
+        "tokens": read("token-set", help="the samples' codes, to look for copies in", optional=True),
+        "training": read("token-set", help="the codes that the generator was trained on", optional=True),
+        "training-images": read("image-set", "images", help="training images, for signs of memory", optional=True),
+    },
+    writes="metrics",
+    example="smalti score --images digits/rar/images --reference digits/rar/held-out --classifiers digits/rar/judge",
+    externals={
+        "weights": External(
+            help="the published Inception weights (with extractor: inception), if they are not in torch's cache",
+            identify=lambda config, path: hash_file(path),
+            needed=lambda config: False,
+        )
+    },
+)
+def score_images(config: ScoreConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
+    """Score images against a reference.
+
+    Writes metrics.json: Frechet distance (FID with Inception), Inception score, kernel distance, precision and recall;
+    with classifiers also class consistency; PSNR of reconstructions; the share of samples that copy a training image;
+    and how many times the best possible distance this is.
+    """
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    size = common_size(config, inputs)
+    images, reference = (open_pictures(inputs[name], size=size) for name in ("images", "reference"))
+    check_classes(images, inputs)
+    check_counts(config, len(images), len(reference), feature_counts(config, inputs))
+    extractors = choose_extractors(config, inputs, run)
+    sources = (Source.of(inputs["images"]), Source.of(inputs["reference"]))
+    spec = ExtractionSpec(extractors, sources, (len(images), len(reference)), size, config)
+    sizes = [stop - start for _, _, start, stop in spec.blocks]
+    map_shards(out, run, extract_shard, spec, sizes, label="score")
+    with threads(1), threadpool_limits(1):  # the last bits of a figure depend on the number of threads
+        metrics = measure(config, inputs, spec, out, images, reference)
+    out.put("metrics", {METRICS: canonical_bytes(metrics) + b"\n"})
+    out.facts = {
+        "protocol": metrics["protocol"],
+        "images": len(images),
+        "values": metrics["values"],
+        "figure": sentence(metrics["values"]),
+    }
+
+
+def measure(
+    config: ScoreConfig, inputs: Inputs, spec: ExtractionSpec, out: Draft, images: Pictures, reference: Pictures
+) -> dict[str, Any]:
+    """metrics.json: the protocol, the figures of each extractor, and their means as `values`."""
+    from stages.scoring.figures import consistency, distances, rounded
+
+    features = gather(spec, out)
+    judges = len(inputs.all("classifiers"))
+    each = [
+        distances(
+            *pair,
+            splits=config.splits,
+            shuffle=config.shuffle,
+            subsets=config.subsets,
+            subset_size=config.subset_size,
+            neighbours=config.neighbours,
+        )
+        for pair in (features if config.extractor == "classifier" else features[:1])
+    ]
+    if "best" in inputs:
+        add_ratios(each, config, spec, inputs)
+    shares = [
+        {"consistency": consistency(ours.logits_NL, images.labels_I)} for ours, _ in features[len(features) - judges :]
+    ]
+    values = {**mean(each), **mean(shares), **compare_pixels(config, inputs, images, reference), **find_copies(inputs)}
+    return {
+        "format": FORMAT,
+        "protocol": f"{config.extractor}-{features[0][0].features_NE.shape[1]}",
+        "images": len(images),
+        "reference": len(reference),
+        "extractors": extractor_ids(config, inputs),
+        "each": [{name: rounded(value) for name, value in figures.items()} for figures in each],
+        "judges": [{name: rounded(value) for name, value in figures.items()} for figures in shares],
+        "values": {name: rounded(value) for name, value in values.items()},
+    }
+
+
+def add_ratios(each: list[dict[str, float]], config: ScoreConfig, spec: ExtractionSpec, inputs: Inputs) -> None:
+    """To each extractor's figures: its distance as a multiple of the best possible one under the same extractor."""
+    best = read_metrics(inputs["best"])
+    same = {"extractors": extractor_ids(config, inputs), "reference": spec.counts[1]}
+    for name, value in same.items():
+        if best.get(name) != value:
+            raise InputError(
+                f"{inputs['best'].name} was scored with other {name} than this: {best.get(name)}, expected {value}",
+                path=inputs["best"].path,
+                hint="score the best possible images with the same classifiers and reference",
+            )
+    for figures, ideal in zip(each, best["each"], strict=True):
+        figures["ratio"] = figures["distance"] / ideal["distance"]
+
+
+def compare_pixels(config: ScoreConfig, inputs: Inputs, images: Pictures, reference: Pictures) -> dict[str, float]:
+    """PSNR of reconstructions, and nearness to training images, where they were asked for."""
+    from stages.scoring.figures import mean_psnr, nearness
+
+    values: dict[str, float] = {}
+    if config.pairs:
+        if len(images) != len(reference) or (images.labels_I != reference.labels_I).any():
+            raise InputError(
+                f"pairs: {images.name} is no reconstruction of {reference.name}, whose number or labels differ",
+                path=images.path,
+            )
+        blocks = zip(images.passes(config.shard_images), reference.passes(config.shard_images), strict=True)
+        sums = [mean_psnr(ours, theirs) * len(ours) for (_, ours), (_, theirs) in blocks]
+        values["psnr"] = sum(sums) / len(images)
+    if "training-images" in inputs:
+        training = open_pictures(inputs["training-images"], size=images.size)
+        values |= nearness(*(_pixels(pictures) for pictures in (images, reference, training)))
+    return values
+
+
+def find_copies(inputs: Inputs) -> dict[str, float]:
+    """The share of samples whose codes are exactly those of a training image, where both token sets were given."""
+    from stages.scoring.figures import copies
+
+    given = [name for name in ("tokens", "training") if name in inputs]
+    if not given:
+        return {}
+    if len(given) == 1:
+        raise UsageError(f"copies are looked for with the inputs tokens and training, found only {given[0]}")
+    ours, training = (open_tokens(inputs[name].path) for name in ("tokens", "training"))
+    if not is_same_tokenizer(ours.attributes.tokenizer, training.attributes.tokenizer) or ours.grid != training.grid:
+        raise CorruptError(
+            f"{inputs['tokens'].name} and {inputs['training'].name} hold codes of different tokenizers or grids",
+            path=ours.path,
+        )
+    sequences = [tokens.tokens.read().reshape(-1, tokens.attributes.tokens) for tokens in (ours, training)]
+    return {"copies": copies(*sequences)}
+
+
+def sentence(values: Mapping[str, float]) -> str:
+    """The main figures as they stand in the run's table."""
+    parts = [f"PSNR {values['psnr']:.1f} dB"] if "psnr" in values else []
+    ratio = f" = {values['ratio']:.2f} x best possible" if "ratio" in values else ""
+    parts.append(f"distance {values['distance']:.4g}{ratio}")
+    parts += [f"consistency {values['consistency']:.1%}"] if "consistency" in values else []
+    parts += [f"{values['copies']:.1%} copies"] if "copies" in values else []
+    return ", ".join(parts)
+
+
+def read_metrics(artifact: Artifact) -> dict[str, Any]:
+    """metrics.json of a score; InputError if this artifact is the metrics of something else."""
+    metrics = json.loads(artifact.file(METRICS).read_bytes())
+    if metrics.get("format") != FORMAT or "each" not in metrics:
+        raise InputError(f"{artifact.name} holds no score", path=artifact.path)
+    return dict(metrics)
+
+
+def mean(each: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each figure over extractors, summed in their order."""
+    return {name: sum(figures[name] for figures in each) / len(each) for name in (each[0] if each else {})}
+
+
+def _pixels(pictures: Pictures) -> NDArray[np.float32]:
+    flat_NP = pictures.read(0, len(pictures)).reshape(len(pictures), -1).astype(np.float32)
+    return flat_NP / np.float32(255)

@@ -1,0 +1,1 @@
+"""What scores are made of: feature extractors registered with torch-fidelity, and the figures computed from features."""

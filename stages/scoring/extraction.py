@@ -1,0 +1,148 @@
+"""Features of all images under all extractors, shard by shard.
+
+They are scratch files of the draft: an interrupted extraction goes on where it was, and the artifact does not keep them.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.artifact import Artifact, read_manifest
+from pipeline.draft import SCRATCH, Draft
+from pipeline.errors import NumericError, UsageError
+from pipeline.runtime import Runtime
+from pipeline.shards import unit_name
+from pipeline.stage import Inputs
+from stages.devices import threads
+from stages.image_files import Pictures, open_pictures
+from stages.networks import NetworkFile
+from stages.scoring.inception import find_weights
+from stages.scoring.protocol import ScoreConfig
+
+if TYPE_CHECKING:
+    from stages.scoring.figures import Features
+
+CLASSIFIER, INCEPTION = "smalti-classifier", "inception-v3-compat"  # names in torch-fidelity's registry
+PARTS = ("features", "logits")
+
+
+@dataclass(frozen=True)
+class ExtractorFile:
+    """Which extractor, with which weights, on which device; picklable."""
+
+    name: str
+    device: str
+    classifier: NetworkFile | None = None
+    weights: Path | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images lie, and the digest of their manifest; picklable."""
+
+    path: Path
+    digest: str
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Source:
+        return cls(artifact.path.absolute(), artifact.digest)
+
+
+@dataclass(frozen=True)
+class ExtractionSpec:
+    """What a worker needs for any shard. Shards are numbered by extractor, then by source, then by block of images."""
+
+    extractors: tuple[ExtractorFile, ...]
+    sources: tuple[Source, ...]
+    counts: tuple[int, ...]
+    size: int
+    config: ScoreConfig
+
+    @property
+    def blocks(self) -> list[tuple[int, int, int, int]]:
+        """(extractor, source, first image, image after the last) of every shard."""
+        step = self.config.shard_images
+        return [
+            (extractor, source, start, min(start + step, count))
+            for extractor in range(len(self.extractors))
+            for source, count in enumerate(self.counts)
+            for start in range(0, count, step)
+        ]
+
+
+def choose_extractors(config: ScoreConfig, inputs: Inputs, run: Runtime) -> tuple[ExtractorFile, ...]:
+    """Those of the distances first; the classifiers always, as judges of consistency."""
+    judges = [NetworkFile.of(judge, run.device) for judge in inputs.all("classifiers")]
+    extractors = [ExtractorFile(CLASSIFIER, run.device, classifier=judge) for judge in judges]
+    if config.extractor == "inception":
+        weights = find_weights(run.paths.get("weights")).absolute()
+        return (ExtractorFile(INCEPTION, run.device, weights=weights), *extractors)
+    if not extractors:
+        raise UsageError(
+            "extractor: classifier needs at least one classifier",
+            hint="give --classifiers, or set extractor to inception",
+        )
+    return tuple(extractors)
+
+
+def extract_shard(spec: ExtractionSpec, number: int) -> dict[str, bytes]:
+    """Features and logits of one block: passes of exactly `rows_per_pass` rows, the last padded with its first row."""
+    import torch
+
+    from stages.scoring.extractors import load_extractor
+
+    which, source, start, stop = spec.blocks[number]
+    pictures = _open(spec.sources[source], spec.size)
+    rows = spec.config.rows_per_pass
+    blocks: list[list[NDArray[np.float32]]] = []
+    with threads(1), torch.inference_mode():
+        extractor = load_extractor(spec.extractors[which])
+        device = next(extractor.parameters()).device
+        for first in range(start, stop, rows):
+            bytes_BHW3 = pictures.read(first, min(first + rows, stop))
+            padded_BHW3 = np.concatenate([bytes_BHW3, bytes_BHW3[:1].repeat(rows - len(bytes_BHW3), axis=0)])
+            bytes_B3HW = torch.from_numpy(padded_BHW3).permute(0, 3, 1, 2).contiguous().to(device)
+            blocks.append([part[: len(bytes_BHW3)].float().cpu().numpy() for part in extractor(bytes_B3HW)])
+    parts = [np.concatenate(part) for part in zip(*blocks, strict=True)]
+    if not all(np.isfinite(part).all() for part in parts):
+        raise NumericError(f"features of images {start} to {stop - 1} are not finite", path=pictures.path)
+    return {_scratch_file(number, name): _npy(part) for name, part in zip(PARTS, parts, strict=True)}
+
+
+def gather(spec: ExtractionSpec, out: Draft) -> list[tuple[Features, Features]]:
+    """Per extractor: features of the images and of the reference, out of the draft's scratch files."""
+    from stages.scoring.figures import Features
+
+    found: dict[tuple[int, int], list[list[NDArray[np.float32]]]] = {}
+    for number, (extractor, source, _, _) in enumerate(spec.blocks):
+        files = {path.name: path for path in out.files(unit_name(number))}
+        parts = [np.load(files[Path(_scratch_file(number, name)).name], allow_pickle=False) for name in PARTS]
+        found.setdefault((extractor, source), []).append(parts)
+    whole = {
+        place: Features(*(np.concatenate(part) for part in zip(*blocks, strict=True)))
+        for place, blocks in found.items()
+    }
+    return [(whole[extractor, 0], whole[extractor, 1]) for extractor in range(len(spec.extractors))]
+
+
+@lru_cache(2)
+def _open(source: Source, size: int) -> Pictures:
+    """The images of a source; opened once per process."""
+    return open_pictures(read_manifest(source.path), size=size)
+
+
+def _scratch_file(number: int, part: str) -> str:
+    return f"{SCRATCH}/{number:06d}-{part}.npy"
+
+
+def _npy(array: NDArray[np.float32]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()

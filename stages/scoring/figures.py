@@ -1,0 +1,113 @@
+"""Figures from features: torch-fidelity's distances, and what it does not have.
+
+N images, M of the reference, E features, L classes
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+SEED = 2020  # torch-fidelity's, of KID subsets and of the shuffle before IS splits
+PSNR_LIMIT = 100.0  # dB; two equal images have no finite value
+DIGITS = 8  # significant digits that are kept of a figure
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one extractor says of one set of images: float32 (N, E) and (N, L)."""
+
+    features_NE: NDArray[np.float32]
+    logits_NL: NDArray[np.float32]
+
+
+def distances(
+    images: Features,
+    reference: Features,
+    *,
+    splits: int,
+    shuffle: bool,
+    subsets: int,
+    subset_size: int,
+    neighbours: int,
+) -> dict[str, float]:
+    """Frechet distance, Inception score, kernel distance, precision and recall under one extractor."""
+    ours_NE, theirs_ME = _double(images.features_NE), _double(reference.features_NE)
+    statistics = [fid_features_to_statistics(features) for features in (ours_NE, theirs_ME)]
+    frechet = fid_statistics_to_metric(*statistics, verbose=False)
+    score = isc_features_to_metric(_double(images.logits_NL), splits=splits, shuffle=shuffle, rng_seed=SEED)
+    kernel = kid_features_to_metric(
+        ours_NE,
+        theirs_ME,
+        kid_subsets=subsets,
+        kid_subset_size=min(subset_size, len(ours_NE), len(theirs_ME)),
+        rng_seed=SEED,
+        verbose=False,
+    )
+    share = prc_features_to_metric(ours_NE, theirs_ME, prc_neighborhood=neighbours, save_cpu_ram=True, verbose=False)
+    return {
+        "distance": frechet["frechet_inception_distance"],
+        "inception_score": score["inception_score_mean"],
+        "inception_score_std": score["inception_score_std"],
+        "kernel_distance": kernel["kernel_inception_distance_mean"],
+        "kernel_distance_std": kernel["kernel_inception_distance_std"],
+        "precision": share["precision"],
+        "recall": share["recall"],
+    }
+
+
+def consistency(logits_NL: NDArray[np.float32], labels_N: NDArray[np.int32]) -> float:
+    """Share of images that the classifier assigns to the class that was asked for."""
+    return float((logits_NL.argmax(1) == labels_N).mean())
+
+
+def mean_psnr(images_NHW3: NDArray[np.uint8], originals_NHW3: NDArray[np.uint8]) -> float:
+    """Mean over images of the peak signal-to-noise ratio in dB, at most 100 each."""
+    errors_N = ((images_NHW3.astype(np.float64) - originals_NHW3) ** 2).mean((1, 2, 3))
+    smallest = 255**2 * 10 ** (-PSNR_LIMIT / 10)
+    return float((10 * np.log10(255**2 / np.maximum(errors_N, smallest))).mean())
+
+
+def nearness(
+    images_NP: NDArray[np.float32], unseen_MP: NDArray[np.float32], training_RP: NDArray[np.float32]
+) -> dict[str, float]:
+    """Signs of memory: shares of images nearer to a training image than the median (5 % quantile) unseen image is.
+
+    Like unseen data are 0.50 and 0.05; the training images themselves give 1.  Distance is Euclidean over pixels.
+    """
+    ours_N, unseen_M = _nearest(images_NP, training_RP), _nearest(unseen_MP, training_RP)
+    return {
+        "nn_med": float((ours_N < np.quantile(unseen_M, 0.5)).mean()),
+        "nn_p05": float((ours_N < np.quantile(unseen_M, 0.05)).mean()),
+    }
+
+
+def copies(codes_NT: NDArray[Any], training_RT: NDArray[Any]) -> float:
+    """Share of code sequences that equal a training sequence."""
+    known = {row.tobytes() for row in np.ascontiguousarray(training_RT.astype("<u4"))}
+    return float(np.mean([row.tobytes() in known for row in np.ascontiguousarray(codes_NT.astype("<u4"))]))
+
+
+def rounded(value: float) -> float:
+    """A figure without the digits that only the order of summation decides."""
+    return 0.0 if value == 0 else round(value, DIGITS - 1 - math.floor(math.log10(abs(value))))
+
+
+def _double(values_NE: NDArray[np.float32]) -> torch.Tensor:
+    return torch.from_numpy(values_NE).double()
+
+
+def _nearest(images_NP: NDArray[np.float32], training_RP: NDArray[np.float32], rows: int = 256) -> NDArray[np.float64]:
+    """Distance of each image to the nearest training image."""
+    training = torch.from_numpy(training_RP)
+    blocks = [torch.from_numpy(images_NP[start : start + rows]) for start in range(0, len(images_NP), rows)]
+    return np.concatenate([torch.cdist(block, training).min(1).values.double().numpy() for block in blocks])
