@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.artifact import Artifact, read_manifest
 from pipeline.draft import SCRATCH, Draft
-from pipeline.errors import NumericError, UsageError
+from pipeline.errors import NumericError
 from pipeline.runtime import Runtime
 from pipeline.shards import unit_name
 from pipeline.stage import Inputs
@@ -84,11 +84,6 @@ def choose_extractors(config: ScoreConfig, inputs: Inputs, run: Runtime) -> tupl
     if config.extractor == "inception":
         weights = find_weights(run.paths.get("weights")).absolute()
         return (ExtractorFile(INCEPTION, run.device, weights=weights), *extractors)
-    if not extractors:
-        raise UsageError(
-            "extractor: classifier needs at least one classifier",
-            hint="give --classifiers, or set extractor to inception",
-        )
     return tuple(extractors)
 
 

@@ -59,9 +59,14 @@ def check_classes(images: Pictures, inputs: Inputs) -> None:
 
 
 def feature_counts(config: ScoreConfig, inputs: Inputs) -> list[int]:
-    """Features of each extractor of the distances."""
+    """Features of each extractor of the distances, at least one."""
     if config.extractor == "inception":
         return [INCEPTION_FEATURES]
+    if not inputs.all("classifiers"):
+        raise UsageError(
+            "extractor: classifier needs at least one classifier",
+            hint="give --classifiers, or set extractor to inception",
+        )
     return [read_classifier_config(judge).features for judge in inputs.all("classifiers")]
 
 

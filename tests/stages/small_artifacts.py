@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import pickle
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from models.tokenizer import Tokenizer
 from models.tokenizer_config import TokenizerConfig
 from pipeline import durable
 from pipeline.artifact import Artifact
+from pipeline.cluster import Outcome
 from pipeline.draft import Draft, Request
 from pipeline.keys import config_value, sha256
 from pipeline.store import Store
@@ -34,6 +36,14 @@ CLASSES, CODES, GRID, SIZE = 3, 8, (2, 2), 16
 
 class Killed(BaseException):
     """Stands for a process that dies: nothing catches it."""
+
+
+class Backwards:
+    """A cluster that sends each shard through pickle, as workers get it, and runs the last one first."""
+
+    def map(self, function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Outcome]:
+        for number in reversed(list(numbers)):
+            yield number, pickle.loads(pickle.dumps(function))(number)
 
 
 def made(store: Store, kind: str, write: Callable[[Draft], None], *, name: str = "", **facts: Any) -> Artifact:
@@ -125,16 +135,19 @@ def images_artifact(
         out.put("shard", layout.shard(0, images_NHW3))
         write_labels_and_metadata(out, layout, labels_N.astype(np.int32))
 
-    return made(store, "images", write, name=name)
+    return made(store, "images", write, name=name, size=layout.height)
 
 
-def classifier_artifact(store: Store, *, seed: int = 0, features: int = 8) -> Artifact:
-    """A classifier of random weights for 16x16 pixels."""
+def classifier_artifact(store: Store, *, seed: int = 0, features: int = 8, poison: str = "") -> Artifact:
+    """A classifier of random weights for 16x16 pixels. poison: a tensor that is filled with NaN."""
     torch.manual_seed(seed)
     config = ConvolutionalClassifierConfig(image_size=SIZE, classes=CLASSES, widths=(8, 8, 8, 8), features=features)
     state = build(config, CLASSIFIERS).state_dict()
-    save = lambda out: save_weights(out, state, config_value(config))  # noqa: E731
-    return made(store, "classifier", save, name=f"{seed} {features}")
+    if poison:
+        state[poison].fill_(torch.nan)
+    return made(
+        store, "classifier", lambda out: save_weights(out, state, config_value(config)), name=f"{seed} {features}"
+    )
 
 
 @contextmanager
