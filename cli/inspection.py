@@ -9,8 +9,8 @@ import typer
 
 from cli import options
 from cli.output import guarded, print_json, print_table, readable_bytes, say
-from pipeline.artifact import Artifact, read_manifest, verify_artifact
-from pipeline.errors import SmaltiError
+from pipeline.artifact import read_manifest, verify_artifact
+from pipeline.errors import CorruptError, InputError, SmaltiError
 from pipeline.runlog import total_seconds
 from pipeline.store import Store
 
@@ -29,8 +29,8 @@ def status(
     names: dict[tuple[str, str], list[str]] = {}
     for ref, target in here.refs().items():
         names.setdefault(target, []).append(ref)
-    artifacts = [read_manifest(path) for path in here.artifacts()]
-    rows = [_row(item, names.get((item.stage, item.key), [])) for item in artifacts if kind in (None, item.kind)]
+    rows = [_row(path, names.get((path.parent.name, path.name), [])) for path in here.artifacts()]
+    rows = [row for row in rows if kind in (None, row["kind"])]
     drafts = here.drafts()
     if json:
         print_json({"store": str(store), "artifacts": rows, "drafts": [str(path) for path in drafts]})
@@ -55,6 +55,8 @@ def verify(
     Example: smalti verify digits/rar/tokens
     """
     here = Store(store)
+    if not names and not store.is_dir():
+        raise InputError(f"there is no store at {store}", path=store, hint="give its folder with --store")
     paths = [here.locate(name) for name in names] if names else here.artifacts()
     failures: list[tuple[Path, SmaltiError]] = []
     for path in paths:
@@ -102,7 +104,13 @@ def gc(
     say(f"{len(garbage)} folders, {readable_bytes(total)}{' deleted' if yes else ''}{advice}")
 
 
-def _row(artifact: Artifact, refs: list[str]) -> dict[str, Any]:
+def _row(path: Path, refs: list[str]) -> dict[str, Any]:
+    try:
+        artifact = read_manifest(path)
+    except CorruptError as error:
+        name = f"{path.parent.name}/{path.name[:12]}"
+        found = {"kind": "damaged", "artifact": name, "key": path.name, "bytes": 0, "seconds": 0.0}
+        return {**found, "refs": refs, "figure": error.message}
     return {
         "kind": artifact.kind,
         "artifact": artifact.name,

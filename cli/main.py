@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from typing import Any
 
 import typer
 
 from cli import doctor, inspection, recipes
+from cli.output import print_error
 from cli.single import stage_command
+from pipeline.errors import UsageError
 from smalti import __version__
 from stages import stages
+
+CommandLineError: Any = typer.BadParameter.__mro__[2]  # typer exports no base class of its complaints
 
 app = typer.Typer(
     name="smalti",
@@ -57,5 +63,11 @@ for name, declared in stages().items():
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script. With --json a wrong option is answered by an object too."""
+    if "--json" not in sys.argv:
+        app()
+    try:
+        sys.exit(app(standalone_mode=False))
+    except CommandLineError as error:
+        print_error(UsageError(error.format_message(), hint="see --help"), UsageError.exit_code, as_json=True)
+        sys.exit(UsageError.exit_code)

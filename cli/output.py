@@ -42,6 +42,8 @@ def guarded(command: CommandT) -> CommandT:
             fail(SmaltiError(INTERRUPTED), 143, as_json)
         except MemoryError as error:
             fail(MemoryExhausted(f"the memory of this machine is used up {error}".strip()), 71, as_json)
+        except BrokenPipeError:  # `smalti status | head`: typer leaves quietly
+            raise
         except OSError as error:
             translated = _translate(error)
             fail(translated, translated.exit_code, as_json)
@@ -55,12 +57,16 @@ def guarded(command: CommandT) -> CommandT:
 
 
 def fail(error: SmaltiError, code: int, as_json: bool) -> NoReturn:
+    print_error(error, code, as_json=as_json)
+    raise typer.Exit(code)
+
+
+def print_error(error: SmaltiError, code: int, *, as_json: bool) -> None:
     if as_json:
         body = {"code": code, "message": error.message, "path": error.path, "hint": error.hint}
         typer.echo(json.dumps({"error": body}))
     else:
         typer.echo(f"{'error: ' if code < 128 else ''}{error}", err=True)
-    raise typer.Exit(code)
 
 
 def print_json(value: Any) -> None:

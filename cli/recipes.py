@@ -80,7 +80,7 @@ def plan(
 
 
 @guarded
-def schema() -> None:
+def schema(json: options.JsonOption = False) -> None:
     """Print the JSON schema of recipes, for editors.
 
     Example: smalti schema > recipes/schema.json

@@ -19,10 +19,10 @@ from pydantic.fields import FieldInfo
 
 from cli.options import COMMON, SetOption, running
 from cli.output import guarded, print_json, say
-from pipeline.artifact import Artifact
+from pipeline.artifact import MANIFEST, Artifact
 from pipeline.config import parse_config
 from pipeline.errors import InputError, UsageError
-from pipeline.recipe import parse_setting, put_setting
+from pipeline.recipe import parse_setting, parse_yaml, put_setting
 from pipeline.runner import Made, Options, make, make_request
 from pipeline.stage import Inputs, Read, Stage
 from pipeline.store import Store
@@ -48,15 +48,18 @@ def stage_command(declared: Stage) -> Callable[..., None]:
 def _run(declared: Stage, values: dict[str, Any]) -> None:
     store = Store(values["store"])
     config = parse_config(declared.config, _config_values(declared, values), where=declared.name)
-    paths = {name: values[name] for name in declared.externals if values.get(name) is not None}
+    given = {name: values.get(_variable(name)) for name in declared.externals}
+    paths = {name: path for name, path in given.items() if path is not None}
     for name, external in declared.externals.items():
         if name not in paths and external.needed(config):
             raise UsageError(f"{declared.name} lacks --{_flag(name)}: {external.help}")
+    if values["ref"]:
+        store.ref_path(values["ref"])  # a name that cannot be is refused before the work
+    if values["dry_run"]:
+        _say_plan(declared, config, values, paths, store)
+        return
     with running(values) as options:
-        inputs = Inputs(_find_inputs(declared, values, store, options))
-        if values["dry_run"]:
-            _say_plan(declared, config, inputs, paths, store, values["json"])
-            return
+        inputs = Inputs(_find_inputs(declared, values, lambda text, wanted: _find(text, wanted, store, options)))
         made = make(store, declared, config, inputs, paths, options)
         if values["ref"]:
             store.set_ref(values["ref"], made.artifact)
@@ -69,23 +72,30 @@ def _config_values(declared: Stage, values: dict[str, Any]) -> dict[str, Any]:
     for name, kind, _ in _simple_fields(declared.config):
         given = values.get(_argument(name))
         if given is not None:
-            put_setting(found, name.split("."), yaml.safe_load(f"[{given}]") if kind is list else given)
+            put_setting(found, name.split("."), _parse_list(name, given) if kind is list else given)
     for setting in values["set"] or []:
         keys, value = parse_setting(setting)
         put_setting(found, keys, value)
     return found
 
 
+def _parse_list(name: str, text: str) -> list[Any]:
+    try:
+        return list(parse_yaml(f"[{text}]"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"--{_flag(name)} {text!r}: expected values separated by commas") from error
+
+
 def _read_config(text: str, declared: Stage) -> dict[str, Any]:
     """Settings from a YAML file, or from one step of a recipe: FILE.yaml or RECIPE.yaml:step."""
     name, _, step = text.partition(":")
     try:
-        document = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        document = parse_yaml(Path(name).read_text(encoding="utf-8"))
         if step:
             document = document["steps"][step].get("config", {})
     except OSError as error:
         raise InputError(f"--config {name} cannot be read: {error.strerror}", path=name) from error
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--config {text} holds no settings of {declared.name}") from error
     if not isinstance(document, dict):
         raise UsageError(f"--config {text} holds no mapping")
@@ -93,48 +103,75 @@ def _read_config(text: str, declared: Stage) -> dict[str, Any]:
 
 
 def _find_inputs(
-    declared: Stage, values: dict[str, Any], store: Store, options: Options
+    declared: Stage, values: dict[str, Any], find: Callable[[str, Read], Artifact]
 ) -> dict[str, Artifact | list[Artifact]]:
     found: dict[str, Artifact | list[Artifact]] = {}
     for name, wanted in declared.reads.items():
-        given = values.get(name)
+        given = values.get(_variable(name))
         if not given:
             if not wanted.optional:
                 raise UsageError(
                     f"{declared.name} lacks --{_flag(name)}: {wanted.help or 'a ' + ' or '.join(wanted.kinds)}"
                 )
             continue
-        items = [_find(text, wanted, store, options) for text in (given if isinstance(given, list) else [given])]
+        items = [find(text, wanted) for text in (given if isinstance(given, list) else [given])]
         found[name] = items if wanted.many else items[0]
     return found
 
 
 def _find(text: str, wanted: Read, store: Store, options: Options) -> Artifact:
     """The artifact that a word on the command line means; folders of images and `digits` are indexed first."""
-    word, _, split = text.partition(":")
-    if "image-set" in wanted.kinds and word == "digits":
-        return _index(store, options, {"source": {"kind": "digits", "split": split or "all"}}, {})
-    if "image-set" in wanted.kinds and Path(text).is_dir() and not (Path(text) / "manifest.json").exists():
-        return _index(store, options, {"source": {"kind": "folder"}}, {"images": Path(text)})
-    return store.find(text)
-
-
-def _index(store: Store, options: Options, values: dict[str, Any], paths: dict[str, Path]) -> Artifact:
-    declared = stages()["index"]
-    made = make(store, declared, parse_config(declared.config, values, where="index"), Inputs({}), paths, options)
+    source = _image_source(text, wanted)
+    if source is None:
+        return store.find(text)
+    config, paths = source
+    made = make(store, stages()["index"], config, Inputs({}), paths, options)
     options.progress.say(f"indexed {paths.get('images', 'the embedded digits')} as {made.artifact.name}")
     return made.artifact
 
 
-def _say_plan(
-    declared: Stage, config: BaseModel, inputs: Inputs, paths: dict[str, Path], store: Store, as_json: bool
-) -> None:
-    request = make_request(declared, config, inputs, paths)
-    state = "done" if store.has(request.stage, request.key) else "run"
-    if as_json:
-        print_json({"stage": request.stage, "key": request.key, "state": state})
+def _image_source(text: str, wanted: Read) -> tuple[BaseModel, dict[str, Path]] | None:
+    """Config and paths of the index step for images that are no artifact; None for everything else."""
+    word, _, split = text.partition(":")
+    if "image-set" not in wanted.kinds:
+        return None
+    if word == "digits":
+        source, paths = {"kind": "digits", "split": split or "all"}, {}
+    elif Path(text).is_dir() and not (Path(text) / MANIFEST).exists():
+        source, paths = {"kind": "folder"}, {"images": Path(text)}
     else:
-        typer.echo(f"{request.stage}/{request.key}: {'is there already' if state == 'done' else 'would be made'}")
+        return None
+    return parse_config(stages()["index"].config, {"source": source}, where="index"), paths
+
+
+class _Unmade(Exception):
+    """Images that would be indexed first."""
+
+
+def _say_plan(declared: Stage, config: BaseModel, values: dict[str, Any], paths: dict[str, Path], store: Store) -> None:
+    """What would be done; nothing is written."""
+
+    def find(text: str, wanted: Read) -> Artifact:
+        source = _image_source(text, wanted)
+        if source is None:
+            return store.find(text)
+        request = make_request(stages()["index"], source[0], Inputs({}), source[1])
+        if not store.is_current(request):
+            raise _Unmade(text)
+        return store.open(request.stage, request.key)
+
+    found: dict[str, Any] = {"stage": declared.name, "key": None, "state": "run"}
+    try:
+        request = make_request(declared, config, Inputs(_find_inputs(declared, values, find)), paths)
+        state = "done" if store.is_current(request) else "run"
+        found = {"stage": declared.name, "key": request.key, "state": state}
+        sentence = f"{declared.name}/{request.key}: {'is there already' if state == 'done' else 'would be made'}"
+    except _Unmade as unmade:
+        sentence = f"{declared.name}: {unmade} would be indexed, then this would be made"
+    if values["json"]:
+        print_json(found)
+    else:
+        typer.echo(sentence)
 
 
 def _show(made: Made, as_json: bool, quiet: bool) -> None:
@@ -153,18 +190,23 @@ def _inputs(declared: Stage) -> list[inspect.Parameter]:
         kinds = " or ".join(item.kinds)
         text = f"{item.help or 'Input'} ({kinds}: ref, key or path{'; repeatable' if item.many else ''})"
         kind: Any = list[str] | None if item.many else str | None
-        parameters.append(_parameter(name, kind, text, flag=_flag(name)))
+        parameters.append(_parameter(_variable(name), kind, text, flag=_flag(name)))
     return parameters
 
 
 def _externals(declared: Stage) -> list[inspect.Parameter]:
-    return [_parameter(name, Path | None, item.help, flag=_flag(name)) for name, item in declared.externals.items()]
+    return [
+        _parameter(_variable(name), Path | None, item.help, flag=_flag(name))
+        for name, item in declared.externals.items()
+    ]
 
 
 def _fields(declared: Stage) -> list[inspect.Parameter]:
     taken = {*declared.reads, *declared.externals, *COMMON, "set", "config", "ref"}
     return [
-        _parameter(_argument(name), str | None if kind is list else kind | None, _field_help(field), flag=_flag(name))
+        _parameter(
+            _argument(name), str | None if kind is list else kind | None, _field_help(field), flag=_switch(name, kind)
+        )
         for name, kind, field in _simple_fields(declared.config)
         if name not in taken
     ]
@@ -226,5 +268,14 @@ def _field_help(field: FieldInfo) -> str:
     return f"{field.description or ''}{choices}{default}"
 
 
+def _variable(name: str) -> str:
+    return name.replace("-", "_")
+
+
 def _flag(name: str) -> str:
     return name.replace("_", "-")
+
+
+def _switch(name: str, kind: Any) -> str:
+    """A switch that is on by default needs a way to turn it off."""
+    return f"{_flag(name)}/--no-{_flag(name)}" if kind is bool else _flag(name)

@@ -42,7 +42,8 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     if complaint["type"] == "missing":
         return f"{place} is missing"
     found = json.dumps(complaint.get("input"), default=str)
-    return f"{place}: {complaint['msg'][0].lower()}{complaint['msg'][1:]} (found {found[:80]})"
+    message = complaint["msg"].removeprefix("Value error, ")
+    return f"{place}: {message[0].lower()}{message[1:]} (found {found[:80]})"
 
 
 def unknown_key(key: str, where: str, known: list[str]) -> str:

@@ -14,8 +14,9 @@ order. `--set codebook.clusters=64` changes a value; the first word is a step or
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -29,6 +30,31 @@ from pipeline.errors import InputError, UsageError
 from pipeline.stage import Stage
 
 RECIPES = "recipes"
+STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a part of a ref and of --set: no slash, no dot
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML without its traps: a key that stands twice is refused, and 1e-3 is a number (YAML 1.1 reads a word)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML document, read strictly; raises yaml.YAMLError."""
+    try:
+        return yaml.load(text, Loader=StrictLoader)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deep") from error
 
 
 class StepText(Config):
@@ -108,8 +134,9 @@ def load_recipe(
 
 def recipe_name(path: Path) -> str:
     """`recipes/digits/rar.yaml` is digits/rar; a file elsewhere is called by its stem."""
-    parts = path.absolute().with_suffix("").parts
-    return "/".join(parts[parts.index(RECIPES) + 1 :]) if RECIPES in parts[:-1] else parts[-1]
+    parts = Path(os.path.abspath(path)).with_suffix("").parts  # noqa: PTH100  (`..` is taken out, links are kept)
+    inside = parts[:-1][::-1].index(RECIPES) if RECIPES in parts[:-1] else 0
+    return "/".join(parts[-1 - inside :])
 
 
 def recipe_schema(stages: Mapping[str, Stage]) -> dict[str, Any]:
@@ -131,6 +158,7 @@ def recipe_schema(stages: Mapping[str, Stage]) -> dict[str, Any]:
             {"type": "object", "properties": properties, "required": ["stage"], "additionalProperties": False}
         )
     schema["properties"]["steps"]["additionalProperties"] = {"oneOf": variants}
+    schema["properties"]["steps"]["propertyNames"] = {"pattern": f"^{STEP_NAME.pattern}$"}
     return schema
 
 
@@ -143,7 +171,7 @@ def _inputs_schema(declared: Stage) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"the recipe {path} cannot be read: {error.strerror}", path=path) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -159,13 +187,9 @@ def parse_setting(setting: str) -> tuple[list[str], Any]:
     if not equals or not all(name.split(".")):
         raise UsageError(f"--set {setting!r}: expected dotted.key=value")
     try:
-        value = yaml.safe_load(text)
+        return name.split("."), parse_yaml(text)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {setting!r}: the value is no valid YAML") from error
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
-        with suppress(ValueError):
-            value = float(value) if any(letter.isdigit() for letter in value) else value
-    return name.split("."), value
 
 
 def put_setting(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
@@ -202,6 +226,8 @@ def _step(
     where: str,
 ) -> Step:
     place = f"{where}: steps.{name}"
+    if not STEP_NAME.fullmatch(name):
+        raise UsageError(f"{where}: {name!r} is no name for a step: expected letters, digits, - and _")
     if text.stage not in stages:
         raise UsageError(unknown_key(text.stage, f"{place}.stage", list(stages)))
     declared = stages[text.stage]
@@ -232,11 +258,14 @@ def _fill_paths(
     for name, template in text.paths.items():
         if name not in declared.externals:
             raise UsageError(unknown_key(name, f"{place}.paths", list(declared.externals)))
-        used = [variable for variable in variables if f"{{{variable}}}" in template]
+        used = re.findall(r"\{(.*?)\}", template)
+        for variable in used:
+            if variable not in variables:
+                raise UsageError(unknown_key(variable, f"{place}.paths.{name} ({template})", list(variables)))
         absent = [variable for variable in used if variables[variable] is None]
         missing += absent
         if not absent:
-            filled[name] = Path(template.format(**{variable: variables[variable] for variable in used}))
+            filled[name] = Path(re.sub(r"\{(.*?)\}", lambda match: str(variables[match[1]]), template))
     given = {*filled, *(name for name in text.paths if name not in filled)}
     for name, external in declared.externals.items():
         if external.needed(config) and name not in given:

@@ -105,13 +105,13 @@ class Store:
 
     def set_ref(self, name: str, artifact: Artifact) -> None:
         """Point a ref to an artifact; one that points there already is left alone (a finished store may be read-only)."""
-        path, line = self._ref_path(name), f"{artifact.stage}/{artifact.key}\n".encode()
+        path, line = self.ref_path(name), f"{artifact.stage}/{artifact.key}\n".encode()
         if not path.is_file() or path.read_bytes() != line:
             durable.write_file(path, line)
 
     def read_ref(self, name: str) -> tuple[str, str]:
         """(stage, key) that a ref names."""
-        path = self._ref_path(name)
+        path = self.ref_path(name)
         try:
             stage, _, key = path.read_text().strip().partition("/")
         except OSError as error:
@@ -186,7 +186,8 @@ class Store:
     def _is_ref(self, name: str) -> bool:
         return _is_plain(name) and (self.root / REFS / name).is_file()
 
-    def _ref_path(self, name: str) -> Path:
+    def ref_path(self, name: str) -> Path:
+        """The file of a ref; UsageError for what is no name."""
         if not _is_plain(name):
             raise UsageError(
                 f"{name!r} is no ref name: expected words separated by slashes, such as digits/rar/features"
