@@ -24,12 +24,16 @@ HELD_OUT = "held-out"
 class TrainClassifierConfig(Config):
     """A network, the views under which it sees the images, and a budget."""
 
-    model: ClassifierConfig = Field(ConvolutionalClassifierConfig(), description="the network")
-    views: Views = Field(ShiftViews(size=32, pixels=2), description="views to train on; the upright one is judged")
-    smoothing: float = Field(0.05, ge=0, lt=1, description="label smoothing of the cross entropy")
-    rows_per_pass: int = Field(64, ge=1, description="images that go through the network together when it is judged")
+    model: ClassifierConfig = Field(default=ConvolutionalClassifierConfig(), description="the network")
+    views: Views = Field(
+        default=ShiftViews(size=32, pixels=2, fill=0), description="views to train on; the upright one is judged"
+    )
+    smoothing: float = Field(default=0.05, ge=0, lt=1, description="label smoothing of the cross entropy")
+    rows_per_pass: int = Field(
+        default=64, ge=1, description="images that go through the network together when it is judged"
+    )
     training: TrainingConfig = Field(
-        TrainingConfig(steps=330, optimizer=AdamW(learning_rate=3e-3, weight_decay=0.01), schedule=OneCycle()),
+        default=TrainingConfig(steps=330, optimizer=AdamW(learning_rate=3e-3, weight_decay=0.01), schedule=OneCycle()),
         description="budget and optimizer",
     )
 
@@ -67,11 +71,20 @@ def train_classifier(config: TrainClassifierConfig, inputs: Inputs, out: Draft, 
     if HELD_OUT in inputs:
         judged = TrainingImages(inputs[HELD_OUT], views=config.views, seed=config.training.seed)
     outcome = train(
-        lambda device: ClassifierTask(config, images, judged, device), config.training, out, run, label="train-classifier"
+        lambda device: ClassifierTask(config, images, judged, device),
+        config.training,
+        out,
+        run,
+        label="train-classifier",
     )
     if outcome.is_first:
         save_weights(out, outcome.task.network.state_dict(), config_json(config.model))
-        out.facts = facts(config, outcome.figures["accuracy"], images=len(images), where=HELD_OUT if HELD_OUT in inputs else "training images")
+        out.facts = facts(
+            config,
+            outcome.figures["accuracy"],
+            images=len(images),
+            where=HELD_OUT if HELD_OUT in inputs else "training images",
+        )
 
 
 def check_classes(config: TrainClassifierConfig, artifact: Artifact) -> None:

@@ -27,13 +27,18 @@ class TrainTokenizerConfig(Config):
     """A network, its loss, the views under which it sees the images, and a budget. The defaults suit 32-pixel images."""
 
     model: TokenizerConfig = Field(
-        TokenizerConfig(autoencoder=ConvolutionalConfig(), quantizer=DIGITS_QUANTIZER), description="the tokenizer"
+        default=TokenizerConfig(autoencoder=ConvolutionalConfig(), quantizer=DIGITS_QUANTIZER),
+        description="the tokenizer",
     )
-    loss: LossConfig = Field(ReconstructionConfig(), description="what a reconstruction is compared by")
-    views: Views = Field(ShiftViews(size=32, pixels=1), description="views to train on; the upright one is judged")
-    rows_per_pass: int = Field(64, ge=1, description="images that go through the network together when it is judged")
+    loss: LossConfig = Field(default=ReconstructionConfig(), description="what a reconstruction is compared by")
+    views: Views = Field(
+        default=ShiftViews(size=32, pixels=1, fill=0), description="views to train on; the upright one is judged"
+    )
+    rows_per_pass: int = Field(
+        default=64, ge=1, description="images that go through the network together when it is judged"
+    )
     training: TrainingConfig = Field(
-        TrainingConfig(steps=800, optimizer=AdamW(learning_rate=3e-3), schedule=OneCycle()),
+        default=TrainingConfig(steps=800, optimizer=AdamW(learning_rate=3e-3), schedule=OneCycle()),
         description="budget and optimizer",
     )
 

@@ -17,9 +17,11 @@ class Constant(Config):
     """The learning rate as it is, times `factor` from each of the steps in `drops` on."""
 
     kind: Literal["constant"] = "constant"
-    warmup: int = Field(0, ge=0, description="steps of a linear rise from 0")
-    drops: tuple[int, ...] = Field((), strict=False, description="steps from which on the rate is multiplied by factor")
-    factor: float = Field(0.1, gt=0, le=1, description="multiplier at each drop")
+    warmup: int = Field(default=0, ge=0, description="steps of a linear rise from 0")
+    drops: tuple[int, ...] = Field(
+        default=(), strict=False, description="steps from which on the rate is multiplied by factor"
+    )
+    factor: float = Field(default=0.1, gt=0, le=1, description="multiplier at each drop")
 
     def rate(self, step: int, *, base: float, steps: int) -> float:
         rise = step / self.warmup if step < self.warmup else 1.0
@@ -30,9 +32,9 @@ class OneCycle(Config):
     """Half a cosine up to the learning rate, half a cosine down to almost nothing (arXiv 1708.07120)."""
 
     kind: Literal["one-cycle"] = "one-cycle"
-    rise: float = Field(0.3, gt=0, lt=1, description="share of the steps that rise")
-    start: float = Field(0.04, ge=0, le=1, description="rate at step 0, as a share of the learning rate")
-    end: float = Field(4e-6, ge=0, le=1, description="rate at the last step, as a share of the learning rate")
+    rise: float = Field(default=0.3, gt=0, lt=1, description="share of the steps that rise")
+    start: float = Field(default=0.04, ge=0, le=1, description="rate at step 0, as a share of the learning rate")
+    end: float = Field(default=4e-6, ge=0, le=1, description="rate at the last step, as a share of the learning rate")
 
     def rate(self, step: int, *, base: float, steps: int) -> float:
         peak, last = max(self.rise * steps - 1, 0.0), steps - 1
@@ -45,8 +47,8 @@ class WarmupCosine(Config):
     """Linear from exactly 0 at step 0, then half a cosine down to `end` at the last step's successor."""
 
     kind: Literal["warmup-cosine"] = "warmup-cosine"
-    warmup: int = Field(0, ge=0, description="steps of the linear rise")
-    end: Rate = Field(0.0, description="learning rate at the end")
+    warmup: int = Field(default=0, ge=0, description="steps of the linear rise")
+    end: Rate = Field(default=0.0, description="learning rate at the end")
 
     def rate(self, step: int, *, base: float, steps: int) -> float:
         return warmup_cosine(step, base=base, end=self.end, warmup=self.warmup, total=steps)
@@ -59,12 +61,12 @@ class AdamW(Config):
     """Adam with decoupled weight decay (arXiv 1711.05101); with weight_decay 0 it is Adam."""
 
     kind: Literal["adamw"] = "adamw"
-    learning_rate: Rate = Field(1e-3, description="peak learning rate; the schedule multiplies it")
+    learning_rate: Rate = Field(default=1e-3, description="peak learning rate; the schedule multiplies it")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), strict=False, description="decays of the two moments"
+        default=(0.9, 0.999), strict=False, description="decays of the two moments"
     )
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.0, ge=0, description="decay of the parameters that the network lets decay")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(default=0.0, ge=0, description="decay of the parameters that the network lets decay")
 
 
 Optimizer = AdamW  # a union tagged by `kind` as soon as there is a second one
@@ -73,26 +75,35 @@ Optimizer = AdamW  # a union tagged by `kind` as soon as there is a second one
 class TrainingConfig(Config):
     """Budget and optimizer of one training. Nothing here depends on the number of processes."""
 
-    steps: int = Field(1000, ge=1, description="optimizer steps")
-    batch: int = Field(64, ge=1, description="rows of one step, over all processes together")
-    seed: int = Field(0, ge=0, lt=2**53, description="of the first weights, the data order and everything drawn")
-    optimizer: Optimizer = Field(AdamW(), description="optimizer of the network")
-    schedule: Schedule = Field(Constant(), description="learning rate over the steps")
+    steps: int = Field(default=1000, ge=1, description="optimizer steps")
+    batch: int = Field(default=64, ge=1, description="rows of one step, over all processes together")
+    seed: int = Field(
+        default=0, ge=0, lt=2**53, description="of the first weights, the data order and everything drawn"
+    )
+    optimizer: Optimizer = Field(default=AdamW(), description="optimizer of the network")
+    schedule: Schedule = Field(default=Constant(), description="learning rate over the steps")
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16: autocast, with weights and optimizer in float32"
+        default="float32", description="bfloat16: autocast, with weights and optimizer in float32"
     )
-    accumulation: int = Field(1, ge=1, description="parts in which each process computes its share of a batch")
-    clip: float | None = Field(1.0, gt=0, description="largest global norm of the gradient, or null")
+    accumulation: int = Field(default=1, ge=1, description="parts in which each process computes its share of a batch")
+    clip: float | None = Field(default=1.0, gt=0, description="largest global norm of the gradient, or null")
     ema: float | None = Field(
-        None, gt=0, lt=1, description="decay per step of averaged weights, which become the result; null: no average"
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay per step of averaged weights, which become the result; null: no average",
     )
-    skip_bad_steps: int = Field(0, ge=0, description="steps with a NaN or infinite loss or gradient to leave out")
-    evaluate_every: int = Field(0, ge=0, description="steps between evaluations on held-out data; 0: at the end alone")
+    skip_bad_steps: int = Field(
+        default=0, ge=0, description="steps with a NaN or infinite loss or gradient to leave out"
+    )
+    evaluate_every: int = Field(
+        default=0, ge=0, description="steps between evaluations on held-out data; 0: at the end alone"
+    )
     select: Literal["last", "best"] = Field(
-        "last", description="which weights are the result: the last, or the best evaluated ones"
+        default="last", description="which weights are the result: the last, or the best evaluated ones"
     )
     is_deterministic: bool = Field(
-        True, description="on CUDA: only kernels that give the same bits each time, which are slower"
+        default=True, description="on CUDA: only kernels that give the same bits each time, which are slower"
     )
 
     @model_validator(mode="after")

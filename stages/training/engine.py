@@ -119,9 +119,7 @@ class Running:
         name = self.part.name
         state = {f"model.{name}.{key}": tensor for key, tensor in self.part.module.state_dict().items()}
         for parameter, moments in self.optimizer.state.items():
-            state |= {
-                f"optimizer.{name}.{self.names[id(parameter)]}.{key}": value for key, value in moments.items()
-            }
+            state |= {f"optimizer.{name}.{self.names[id(parameter)]}.{key}": value for key, value in moments.items()}
         if self.average is not None:
             state |= {f"average.{name}.{key}": tensor for key, tensor in self.average.tensors.items()}
         return state
@@ -259,10 +257,14 @@ class Trainer:
             is_last = number + 1 == len(pieces)
             with nullcontext() if is_last else self.replicas.without_exchange(list(self.modules.values())):
                 losses = self.task.losses(running.part.name, self.modules, piece, self.step)
-                total = torch.stack([value for value in losses.losses.values()]).sum()
+                total = torch.stack(list(losses.losses.values())).sum()
                 self.replicas.backward(total / len(pieces))
             found.append(Losses(_detached(losses.losses), _detached(losses.stats)))
-        return found[0] if len(found) == 1 else Losses(_means([one.losses for one in found]), _means([one.stats for one in found]))
+        return (
+            found[0]
+            if len(found) == 1
+            else Losses(_means([one.losses for one in found]), _means([one.stats for one in found]))
+        )
 
     def _let_train(self, running: Running) -> None:
         """Clear the part's gradients; while it is trained, gradients go through the other parts but stay in none."""
@@ -374,5 +376,3 @@ def _detached(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _means(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([one[name] for one in found]).mean() for name in found[0]}
-
-

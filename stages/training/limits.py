@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 
 from pipeline.errors import MemoryExhausted
 from stages.training.config import TrainingConfig
 
+deterministic: Any = torch.utils.deterministic  # a module with properties, which type checkers do not see
 CPU_REFUSAL = "not enough memory: you tried to allocate"  # of torch's allocator, which has no error of its own
 
 
@@ -21,15 +24,18 @@ def same_kernels(device: torch.device, *, is_deterministic: bool) -> Iterator[No
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    was_strict, was_warning = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    did_fill = torch.utils.deterministic.fill_uninitialized_memory
+    was_strict, was_warning = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    did_fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and helps to find bugs alone
+    deterministic.fill_uninitialized_memory = False  # costs time and helps to find bugs alone
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was_strict, warn_only=was_warning)
-        torch.utils.deterministic.fill_uninitialized_memory = did_fill
+        deterministic.fill_uninitialized_memory = did_fill
 
 
 @contextmanager

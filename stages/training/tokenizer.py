@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PART = "tokenizer"
 PATIENCE = 0.2  # share of the steps after which a codebook has to be in use
+PERFECT = 100.0  # dB that stand for an image without any error, which would have infinitely many
 COLLAPSE = 0.5  # share of dead codes that is worth a warning
 
 
@@ -54,7 +55,7 @@ class TokenizerTask(Task):
         """Mean PSNR in dB of the judged images."""
         passes = self.judged.upright_passes(self.config.rows_per_pass)
         decibels_N = run_passes(self._psnr, passes, device=self.device)
-        mean = float(decibels_N.astype(np.float64).mean())
+        mean = float(np.minimum(decibels_N, PERFECT).mean())
         return {"psnr": mean, "loss": -mean}
 
     def warning(self, step: int, stats: Mapping[str, Any]) -> str | None:

@@ -1,0 +1,114 @@
+"""The training of a generator as a task of the engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models.generators.config import BUILDERS
+from models.generators.orders import draw_drops, draw_orders, raster
+from models.registry import build
+from models.schedules import random_ratio
+from stages.networks import GeneratorCard
+from stages.training.draws import rows_of_step, stream
+from stages.training.task import Batch, Losses, Modules, Part, Task, is_matrix
+from stages.training.tokens import TrainingTokens
+
+if TYPE_CHECKING:
+    from stages.train_generator import TrainGeneratorConfig
+
+# B rows of a global batch, P rows of this process's share, T tokens
+
+PART = "generator"
+LOOK_AHEAD = 64  # steps whose rows are read together from mapped sets
+
+
+class GeneratorTraining(nn.Module):
+    """A generator as a module whose forward is its loss, which is what replicas run."""
+
+    def __init__(self, generator: nn.Module):
+        super().__init__()
+        self.generator: Any = generator
+
+    def forward(self, *batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, stats = self.generator.loss(*batch)
+        return loss, stats
+
+
+class GeneratorTask(Task):
+    """Cross entropy of codes in drawn orders, with drawn labels dropped; judged in raster order with all labels."""
+
+    unit = "rows"
+
+    def __init__(
+        self,
+        config: TrainGeneratorConfig,
+        card: GeneratorCard,
+        tokens: TrainingTokens,
+        held_out: TrainingTokens | None,
+        device: torch.device,
+    ):
+        self.config, self.tokens, self.held_out, self.device = config, tokens, held_out, device
+        self.network = build(card.model, BUILDERS, codes=card.codes, tokens=card.tokens, classes=card.classes)
+        training = config.training
+        decayed = getattr(self.network, "decayed", is_matrix)
+        self.parts = [
+            Part(
+                PART,
+                GeneratorTraining(self.network),
+                training.optimizer,
+                training.schedule,
+                is_decayed=lambda name, parameter: decayed(name.removeprefix("generator."), parameter),
+            )
+        ]
+        self.rows = len(tokens)
+        self.reads_ahead = not tokens.are_loaded
+        self._window: tuple[int, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = (-1, [])
+
+    def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
+        """Codes (P, T), labels (P,), orders (P, T), dropped (P,)."""
+        codes_PT, labels_P = self._read(step, rows_B, share)
+        batch, seed = len(rows_B), self.config.training.seed
+        ratio = random_ratio(step, start=self.config.orders.start, end=self.config.orders.end)
+        orders_BT = draw_orders(stream(seed, "orders", step), batch, codes_PT.shape[1], ratio)
+        dropped_B = draw_drops(stream(seed, "labels", step), batch, getattr(self.config.model, "label_dropout", 0.0))
+        return tuple(map(torch.from_numpy, (codes_PT, labels_P, orders_BT[share], dropped_B[share])))
+
+    def losses(self, part: str, modules: Modules, batch: Batch, step: int) -> Losses:
+        loss, stats = modules[PART](*batch)
+        return Losses({"cross_entropy": loss}, stats)
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss and share of right guesses on the held-out token set, if there is one."""
+        if self.held_out is None:
+            return {}
+        sums = {"loss": 0.0, "correct": 0.0}
+        for first in range(0, len(self.held_out), self.config.rows_per_pass):
+            rows_P = np.arange(first, min(first + self.config.rows_per_pass, len(self.held_out)))
+            codes_PT, labels_P = self.held_out.read(rows_P)
+            orders_PT, dropped_P = raster(*codes_PT.shape), np.zeros(len(rows_P), bool)
+            tensors = (torch.from_numpy(one).to(self.device) for one in (codes_PT, labels_P, orders_PT, dropped_P))
+            loss, stats = self.network.loss(*tensors)
+            sums["loss"] += float(loss) * len(rows_P)
+            sums["correct"] += float(stats["correct"]) * len(rows_P)
+        return {name: total / len(self.held_out) for name, total in sums.items()}
+
+    def _read(self, step: int, rows_B: NDArray[np.int64], share: slice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Codes and labels of this process's share; of mapped sets a window of steps is read at once."""
+        if self.tokens.are_loaded:
+            return self.tokens.read(rows_B[share])
+        window, place = divmod(step, LOOK_AHEAD)
+        if self._window[0] != window:
+            self._window = (window, self._read_window(window * LOOK_AHEAD, share))
+        return self._window[1][place]
+
+    def _read_window(self, first: int, share: slice) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        training = self.config.training
+        steps = range(first, min(first + LOOK_AHEAD, training.steps))
+        rows = [rows_of_step(step, rows=self.rows, batch=training.batch, seed=training.seed)[share] for step in steps]
+        codes_WT, labels_W = self.tokens.read(np.concatenate(rows))
+        return list(zip(np.split(codes_WT, len(rows)), np.split(labels_W, len(rows)), strict=True))
