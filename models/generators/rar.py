@@ -4,7 +4,8 @@ The sequence is [cls, condition, code, code, ...]; codes come in a given order, 
 (`pos_embed`) and which position it has to predict (`target_aware_pos_embed`). Every block is modulated by class and
 step. Sampling with a cache is in `rar_decoder`.
 
-B rows, T tokens of an image, N codes that are given (0..T), J = N + 2 positions, D width, K codes, C classes
+B rows, T tokens of an image, N codes that are given (0..T), J = N + 2 positions, D width, K codes, C classes,
+U labels that modulations are computed for, M the width of a block's modulations (6D; 2D at the head)
 Ids of the one embedding table: 0..K-1 codes, K unused, K+1+c class c, K+1+C no class.
 """
 
@@ -44,8 +45,9 @@ class Block(nn.Module):
         self.mlp = Mlp(config.width, config.mlp_width, dropout=config.dropout)
         self.adaLN_modulation = modulation(config.width, 6)
 
-    def forward(self, x_BJD: Tensor, activated_BJD: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(activated_BJD).chunk(6, dim=-1)
+    def forward(self, x_BJD: Tensor, activated_UJD: Tensor, picks_B: Tensor | slice) -> Tensor:
+        modulations_BJM = self.adaLN_modulation(activated_UJD)[picks_B]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulations_BJM.chunk(6, dim=-1)
         x_BJD = x_BJD + gate1 * self.attn(modulate(self.norm1(x_BJD), scale=scale1, shift=shift1))
         return x_BJD + gate2 * self.mlp(modulate(self.norm2(x_BJD), scale=scale2, shift=shift2))
 
@@ -58,8 +60,9 @@ class HeadNorm(nn.Module):
         self.norm = nn.LayerNorm(width, eps=EPS, elementwise_affine=False)
         self.adaLN_modulation = modulation(width, 2)
 
-    def forward(self, x_BJD: Tensor, activated_BJD: Tensor) -> Tensor:
-        scale, shift = self.adaLN_modulation(activated_BJD).chunk(2, dim=-1)
+    def forward(self, x_BJD: Tensor, activated_UJD: Tensor, picks_B: Tensor | slice) -> Tensor:
+        modulations_BJM = self.adaLN_modulation(activated_UJD)[picks_B]
+        scale, shift = modulations_BJM.chunk(2, dim=-1)
         return modulate(self.norm(x_BJD), scale=scale, shift=shift)
 
 
@@ -129,13 +132,14 @@ class Rar(nn.Module):
         labels_B in 0..C, where C stands for no class.
         """
         x_BJD = self.embed(shuffled_BN, labels_B, orders_BT)
-        activated_BJD = F.silu(self.condition(labels_B, positions=x_BJD.shape[1]))
+        distinct_U, picks_B = self.distinct(labels_B)
+        activated_UJD = F.silu(self.condition(distinct_U, positions=x_BJD.shape[1]))
         for block in self.blocks:
             if self.checkpoint_blocks and self.training:
-                x_BJD = checkpoint(block, x_BJD, activated_BJD, use_reentrant=False)
+                x_BJD = checkpoint(block, x_BJD, activated_UJD, picks_B, use_reentrant=False)
             else:
-                x_BJD = block(x_BJD, activated_BJD)
-        return self.lm_head(self.adaln_before_head(x_BJD[:, 1:], activated_BJD[:, 1:]))
+                x_BJD = block(x_BJD, activated_UJD, picks_B)
+        return self.lm_head(self.adaln_before_head(x_BJD[:, 1:], activated_UJD[:, 1:], picks_B))
 
     def embed(self, shuffled_BN: Tensor, labels_B: Tensor, orders_BT: Tensor) -> Tensor:
         """Input of block 0, (B, N + 2, D): what a position holds, where it is, and where its target is."""
@@ -149,6 +153,13 @@ class Rar(nn.Module):
         # Neither cls nor the last code predicts anything: they have no target row.
         target_BJD = F.pad(target_BJD, (0, 0, 1, given + 1 - target_BJD.shape[1]))
         return content_BJD + F.embedding(places_BJ, self.pos_embed[0]) + target_BJD
+
+    def distinct(self, labels_B: Tensor) -> tuple[Tensor, Tensor | slice]:
+        """Labels to compute modulations for, and which of them each row takes: every class once where there are fewer
+        of them than rows, else each row for itself. The choice is by sizes alone, so no step waits for the labels."""
+        if self.classes + 1 < len(labels_B):
+            return torch.arange(self.classes + 1, device=labels_B.device), labels_B
+        return labels_B, slice(None)
 
     def condition(self, labels_B: Tensor, *, positions: int) -> Tensor:
         """What modulates each position, (B, J, D): class embedding plus step embedding (steps are never permuted)."""

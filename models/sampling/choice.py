@@ -48,7 +48,7 @@ def invert(probabilities_BK: Tensor, uniforms_B: Tensor) -> Tensor:
     A total that is not finite gives K.
     """
     cumulative_BK = probabilities_BK.cumsum(-1)
-    total_B1 = cumulative_BK[:, -1:]
+    total_B1 = cumulative_BK[:, -1:].contiguous()
     drawn_B1 = torch.searchsorted(cumulative_BK, uniforms_B[:, None] * total_B1, right=True)
     # Rounding may lift uniform * total to the total itself: that is the last code with a probability.
     last_B1 = torch.searchsorted(cumulative_BK, total_B1)

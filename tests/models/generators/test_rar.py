@@ -59,7 +59,7 @@ def test_training_forward(model: Rar) -> None:
     close(x_BJD, "out/train_block_input", "default")
     close(condition_BJD, "out/train_adaln_condition", "default")
     for index, block in enumerate(model.blocks):
-        x_BJD = block(x_BJD, torch.nn.functional.silu(condition_BJD))
+        x_BJD = block(x_BJD, torch.nn.functional.silu(condition_BJD), slice(None))
         close(x_BJD, f"out/train_block_{index}", "default")
     close(model(shuffled_BT, labels_B, orders_BT), "out/train_logits", "logits")
     assert torch.equal(shuffled_BT, ARRAYS["out/train_labels_shuffled"])
@@ -122,6 +122,18 @@ def test_greedy_sequences(model: Rar, name: str, scale: float, power: float) -> 
     decoder = model.decoder(rows=len(labels_B), guided=config.guided)
     codes_BT = sample(decoder, labels_B, torch.arange(len(labels_B)), config=config, seed=0)
     assert torch.equal(codes_BT, ARRAYS[f"out/greedy/{name}"])
+
+
+def test_modulations_of_the_distinct_classes_are_those_of_each_row(model: Rar) -> None:
+    """With more rows than classes they are computed once per class; a row alone computes its own."""
+    codes_BT, labels_B, orders_BT = (
+        torch.cat([ARRAYS[f"in/train_{name}"]] * 3) for name in ("tokens", "condition_ids", "orders")
+    )
+    labels_B = labels_B - CODES - 1
+    assert len(labels_B) > CLASSES + 1
+    logits_BTK = model(codes_BT, labels_B, orders_BT)
+    alone = [model(codes_BT[i : i + 1], labels_B[i : i + 1], orders_BT[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(logits_BTK[:4], torch.cat(alone), atol=1e-5, rtol=0)
 
 
 def test_weight_decay_is_split_as_published(model: Rar) -> None:

@@ -1,0 +1,98 @@
+"""RAR keeps to what every generator keeps to, and its own shortcuts change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.generators import rar_decoder
+from models.generators.config import RarConfig, RarInit
+from models.generators.rar import Rar
+from models.sampling.config import SamplingConfig
+
+from .conformance import GeneratorConformance
+
+LOUD = RarInit(linear=0.2, codes=0.5, classes=0.5, positions=0.5, steps=0.5, adaln=0.1)
+CONFIG = RarConfig(width=16, layers=2, heads=2, mlp_width=24, dropout=0.0, attention_dropout=0.0, init=LOUD)
+
+
+class TestRar(GeneratorConformance):
+    def build(self) -> Rar:
+        rar = Rar(CONFIG, codes=12, tokens=6, classes=3)
+        with torch.no_grad():  # affines and biases that are not the identity
+            for parameter in rar.parameters():
+                if parameter.ndim == 1:
+                    parameter += 0.1 * torch.randn_like(parameter)
+        return rar
+
+    def orders(self, model: Rar, rows: int) -> Tensor:
+        return torch.arange(model.tokens).expand(rows, -1)
+
+    def training_loss(self, model: Rar, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
+        return model.loss(
+            codes_BT, labels_B, self.orders(model, len(labels_B)), torch.zeros_like(labels_B, dtype=torch.bool)
+        )[0]
+
+    def uncached(self, model: Rar, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
+        return model(codes_BT[:, :-1], labels_B, self.orders(model, len(labels_B)))
+
+    def test_modulations_are_computed_once_per_class_and_step(
+        self, model: Rar, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rows = []
+        product = torch.addmm
+        monkeypatch.setattr(torch, "addmm", lambda b, x, w, **out: rows.append(len(x)) or product(b, x, w, **out))
+        monkeypatch.setattr(rar_decoder, "STRETCH", 4)  # seven positions in stretches of four and three
+        self.draw(model, [1, 1, 1, 2], [0, 1, 2, 3], SamplingConfig(guidance_scale=2.0))
+        assert rows == [4, 4, 4, 3, 3, 3]  # two classes and "no class"
+
+    @pytest.mark.parametrize("stretch", [1, 3, 7, 64])
+    def test_the_length_of_a_stretch_changes_nothing(
+        self, model: Rar, monkeypatch: pytest.MonkeyPatch, stretch: int
+    ) -> None:
+        codes_BT, labels_B = self.batch(model, 3)
+        monkeypatch.setattr(rar_decoder, "STRETCH", stretch)
+        decoder = model.decoder(rows=3, guided=False)
+        logits = [decoder.prefill(labels_B), *(decoder.step(codes_B) for codes_B in codes_BT[:, :-1].T)]
+        expected = self.uncached(model, codes_BT, labels_B)
+        torch.testing.assert_close(torch.stack(logits, dim=1), expected, atol=1e-5, rtol=1e-4)
+
+    def test_one_order_for_all_is_that_order_for_each(self, model: Rar) -> None:
+        order_T = torch.tensor([3, 0, 5, 1, 4, 2])
+        labels_B = torch.tensor([0, 2])
+        shared, own = (model.decoder(rows=2, guided=True, orders=o) for o in (order_T, order_T.expand(2, -1)))
+        assert torch.equal(shared.orders_BT, own.orders_BT)
+        torch.testing.assert_close(shared.prefill(labels_B), own.prefill(labels_B))
+        torch.testing.assert_close(shared.step(labels_B), own.step(labels_B))
+
+    def test_bfloat16_is_near(self, model: Rar) -> None:
+        labels_B = torch.tensor([0, 2])
+        exact, near = (model.decoder(rows=2, guided=True, dtype=dtype) for dtype in (None, torch.bfloat16))
+        logits = near.prefill(labels_B)
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, exact.prefill(labels_B), atol=0.1, rtol=0.05)
+
+
+def test_a_fresh_published_network_is_its_input_and_its_head() -> None:
+    """The zero gates close every block, and nothing is modulated before the head."""
+    rar = Rar(RarConfig(width=8, layers=2, heads=2, mlp_width=16), codes=5, tokens=4, classes=3).eval()
+    codes_BT, labels_B, orders_BT = (
+        torch.zeros(2, 4, dtype=torch.int64),
+        torch.tensor([0, 1]),
+        torch.arange(4).expand(2, -1),
+    )
+    x_BJD = rar.embed(codes_BT, labels_B, orders_BT)[:, 1:]
+    expected = rar.lm_head(torch.nn.functional.layer_norm(x_BJD, (8,), eps=1e-6))
+    torch.testing.assert_close(rar(codes_BT, labels_B, orders_BT), expected)
+
+
+def test_dropped_labels_are_the_class_of_none() -> None:
+    torch.manual_seed(0)
+    rar = Rar(CONFIG, codes=12, tokens=6, classes=3).eval()
+    codes_BT, orders_BT = torch.arange(6)[None], torch.arange(6)[None]
+    dropped = rar.loss(codes_BT, torch.tensor([1]), orders_BT, torch.tensor([True]))[0]
+    none = rar.loss(codes_BT, torch.tensor([3]), orders_BT, torch.tensor([False]))[0]
+    kept = rar.loss(codes_BT, torch.tensor([1]), orders_BT, torch.tensor([False]))[0]
+    assert torch.equal(dropped, none)
+    assert not torch.equal(dropped, kept)

@@ -1,0 +1,63 @@
+"""Filters and the inverse of the cumulative distribution, on distributions small enough to work out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.sampling.choice import choose, invert, keep_top_k, keep_top_p
+from models.sampling.config import SamplingConfig
+
+LARGEST = 1 - 2.0**-24  # the largest uniform
+
+
+def test_the_inverse_goes_in_code_order() -> None:
+    probabilities = torch.tensor([[0.25, 0.0, 0.5, 0.25, 0.0]])
+    answers = {0.0: 0, 0.2499: 0, 0.25: 2, 0.7499: 2, 0.75: 3, LARGEST: 3}
+    for uniform, code in answers.items():
+        assert invert(probabilities, torch.tensor([uniform])).item() == code
+
+
+@pytest.mark.parametrize("total", [1e-3, 1.0, 3.0])
+def test_codes_of_probability_zero_are_never_drawn(total: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(500, 9, generator=generator) * (torch.rand(500, 9, generator=generator) < 0.4)
+    probabilities[:, 4] += 1e-3
+    probabilities *= total
+    for uniforms in (torch.zeros(500), torch.full((500,), LARGEST), torch.rand(500, generator=generator)):
+        assert (probabilities.gather(1, invert(probabilities, uniforms)[:, None]) > 0).all()
+
+
+def test_shares_are_the_probabilities() -> None:
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0])
+    uniforms = (torch.arange(10_000) + 0.5) / 10_000
+    codes = choose(logits.expand(10_000, -1), uniforms, SamplingConfig(temperature=0.7))
+    shares = torch.bincount(codes, minlength=4) / 10_000
+    torch.testing.assert_close(shares, (logits / 0.7).softmax(0), atol=2e-4, rtol=0)
+
+
+def test_top_k_keeps_the_largest_and_what_ties() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0], [1.0, 1.0, 1.0, 2.0]])
+    assert keep_top_k(logits, 2).isfinite().tolist() == [[False, True, True, False], [True, True, True, True]]
+    assert torch.equal(keep_top_k(logits, 99), logits)
+
+
+def test_top_p_keeps_the_code_that_crosses() -> None:
+    probabilities = torch.tensor([[0.1, 0.5, 0.3, 0.1]])
+    assert (keep_top_p(probabilities, 0.01) > 0).tolist() == [[False, True, False, False]]
+    assert (keep_top_p(probabilities, 0.6) > 0).tolist() == [[False, True, True, False]]
+    assert (keep_top_p(probabilities, 0.85) > 0).tolist() == [[True, True, True, False]]
+    assert torch.equal(keep_top_p(probabilities, 1.0), probabilities)
+
+
+def test_greedy_takes_the_largest_whatever_the_uniform() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 5.0]])
+    assert choose(logits, torch.tensor([0.0, LARGEST]), SamplingConfig(greedy=True)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("config", [SamplingConfig(), SamplingConfig(greedy=True), SamplingConfig(top_k=2, top_p=0.5)])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_give_the_impossible_code(config: SamplingConfig, bad: float) -> None:
+    logits = torch.tensor([[0.0, bad, 1.0], [0.0, 9.0, -torch.inf]])
+    codes = choose(logits, torch.tensor([0.5, 0.5]), config)
+    assert codes.tolist() == [3, 1]
