@@ -51,7 +51,7 @@ def check_inputs(config: ProbeConfig, inputs: Any) -> None:
     config=ProbeConfig,
     reads={
         "train": read("token-set", help="codes to learn from"),
-        "held_out": read("token-set", help="codes to be judged on"),
+        "held-out": read("token-set", help="codes to be judged on"),
         "codebook": read("codebook", help="centroids of the codes, for inputs=centroids", optional=True),
     },
     writes="metrics",
@@ -65,7 +65,7 @@ def probe_codes(config: ProbeConfig, inputs: Inputs, out: Draft, run: Runtime) -
     tokenizer.  writes: metrics.json.  resumes: from the start.
     """
     if not out.is_done("metrics"):
-        train, held_out = open_pair(inputs["train"], inputs["held_out"])
+        train, held_out = open_pair(inputs["train"], inputs["held-out"])
         metrics = measure(config, train, held_out, read_centroids(config, inputs), run)
         out.put("metrics", {METRICS: canonical_bytes(metrics) + b"\n"})
     metrics = json.loads((out.path / METRICS).read_bytes())

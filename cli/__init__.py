@@ -1,0 +1,1 @@
+"""The command line: text in, stage call out, sentence out."""

@@ -1,0 +1,1 @@
+"""Networks, no files: encoders, autoencoders, quantizers, generators, classifiers, losses, sampling."""
