@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -77,6 +78,7 @@ def total_seconds(log: Path) -> float:
     return float(sum(entry.get("seconds", 0.0) for entry in read_attempts(log / "run.json")))
 
 
+@cache
 def versions() -> dict[str, str]:
     found = {}
     for library in LIBRARIES:
@@ -87,6 +89,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def git_revision() -> str | None:
     """Revision of the checkout this code stands in, or None outside one."""
     try:
