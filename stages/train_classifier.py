@@ -8,20 +8,19 @@ from pydantic import Field, model_validator
 
 from models.classifiers.config import ClassifierConfig, ConvolutionalClassifierConfig
 from pipeline.artifact import Artifact
-from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.errors import UsageError
 from pipeline.images import ImageSet, Views
 from pipeline.images.views import ShiftViews
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
-from stages.training.config import AdamW, OneCycle, TrainingConfig
+from stages.training.config import AdamW, OneCycle, StageTraining, TrainingConfig
 from stages.weights import config_json, save_weights
 
 HELD_OUT = "held-out"
 
 
-class TrainClassifierConfig(Config):
+class TrainClassifierConfig(StageTraining):
     """A network, the views under which it sees the images, and a budget."""
 
     model: ClassifierConfig = Field(default=ConvolutionalClassifierConfig(), description="the network")
@@ -33,7 +32,11 @@ class TrainClassifierConfig(Config):
         default=64, ge=1, description="images that go through the network together when it is judged"
     )
     training: TrainingConfig = Field(
-        default=TrainingConfig(steps=330, optimizer=AdamW(learning_rate=3e-3, weight_decay=0.01), schedule=OneCycle()),
+        default=TrainingConfig(
+            steps=340,
+            optimizer=AdamW(learning_rate=3e-3, weight_decay=0.01),
+            schedule=OneCycle(rise=0.25, end=1e-3),
+        ),
         description="budget and optimizer",
     )
 

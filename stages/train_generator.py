@@ -18,7 +18,7 @@ from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.attributes import TokenAttributes
 from stages.networks import GeneratorCard
-from stages.training.config import AdamW, TrainingConfig, WarmupCosine
+from stages.training.config import AdamW, StageTraining, TrainingConfig, WarmupCosine
 from stages.weights import save_weights
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class OrdersConfig(Config):
         return self
 
 
-class TrainGeneratorConfig(Config):
+class TrainGeneratorConfig(StageTraining):
     """A network, the annealing of its orders, and a budget. The defaults suit 16 codes of a small codebook."""
 
     model: GeneratorConfig = Field(

@@ -10,27 +10,26 @@ from models.autoencoders.config import ConvolutionalConfig
 from models.losses.config import LossConfig, ReconstructionConfig
 from models.quantizers.config import VectorConfig
 from models.tokenizer_config import TokenizerConfig
-from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.images import Views
 from pipeline.images.views import ShiftViews
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
-from stages.training.config import AdamW, OneCycle, TrainingConfig
+from stages.training.config import AdamW, OneCycle, StageTraining, TrainingConfig
 from stages.weights import config_json, save_weights
 
 HELD_OUT = "held-out"
-DIGITS_QUANTIZER = VectorConfig(codes=256, weight=0.1, revive_every=20, revive_until=560)
+SMALL_TOKENIZER = TokenizerConfig(
+    autoencoder=ConvolutionalConfig(widths=(16, 32, 96), pixel_range="0..1"),
+    quantizer=VectorConfig(codes=256, weight=0.1, revive_every=20, revive_until=350),
+)
 
 
-class TrainTokenizerConfig(Config):
+class TrainTokenizerConfig(StageTraining):
     """A network, its loss, the views under which it sees the images, and a budget. The defaults suit 32-pixel images."""
 
-    model: TokenizerConfig = Field(
-        default=TokenizerConfig(autoencoder=ConvolutionalConfig(), quantizer=DIGITS_QUANTIZER),
-        description="the tokenizer",
-    )
-    loss: LossConfig = Field(default=ReconstructionConfig(), description="what a reconstruction is compared by")
+    model: TokenizerConfig = Field(default=SMALL_TOKENIZER, description="the tokenizer")
+    loss: LossConfig = Field(default=ReconstructionConfig(l2=4.0), description="what a reconstruction is compared by")
     views: Views = Field(
         default=ShiftViews(size=32, pixels=1, fill=0), description="views to train on; the upright one is judged"
     )
@@ -38,7 +37,12 @@ class TrainTokenizerConfig(Config):
         default=64, ge=1, description="images that go through the network together when it is judged"
     )
     training: TrainingConfig = Field(
-        default=TrainingConfig(steps=800, optimizer=AdamW(learning_rate=3e-3), schedule=OneCycle()),
+        default=TrainingConfig(
+            steps=500,
+            batch=32,
+            optimizer=AdamW(learning_rate=3e-3, weight_decay=0.01),
+            schedule=OneCycle(rise=0.25, end=1e-3),
+        ),
         description="budget and optimizer",
     )
 

@@ -1,0 +1,334 @@
+"""The engine: exact resume, bad numbers, averages, parts of a batch, two optimizers, signals, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline import durable
+from pipeline.errors import CorruptError, MemoryExhausted, NumericError, UsageError
+from pipeline.runtime import Terminated
+from stages.training import checkpoints
+from stages.training.draws import rows_of_step
+from tests.stages.training.small_task import SmallTask, draft_in, tiny, train_in, weights_of
+
+ROOT = Path(__file__).parents[3]
+KINDS = {
+    "plain": {},
+    "averaged": {"ema": 0.9},
+    "accumulated": {"accumulation": 2},
+    "best": {"evaluate_every": 3, "select": "best"},
+    "half": {"precision": "bfloat16"},
+}
+
+
+class Killed(BaseException):
+    """Stands for a process that dies: nothing catches it."""
+
+
+@contextmanager
+def killed_at(call: int) -> Iterator[None]:
+    left = iter(range(call - 1))
+
+    def watch(what: str, path: Path) -> None:
+        if next(left, None) is None:
+            raise Killed
+
+    durable.watch = watch
+    try:
+        yield
+    finally:
+        durable.watch = None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_resumed_equals_undisturbed(tmp_path: Path, kind: str, parts: int) -> None:
+    config = tiny(**KINDS[kind])
+    whole = train_in(tmp_path / "whole", config, parts=parts, checkpoint_seconds=1e9)
+    folder, kills = tmp_path / "killed", 0
+    for call in (9, 14, 17, 20):
+        with killed_at(call), pytest.raises(Killed):
+            train_in(folder, config, parts=parts)
+        kills += 1
+    resumed = train_in(folder, config, parts=parts)
+    assert kills == 4
+    assert weights_of(resumed) == weights_of(whole)
+    assert (resumed.loss, resumed.figures) == (whole.loss, whole.figures)
+    assert len(resumed.task.seen) < config.steps, "it began anew instead of continuing"
+
+
+def test_every_moment_of_a_checkpoint(tmp_path: Path) -> None:
+    config = tiny(steps=3, evaluate_every=1, select="best")
+    whole = weights_of(train_in(tmp_path / "whole", config))
+    calls: list[str] = []
+    durable.watch = lambda what, path: calls.append(what)
+    try:
+        train_in(tmp_path / "counted", config)
+    finally:
+        durable.watch = None
+    for call in range(1, len(calls) + 1):
+        with killed_at(call), pytest.raises(Killed):
+            train_in(tmp_path / str(call), config)
+        assert weights_of(train_in(tmp_path / str(call), config)) == whole, f"killed at call {call}"
+
+
+def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
+    first = train_in(tmp_path, tiny())
+    again = train_in(tmp_path, tiny())
+    assert again.task.seen == []
+    assert weights_of(again) == weights_of(first)
+    assert (again.loss, again.figures) == (first.loss, first.figures)
+
+
+def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    train_in(tmp_path, tiny())
+    assert [path.name for path in sorted((tmp_path / "scratch").iterdir())] == [
+        "checkpoint-00000011.safetensors",
+        "checkpoint-00000012.safetensors",
+    ]
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    outcome = train_in(tmp_path, tiny(steps=150), dropout=0.0, checkpoint_seconds=1e9)
+    assert outcome.figures["loss"] < 0.1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_loss_stops_at_once(tmp_path: Path, value: float) -> None:
+    def poison(step: int) -> float:
+        return value if step == 5 else 1.0
+
+    with pytest.raises(NumericError, match=r"step 5 of main .*last good checkpoint is step 5.*skip_bad_steps"):
+        train_in(tmp_path, tiny(), poison=poison)
+    newest = checkpoints.newest_checkpoint(draft_in(tmp_path))
+    assert newest is not None
+    assert newest.name == "checkpoint-00000005.safetensors"
+    assert all(torch.isfinite(tensor).all() for name, tensor in load_file(newest).items() if "engine" not in name)
+
+
+def test_a_bad_gradient_stops_at_once(tmp_path: Path) -> None:
+    class Slope(SmallTask):
+        def losses(self, part, modules, batch, step):  # type: ignore[no-untyped-def]
+            found = super().losses(part, modules, batch, step)
+            zero = (self.network.linear.weight * 0).abs().sum()
+            return found._replace(losses={**found.losses, "root": zero.sqrt()})  # value 0, slope inf * 0
+
+    from stages.training.engine import train
+    from tests.stages.training.small_task import runtime_in
+
+    with pytest.raises(NumericError, match=r"gradient norm nan"):
+        train(
+            lambda device: Slope(dropout=0.0, parts=1, poison=lambda step: 1.0),
+            tiny(),
+            draft_in(tmp_path),
+            runtime_in(tmp_path),
+            label="slope",
+        )
+
+
+def test_some_bad_steps_may_be_skipped(tmp_path: Path) -> None:
+    def poison(step: int) -> float:
+        return float("nan") if step in (4, 7) else 1.0
+
+    with pytest.raises(NumericError, match="step 7"):
+        train_in(tmp_path / "one", tiny(skip_bad_steps=1), poison=poison)
+    outcome = train_in(tmp_path / "two", tiny(skip_bad_steps=2, ema=0.5), poison=poison)
+    assert outcome.figures["loss"] < 100
+
+
+def test_a_skipped_step_leaves_no_trace_in_buffers(tmp_path: Path) -> None:
+    def poison(step: int) -> float:
+        return float("nan") if step == 2 else 1.0
+
+    before = train_in(tmp_path / "two", tiny(steps=2), poison=poison)
+    after = train_in(tmp_path / "three", tiny(steps=3, skip_bad_steps=1), poison=poison)
+    assert torch.equal(before.task.network.mean_I, after.task.network.mean_I)
+
+
+def test_an_average_is_the_mean_of_the_past(tmp_path: Path) -> None:
+    def weights_after(steps: int, ema: float | None) -> torch.Tensor:
+        task = train_in(tmp_path / f"{steps} {ema}", tiny(steps=steps, ema=ema), checkpoint_seconds=1e9).task
+        return task.network.linear.weight.detach().clone()
+
+    from stages.training.config import Constant
+    from tests.stages.training import small_task
+
+    schedule, small_task.SCHEDULE = small_task.SCHEDULE, Constant()  # type: ignore[assignment]  # steps alone differ
+    try:
+        torch.manual_seed(0)
+        first, one, two = (weights_after(steps, None) for steps in (1, 2, 3))
+        averaged = weights_after(3, 0.75)
+        start = weights_after(1, 0.75)
+    finally:
+        small_task.SCHEDULE = schedule
+    expected = start.lerp(one, 0.25).lerp(two, 0.25)
+    assert torch.allclose(averaged, expected, atol=1e-6)
+    assert not torch.allclose(start, first)
+
+
+def test_the_best_weights_are_selected(tmp_path: Path) -> None:
+    """With a rate that explodes after a while, the best weights are those of an early step."""
+    best = train_in(tmp_path / "best", tiny(steps=60, evaluate_every=2, select="best"), checkpoint_seconds=1e9)
+    last = train_in(tmp_path / "last", tiny(steps=60), checkpoint_seconds=1e9)
+    lines = [json.loads(line) for line in (tmp_path / "best/log/metrics.jsonl").read_text().splitlines()]
+    seen = [line["loss"] for line in lines if line["event"] == "evaluate"]
+    assert best.figures["loss"] == min(seen)
+    assert len(seen) == 30
+    assert best.figures["loss"] <= last.figures["loss"]
+
+
+def test_accumulated_parts_make_one_batch(tmp_path: Path) -> None:
+    one = train_in(tmp_path / "one", tiny(steps=1), dropout=0.0).task.network
+    four = train_in(tmp_path / "four", tiny(steps=1, accumulation=4), dropout=0.0).task.network
+    assert torch.allclose(one.linear.weight, four.linear.weight, atol=1e-3)
+
+
+def test_another_trainings_checkpoint_is_refused_with_a_table(tmp_path: Path) -> None:
+    train_in(tmp_path, tiny(steps=2))
+    out = draft_in(tmp_path)
+    newest = checkpoints.newest_checkpoint(out)
+    assert newest is not None
+    state = load_file(newest)
+    state["model.main.linear.weight"] = torch.zeros(1, 9)
+    del state["model.main.linear.bias"]
+    save_file(state, tmp_path / "other.safetensors")
+    with out.writing("checkpoint-00000099", "scratch/checkpoint-00000099.safetensors") as path:
+        path.write_bytes((tmp_path / "other.safetensors").read_bytes())
+    with pytest.raises(
+        CorruptError, match=r"(?s)missing +model\.main\.linear\.bias.*misshapen +model\.main\.linear\.weight +1x9 +1x6"
+    ):
+        train_in(tmp_path, tiny())
+
+
+def test_a_damaged_checkpoint_is_not_used(tmp_path: Path) -> None:
+    whole = weights_of(train_in(tmp_path / "whole", tiny()))
+    with pytest.raises(NumericError):
+        train_in(tmp_path / "cut", tiny(), poison=lambda step: float("nan") if step == 6 else 1.0)
+    newest = checkpoints.newest_checkpoint(draft_in(tmp_path / "cut"))
+    assert newest is not None
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    assert weights_of(train_in(tmp_path / "cut", tiny())) == whole
+
+
+def test_too_large_a_batch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"batch is 64, but there are only 24 rows"):
+        train_in(tmp_path, tiny(batch=64))
+
+
+def test_exhausted_memory_becomes_a_sentence(tmp_path: Path) -> None:
+    def poison(step: int) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(MemoryExhausted, match=r"8 rows at a time.*training\.accumulation to 2"):
+        train_in(tmp_path, tiny(), poison=poison)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated), (signal.SIGUSR1, Terminated)],
+)
+def test_a_signal_saves_and_leaves(tmp_path: Path, number: signal.Signals, error: type[BaseException]) -> None:
+    def poison(step: int) -> float:
+        if step == 4:
+            os.kill(os.getpid(), number)
+        return 1.0
+
+    with pytest.raises(error):
+        train_in(tmp_path / "left", tiny(), poison=poison, checkpoint_seconds=1e9)
+    newest = checkpoints.newest_checkpoint(draft_in(tmp_path / "left"))
+    assert newest is not None
+    assert newest.name == "checkpoint-00000005.safetensors"
+    assert weights_of(train_in(tmp_path / "left", tiny())) == weights_of(train_in(tmp_path / "whole", tiny()))
+
+
+def test_metrics_have_every_loss_and_rate(tmp_path: Path) -> None:
+    train_in(tmp_path, tiny(), parts=2)
+    lines = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "train"]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert {"loss", "error", "judged", "guess", "critic", "learning_rate", "learning_rate_critic"} <= steps[-1].keys()
+    assert "critic" not in steps[2]
+    assert "critic" in steps[3]
+
+
+REPLICA = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from pipeline.ranks import rank
+from stages.training.engine import Trainer
+from small_task import tiny, train_in, weights_of
+
+folder, end, kind = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+gradients = []
+advance = Trainer._clip
+def clip(self, running, losses):
+    gradients.append([one.grad.clone() for one in running.parameters])
+    return advance(self, running, losses)
+Trainer._clip = clip
+def poison(step):
+    if step == end:
+        raise KeyboardInterrupt
+    return 1.0
+try:
+    outcome = train_in(folder / f"rank-{rank()}", tiny(accumulation=2), dropout=float(kind), poison=poison)
+except KeyboardInterrupt:
+    sys.exit(0)
+weights = {name: value.hex() for name, value in weights_of(outcome).items() if name != "mean_I"}
+report = {"seen": outcome.task.seen, "weights": weights, "first": [one.flatten().tolist() for one in gradients[:1][0]] if gradients else []}
+(folder / f"report-{rank()}.json").write_text(json.dumps(report))
+"""
+
+
+def launch(folder: Path, *, processes: int, end: int = -1, dropout: float = 0.0) -> list[dict[str, object]]:
+    """Run the small training in processes of torchrun; the reports of those that came to the end."""
+    script = folder / "replica.py"
+    folder.mkdir(parents=True, exist_ok=True)
+    script.write_text(REPLICA)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [*command, str(script), str(folder), str(end), str(dropout)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return (
+        [json.loads((folder / f"report-{number}.json").read_text()) for number in range(processes)] if end < 0 else []
+    )
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """The same rows, the same first gradient; stopped and continued, the same bytes as undisturbed."""
+    one = launch(tmp_path / "one", processes=1)[0]
+    two = launch(tmp_path / "two", processes=2)
+    for step in range(12):
+        together = two[0]["seen"][step] + two[1]["seen"][step]
+        assert together == one["seen"][step] == rows_of_step(step, rows=24, batch=8, seed=0).tolist()
+    for alone, shared in zip(one["first"], two[0]["first"], strict=True):
+        assert torch.allclose(torch.tensor(alone), torch.tensor(shared), atol=1e-5)
+    assert two[0]["weights"] == two[1]["weights"]
+    assert not (tmp_path / "two/rank-1/scratch").exists()
+    launch(tmp_path / "stopped", processes=2, end=6)
+    continued = launch(tmp_path / "stopped", processes=2)
+    assert continued[0]["weights"] == two[0]["weights"]
+    assert len(continued[0]["seen"]) == 6
