@@ -83,11 +83,14 @@ def binary_entropy(logits: Tensor) -> Tensor:
 
 
 def joint(logits_ND: Tensor) -> Tensor:
-    """Probability of each of the 2^D values of D independent channels; channel 0 is the lowest bit."""
+    """Probability of each of the 2^D values of D independent channels; channel 0 is the lowest bit.
+
+    Through the logarithm, whose gradient keeps its digits where the plain sigmoid's p (1 - p) loses them near 1.
+    """
     probabilities_NL = torch.ones_like(logits_ND[:, :1])
     for logit_N1 in logits_ND.split(1, dim=1):
-        zero_NL = probabilities_NL * torch.sigmoid(-logit_N1)
-        probabilities_NL = torch.cat([zero_NL, probabilities_NL * torch.sigmoid(logit_N1)], dim=1)
+        zero_NL = probabilities_NL * F.logsigmoid(-logit_N1).exp()
+        probabilities_NL = torch.cat([zero_NL, probabilities_NL * F.logsigmoid(logit_N1).exp()], dim=1)
     return probabilities_NL
 
 

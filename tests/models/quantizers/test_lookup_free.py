@@ -1,0 +1,101 @@
+"""Lookup-free quantization against the published implementation's numbers, whose softmax is over all codes at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.quantizers.config import LookupFreeConfig
+from models.quantizers.lookup_free import LookupFreeQuantizer, entropies, join_code, split_code
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "open_magvit2"
+ARRAYS = load_file(GOLDEN / "quantizer_training.safetensors")
+SPEC = json.loads((GOLDEN / "quantizer_training.json").read_text())
+TOLERANCES = SPEC["tolerances"]
+BITS = {case["name"]: case["z"] for case in SPEC["config"]["cases"]}
+
+every_case = pytest.mark.parametrize("case", BITS)
+
+
+def quantizer(case: str) -> LookupFreeQuantizer:
+    return LookupFreeQuantizer(LookupFreeConfig(), dim=BITS[case])
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=TOLERANCES["losses_rel"], atol=TOLERANCES["losses_abs"])
+
+
+@every_case
+def test_values(case: str) -> None:
+    quantized = quantizer(case)(ARRAYS[f"in/{case}/x"])
+    assert torch.equal(quantized.z_BDhw, ARRAYS[f"out/{case}/quant"].sign())
+    assert torch.equal(quantized.codes_Bhw.flatten(1), ARRAYS[f"out/{case}/indices"])
+    close(quantized.losses["entropy"] / 0.1, ARRAYS[f"out/{case}/entropy_aux_loss"])
+    close(quantized.losses["commitment"] / 0.25, ARRAYS[f"out/{case}/commitment"])
+    close(quantized.stats["sample_entropy"], ARRAYS[f"out/{case}/per_sample_entropy"])
+    close(quantized.stats["codebook_entropy"], ARRAYS[f"out/{case}/codebook_entropy"])
+
+
+@every_case
+@pytest.mark.parametrize("part", ["entropy", "commit", "st", "total"])
+def test_gradients(case: str, part: str) -> None:
+    z_BDhw = ARRAYS[f"in/{case}/x"].clone().requires_grad_()
+    quantized = quantizer(case)(z_BDhw)
+    through = (quantized.z_BDhw * ARRAYS[f"in/{case}/upstream"]).sum()
+    objective = {
+        "entropy": quantized.losses["entropy"] / 0.1,
+        "commit": quantized.losses["commitment"] / 0.25,
+        "st": through,
+        "total": through + quantized.losses["entropy"] + quantized.losses["commitment"],
+    }[part]
+    (gradient,) = torch.autograd.grad(objective, z_BDhw)
+    theirs = ARRAYS[f"out/{case}/grad_{part}"]
+    assert float((gradient - theirs).abs().max() / theirs.abs().max()) < TOLERANCES["grad_rel_to_max_abs"]
+
+
+def test_odd_number_of_bits_equals_the_dense_form() -> None:
+    torch.manual_seed(0)
+    z_ND = torch.randn(6, 5, dtype=torch.float64)
+    codes_KD = 2.0 * ((torch.arange(32)[:, None] >> torch.arange(5)) & 1) - 1
+    p_NK = (2 * z_ND @ codes_KD.double().T / 3.0).softmax(1)
+    sample, codebook = entropies(z_ND, temperature=3.0)
+    torch.testing.assert_close(sample, -(p_NK * p_NK.log()).sum(1).mean())
+    torch.testing.assert_close(codebook, -(p_NK.mean(0) * (p_NK.mean(0) + 1e-5).log()).sum())
+
+
+def test_zero_is_a_zero_bit_and_channel_zero_the_lowest() -> None:
+    z_BDhw = torch.tensor([0.5, 0.0, -1.0, 2.0]).reshape(1, 4, 1, 1)
+    four_bits = LookupFreeQuantizer(LookupFreeConfig(), dim=4).eval()
+    assert four_bits.encode(z_BDhw).item() == 0b1001
+    assert four_bits.lookup(torch.tensor([[[0b1001]]])).flatten().tolist() == [1, -1, -1, 1]
+
+
+def test_every_code_comes_back() -> None:
+    six_bits = LookupFreeQuantizer(LookupFreeConfig(), dim=6)
+    codes_Bhw = torch.arange(64).reshape(1, 8, 8)
+    assert torch.equal(six_bits.encode(six_bits.lookup(codes_Bhw)), codes_Bhw)
+
+
+def test_sub_tokens_come_back() -> None:
+    codes = torch.arange(2**18)
+    first, second = split_code(codes, (6, 12))
+    assert (int(first.max()), int(second.max())) == (63, 4095)
+    assert torch.equal(first + (second << 6), codes)
+    assert torch.equal(join_code((first, second), (6, 12)), codes)
+
+
+def test_float32_under_autocast() -> None:
+    z_BDhw = ARRAYS["in/z18/x"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = quantizer("z18")(z_BDhw)
+    assert torch.equal(half.losses["entropy"], quantizer("z18")(z_BDhw).losses["entropy"])
+
+
+def test_entropy_weight_falls_to_its_end() -> None:
+    config = LookupFreeConfig(enlarge_ratio=3.0, enlarge_steps=2000)
+    assert [config.enlargement(step) for step in (0, 500, 2000, 9000)] == [3.0, 2.25, 0.0, 0.0]
