@@ -125,7 +125,7 @@ def make_request(declared: Stage, config: BaseModel, inputs: Inputs, paths: Mapp
     names: dict[str, Any] = {name: _map(value, lambda artifact: artifact.key) for name, value in inputs.items()}
     records = {name: _map(value, _input_record) for name, value in inputs.items()}
     key = artifact_key(declared.name, declared.version, values, names, externals)
-    return Request(declared.name, declared.writes, declared.version, key, values, records, externals)
+    return Request(declared.name, declared.kind(config), declared.version, key, values, records, externals)
 
 
 def _remember_paths(artifact: Artifact, paths: Mapping[str, Path]) -> Artifact:

@@ -89,13 +89,17 @@ class Stage:
     version: int
     config: type[BaseModel]
     reads: Mapping[str, Read]
-    writes: str
+    writes: str | Callable[[Any], str]
     function: StageFunction
     help: str
     example: str
     externals: Mapping[str, External] = field(default_factory=dict)
     check: Callable[[Any, Mapping[str, Any]], None] | None = None
     """Optional early check (config, input facts by name) at planning time, where the inputs exist already."""
+
+    def kind(self, config: Any) -> str:
+        """The kind of artifact that it writes; with most stages it is always the same."""
+        return self.writes if isinstance(self.writes, str) else self.writes(config)
 
 
 def stage(
@@ -104,7 +108,7 @@ def stage(
     version: int,
     config: type[ConfigT],
     reads: Mapping[str, Read],
-    writes: str,
+    writes: str | Callable[[ConfigT], str],
     example: str,
     externals: Mapping[str, External] | None = None,
     check: Callable[[Any, Mapping[str, Any]], None] | None = None,
