@@ -80,6 +80,23 @@ def verify(
 
 
 @guarded
+def path(
+    name: Annotated[str, typer.Argument(help="Ref, key or its beginning.")],
+    store: options.StoreOption = options.DEFAULT_STORE,
+    json: options.JsonOption = False,
+) -> None:
+    """Print the folder of an artifact.
+
+    Example: smalti path digits/rar/tokens
+    """
+    found = Store(store).locate(name).absolute()
+    if json:
+        print_json({"path": str(found)})
+    else:
+        typer.echo(str(found))
+
+
+@guarded
 def gc(
     yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False,
     store: options.StoreOption = options.DEFAULT_STORE,

@@ -51,6 +51,7 @@ for command in (
     recipes.plan,
     recipes.schema,
     inspection.status,
+    inspection.path,
     inspection.verify,
     inspection.gc,
     doctor.doctor,

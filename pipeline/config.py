@@ -22,15 +22,37 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def parse_config(model: type[ModelT], values: Mapping[str, Any], *, where: str) -> ModelT:
-    """Validate plain JSON values; UsageError (exit code 2) names the place, what was found and what is expected."""
+    """Validate plain JSON values, laid over the model's defaults (see `merge`).
+
+    UsageError (exit code 2) names the place, what was found and what is expected.
+    """
     try:
-        text = json.dumps(values, allow_nan=False)
+        text = json.dumps(merge(defaults(model), values), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{where} holds a value that is no plain number, text, list or mapping: {error}") from error
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
         raise UsageError(explain(error, model, where)) from error
+
+
+def defaults(model: type[BaseModel]) -> dict[str, Any]:
+    """The defaults of a config as plain JSON values; required fields are left out."""
+    fields = {name: field for name, field in model.model_fields.items() if not field.is_required()}
+    return {name: _plain(field.get_default(call_default_factory=True)) for name, field in fields.items()}
+
+
+def merge(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` over `base`, mapping by mapping: one changed setting leaves its neighbours alone.
+
+    A mapping that names its `kind` stands for itself: another kind has other settings.
+    """
+    merged = dict(base)
+    for name, value in values.items():
+        under = merged.get(name)
+        is_change = isinstance(value, Mapping) and "kind" not in value and isinstance(under, Mapping)
+        merged[name] = merge(under, value) if is_change else value  # type: ignore[arg-type]  # both are mappings then
+    return merged
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
@@ -58,3 +80,7 @@ def known_fields(model: type[BaseModel]) -> list[str]:
     schema = model.model_json_schema()
     parts = [schema, *schema.get("$defs", {}).values()]
     return sorted({name for part in parts for name in part.get("properties", {})})
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value

@@ -145,7 +145,7 @@ def recipe_schema(stages: Mapping[str, Stage]) -> dict[str, Any]:
     step = schema["$defs"].pop("StepText")
     variants = []
     for name, declared in sorted(stages.items()):
-        config = declared.config.model_json_schema()
+        config = _as_changes(declared.config.model_json_schema())
         schema["$defs"].update(config.pop("$defs", {}))
         schema["$defs"][f"{name}-config"] = config
         properties = {
@@ -160,6 +160,16 @@ def recipe_schema(stages: Mapping[str, Stage]) -> dict[str, Any]:
     schema["properties"]["steps"]["additionalProperties"] = {"oneOf": variants}
     schema["properties"]["steps"]["propertyNames"] = {"pattern": f"^{STEP_NAME.pattern}$"}
     return schema
+
+
+def _as_changes(schema: Any) -> Any:
+    """The schema of changes to a config: nothing in it is required, and a mapping without `kind` may be of any kind."""
+    if isinstance(schema, list):
+        return [_as_changes(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {name: item for name, item in schema.items() if name not in ("required", "discriminator")}
+    return {("anyOf" if name == "oneOf" else name): _as_changes(item) for name, item in kept.items()}
 
 
 def _inputs_schema(declared: Stage) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""The documentation runs: every command of README and docs, in a folder like a fresh clone with a finished (tiny) store.
+
+A block after `<!-- not run: reason -->` needs a GPU, ImageNet, a network or minutes: its commands are parsed with
+--dry-run (or --help where a command has none), its make lines with -n.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import OPTIONS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(
+    r"^(?:<!-- not run: (?P<reason>[^\n]*) -->\n)?```(?P<head>sh|python)(?P<rest>[^\n]*)\n(?P<text>.*?)^```$",
+    re.M | re.S,
+)
+ELSEWHERE = ("in=copy", "file=")  # run by test_extending
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a clone has, and a store in which the tiny digits recipe has run."""
+    root = tmp_path_factory.mktemp("clone")
+    for name in ("recipes", "examples", "benchmarks", "Makefile", "pyproject.toml", "constraints.txt"):
+        (root / name).symlink_to(ROOT / name)
+    run(["smalti", "run", "recipes/digits/rar.yaml", "--quiet", *OPTIONS], root)
+    return root
+
+
+def environment(root: Path) -> dict[str, str]:
+    """The user's shell in that folder: `smalti` and `python` are those that run the tests."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {
+        **os.environ,
+        "PATH": path,
+        "SMALTI_STORE": str(root / "store"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def run(command: list[str] | str, root: Path) -> str:
+    """Run a command (text goes through the shell) and return what it prints."""
+    done = subprocess.run(
+        command, cwd=root, env=environment(root), shell=isinstance(command, str), capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def blocks(page: Path) -> list[re.Match[str]]:
+    return [found for found in BLOCK.finditer(page.read_text()) if not any(word in found["rest"] for word in ELSEWHERE)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page(page: Path, clone: Path) -> None:
+    for block in blocks(page):
+        if block["head"] == "python":
+            assert block["reason"] is None, "python blocks are always run"
+            run([sys.executable, "-c", block["text"]], clone)
+            continue
+        for line in block["text"].replace("\\\n", " ").splitlines():
+            if line and not line.startswith("#"):
+                run(line, clone) if block["reason"] is None else parse(line, clone)
+
+
+def parse(line: str, root: Path) -> None:
+    """Check a command that is not run: options are known, recipes and targets exist."""
+    words = [word for word in shlex.split(line) if "=" not in word or not word.split("=")[0].isupper()]
+    if words[0] == "make":
+        run(["make", "-n", *shlex.split(line)[1:]], root)
+    elif words[0] == "smalti":
+        run([*words, "--dry-run"] if words[1] in ("run",) else [*words[:2], "--help"], root)
+
+
+def test_every_page_has_its_commands_read() -> None:
+    assert sum(len(blocks(page)) for page in PAGES) >= 5
