@@ -43,12 +43,12 @@ def grid_png(images_NHW3: NDArray[np.uint8], captions: Sequence[str], texts: Map
 def interleave(
     images_NHW3: NDArray[np.uint8], originals_NHW3: NDArray[np.uint8], captions: Sequence[str]
 ) -> tuple[NDArray[np.uint8], list[str]]:
-    """Rows of originals, each followed by the row of their reconstructions; a short last row is filled with white."""
+    """Rows of ten originals, each followed by the row of their reconstructions; a short row is filled with white."""
     blank_HW3 = np.full_like(images_NHW3[:1], 255)
     rows, words = [], []
     for start in range(0, len(images_NHW3), COLUMNS):
         row = slice(start, start + COLUMNS)
-        lacking = COLUMNS - len(images_NHW3[row]) if start else 0
+        lacking = COLUMNS - len(images_NHW3[row])
         padding = [blank_HW3] * lacking
         rows += [originals_NHW3[row], *padding, images_NHW3[row], *padding]
         words += [*captions[row], *[""] * lacking, *[""] * len(images_NHW3[row]), *[""] * lacking]

@@ -44,7 +44,7 @@ class SampleConfig(Config):
         default="balanced", description="balanced: the classes in turn; like: in the proportions of the input labels"
     )
     classes: tuple[int, ...] | None = Field(
-        default=None, description="take only these classes, in turn (with balanced)"
+        default=None, min_length=1, description="take only these classes, in turn (with balanced)"
     )
     seed: int = Field(default=0, ge=0, lt=2**53, description="of all random numbers")
     sampling: SamplingConfig = Field(

@@ -71,7 +71,7 @@ def score_images(config: ScoreConfig, inputs: Inputs, out: Draft, run: Runtime) 
     with classifiers also class consistency; PSNR of reconstructions; the share of samples that copy a training image;
     and how many times the best possible distance this is.
     """
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     size = common_size(config, inputs)
     images, reference = (open_pictures(inputs[name], size=size) for name in ("images", "reference"))

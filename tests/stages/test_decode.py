@@ -22,7 +22,7 @@ from stages.decode import DecodeConfig
 from stages.decode import decode_tokens as decode
 from stages.image_files import open_pictures
 from stages.networks import NetworkFile, load_tokenizer
-from stages.pictures import grid_png
+from stages.pictures import grid_png, interleave
 from tests.stages.small_artifacts import (
     CODES,
     SIZE,
@@ -182,6 +182,13 @@ def test_a_codebook_has_no_decoder(tokens: Artifact, tmp_path: Path) -> None:
     codebook = made(Store(tmp_path), "codebook", lambda out: out.put("config", {"config.json": b"{}"}))
     with pytest.raises(CorruptError, match="a K-Means codebook, which has no decoder"):
         run(Store(tmp_path), tokens, codebook)
+
+
+def test_few_originals_still_have_a_row_of_their_own() -> None:
+    ones, twos = np.full((3, 8, 8, 3), 1, np.uint8), np.full((3, 8, 8, 3), 2, np.uint8)
+    images_NHW3, captions = interleave(twos, ones, ["a", "b", "c"])
+    assert images_NHW3[:, 0, 0, 0].tolist() == [1] * 3 + [255] * 7 + [2] * 3 + [255] * 7
+    assert captions == ["a", "b", "c"] + [""] * 17
 
 
 def test_a_grid_cuts_long_captions_and_keeps_pixels() -> None:
