@@ -48,6 +48,11 @@ class ConvolutionalAutoencoder(nn.Module):
     def decode(self, z_BDhw: Tensor) -> Tensor:
         return self.decoder(z_BDhw)
 
+    @property
+    def last_weight(self) -> Tensor:
+        """What an adaptive weight of the adversarial loss measures gradients at."""
+        return self.decoder[-2].weight
+
 
 def build_encoder(config: ConvolutionalConfig) -> nn.Sequential:
     first, last = config.widths[0], config.widths[-1]

@@ -55,17 +55,39 @@ def test_gradients(case: str, part: str) -> None:
     }[part]
     (gradient,) = torch.autograd.grad(objective, z_BDhw)
     theirs = ARRAYS[f"out/{case}/grad_{part}"]
-    assert float((gradient - theirs).abs().max() / theirs.abs().max()) < TOLERANCES["grad_rel_to_max_abs"]
+    tolerance = TOLERANCES["grad_rel_to_max_abs"]
+    if (case, part) == ("z14_saturated", "entropy"):
+        tolerance = (
+            0.0024  # the published float32 values are this far from float64; ours are within 0.002 of it, see below
+        )
+    assert float((gradient - theirs).abs().max() / theirs.abs().max()) < tolerance
+
+
+@pytest.mark.parametrize("case", ["z10", "z14_saturated"])
+def test_entropy_gradient_is_exact(case: str) -> None:
+    """Against the dense softmax over all codes in float64."""
+    z_BDhw = ARRAYS[f"in/{case}/x"].clone().requires_grad_()
+    (ours,) = torch.autograd.grad(quantizer(case)(z_BDhw).losses["entropy"] / 0.1, z_BDhw)
+    exact_BDhw = z_BDhw.detach().double().requires_grad_()
+    sample, codebook = dense_entropies(exact_BDhw.movedim(1, -1).flatten(0, 2), temperature=0.01)
+    (exact,) = torch.autograd.grad(sample - codebook, exact_BDhw)
+    assert float((ours - exact).abs().max() / exact.abs().max()) < TOLERANCES["grad_rel_to_max_abs"]
+
+
+def dense_entropies(z_ND: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    bits = z_ND.shape[1]
+    codes_KD = (2 * ((torch.arange(2**bits)[:, None] >> torch.arange(bits)) & 1) - 1).to(z_ND.dtype)
+    log_p_NK = (2 * z_ND @ codes_KD.T / temperature).log_softmax(1)
+    mean_K = log_p_NK.exp().mean(0)
+    return -(log_p_NK.exp() * log_p_NK).sum(1).mean(), -(mean_K * (mean_K + 1e-5).log()).sum()
 
 
 def test_odd_number_of_bits_equals_the_dense_form() -> None:
     torch.manual_seed(0)
     z_ND = torch.randn(6, 5, dtype=torch.float64)
-    codes_KD = 2.0 * ((torch.arange(32)[:, None] >> torch.arange(5)) & 1) - 1
-    p_NK = (2 * z_ND @ codes_KD.double().T / 3.0).softmax(1)
     sample, codebook = entropies(z_ND, temperature=3.0)
-    torch.testing.assert_close(sample, -(p_NK * p_NK.log()).sum(1).mean())
-    torch.testing.assert_close(codebook, -(p_NK.mean(0) * (p_NK.mean(0) + 1e-5).log()).sum())
+    for ours, theirs in zip((sample, codebook), dense_entropies(z_ND, temperature=3.0), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_zero_is_a_zero_bit_and_channel_zero_the_lowest() -> None:
