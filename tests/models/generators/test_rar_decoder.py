@@ -40,9 +40,13 @@ class TestRar(GeneratorConformance):
     def test_modulations_are_computed_once_per_class_and_step(
         self, model: Rar, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        rows = []
-        product = torch.addmm
-        monkeypatch.setattr(torch, "addmm", lambda b, x, w, **out: rows.append(len(x)) or product(b, x, w, **out))
+        rows, product = [], torch.addmm
+
+        def counting(bias: Tensor, x: Tensor, weight: Tensor, **out: Tensor) -> Tensor:
+            rows.extend([len(x)] if out else [])  # only modulations are written in place
+            return product(bias, x, weight, **out)
+
+        monkeypatch.setattr(torch, "addmm", counting)
         monkeypatch.setattr(rar_decoder, "STRETCH", 4)  # seven positions in stretches of four and three
         self.draw(model, [1, 1, 1, 2], [0, 1, 2, 3], SamplingConfig(guidance_scale=2.0))
         assert rows == [4, 4, 4, 3, 3, 3]  # two classes and "no class"
@@ -57,6 +61,15 @@ class TestRar(GeneratorConformance):
         logits = [decoder.prefill(labels_B), *(decoder.step(codes_B) for codes_B in codes_BT[:, :-1].T)]
         expected = self.uncached(model, codes_BT, labels_B)
         torch.testing.assert_close(torch.stack(logits, dim=1), expected, atol=1e-5, rtol=1e-4)
+
+    def test_large_tables_make_short_stretches(self, model: Rar, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(rar_decoder, "SHORTEST_STRETCH", 2)
+        decoder = model.decoder(rows=3, guided=True)
+        assert decoder._stretch_length() == 7
+        monkeypatch.setitem(rar_decoder.TABLE_BYTES, "cpu", 4 * decoder.modulations[1].nbytes * 3)
+        assert decoder._stretch_length() == 3
+        monkeypatch.setitem(rar_decoder.TABLE_BYTES, "cpu", 1)
+        assert decoder._stretch_length() == 2
 
     def test_one_order_for_all_is_that_order_for_each(self, model: Rar) -> None:
         order_T = torch.tensor([3, 0, 5, 1, 4, 2])
