@@ -23,6 +23,7 @@ from stages.code_usage import CodeUsage
 from stages.devices import pick_device
 from stages.encoding import ENCODER, ENCODER_WEIGHTS
 from stages.reservoir import hash_rows, smallest_rows
+from stages.tokenizing import CENTROIDS, ENCODER_PREFIX
 from stages.weights import save_weights
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 # N rows that are clustered, K clusters, D values of a feature
 ROWS_AT_ONCE = 2**16
 SAMPLE, START = 0, 1  # streams of the hash: which rows are clustered, and from which the centroids start
-ENCODER_PREFIX = "encoder."
-CENTROIDS = "centroids_KD"
 
 
 class KMeansConfig(Config):

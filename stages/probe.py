@@ -106,7 +106,7 @@ def measure(
     config: ProbeConfig, train: TokenSet, held_out: TokenSet, centroids_KD: NDArray[np.float32] | None, run: Runtime
 ) -> dict[str, Any]:
     """Accuracies on both sets, exact and with one thread, so that they are the same everywhere they are computed."""
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     rows_N = smallest_rows(len(train), config.max_rows, seed=config.seed)
     labels_N = train.labels_of(rows_N)
