@@ -169,8 +169,8 @@ class Trainer:
             loss, norm = self._clip(running, losses)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self._count_bad_step(running, losses, loss, norm)
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+                for module, name, before in buffers:
+                    module.get_buffer(name).copy_(before)
                 break
             set_rate(running.optimizer, running.rate(self.step, self.config.steps))
             running.optimizer.step()
@@ -296,8 +296,9 @@ class Trainer:
             hint="lower training.optimizer.learning_rate or training.clip, or let training.skip_bad_steps pass some",
         )
 
-    def _copy_of_buffers(self) -> list[tuple[Tensor, Tensor]]:
-        return [(one, one.clone()) for running in self.parts for one in running.part.module.buffers()]
+    def _copy_of_buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
+        modules = [running.part.module for running in self.parts]
+        return [(module, name, one.clone()) for module in modules for name, one in module.named_buffers()]
 
     def _state(self) -> checkpoints.State:
         return {name: tensor for running in self.parts for name, tensor in running.state().items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipeline.progress import Progress
 from pipeline.runtime import Runtime
 from stages.training.config import AdamW, OneCycle, TrainingConfig
 from stages.training.draws import stream
-from stages.training.engine import Outcome, train
+from stages.training.engine import Outcome, Running, Trainer, train
 from stages.training.task import Batch, Losses, Modules, Part, Task
 
 ROWS, INPUTS = 24, 6
@@ -37,9 +38,10 @@ class Network(nn.Module):
         self.register_buffer("mean_I", torch.zeros(INPUTS))
 
     def forward(self, x_BI: Tensor) -> Tensor:
+        y_B: Tensor = self.linear(self.dropout(x_BI - self.mean_I))[:, 0]
         if self.training:
-            self.mean_I.lerp_(x_BI.detach().mean(0), 0.1)
-        return self.linear(self.dropout(x_BI - self.mean_I))[:, 0]
+            self.mean_I = self.mean_I.lerp(x_BI.detach().mean(0), 0.1)
+        return y_B
 
 
 class SmallTask(Task):
@@ -114,3 +116,21 @@ def weights_of(outcome: Outcome[SmallTask]) -> dict[str, bytes]:
     task = outcome.task
     named = {**task.network.state_dict(), **{f"critic.{name}": one for name, one in task.critic.state_dict().items()}}
     return {name: tensor.numpy().tobytes() for name, tensor in named.items()}
+
+
+@contextmanager
+def first_gradients() -> Iterator[list[list[float]]]:
+    """Yield a list that receives the gradients of the first step of a training: one list per parameter."""
+    found: list[list[float]] = []
+    clip = Trainer._clip
+
+    def look_and_clip(self: Trainer, running: Running, losses: Losses) -> tuple[float, float]:
+        if not found:
+            found.extend(one.grad.flatten().tolist() for one in running.parameters if one.grad is not None)
+        return clip(self, running, losses)
+
+    Trainer._clip = look_and_clip  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        Trainer._clip = clip  # type: ignore[method-assign]

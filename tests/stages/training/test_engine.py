@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+import socket
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -20,9 +21,8 @@ from pipeline.errors import CorruptError, MemoryExhausted, NumericError, UsageEr
 from pipeline.runtime import Terminated
 from stages.training import checkpoints
 from stages.training.draws import rows_of_step
-from tests.stages.training.small_task import SmallTask, draft_in, tiny, train_in, weights_of
+from tests.stages.training.small_task import SmallTask, draft_in, first_gradients, tiny, train_in, weights_of
 
-ROOT = Path(__file__).parents[3]
 KINDS = {
     "plain": {},
     "averaged": {"ema": 0.9},
@@ -262,73 +262,57 @@ def test_metrics_have_every_loss_and_rate(tmp_path: Path) -> None:
     assert "critic" in steps[3]
 
 
-REPLICA = """
-import json, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from pipeline.ranks import rank
-from stages.training.engine import Trainer
-from small_task import tiny, train_in, weights_of
+def run_two(folder: Path, *, stop_at: int = -1) -> list[dict[str, Any]]:
+    """The small training in two processes, as torchrun tells them; what each saw and ended with.
 
-folder, end, kind = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-gradients = []
-advance = Trainer._clip
-def clip(self, running, losses):
-    gradients.append([one.grad.clone() for one in running.parameters])
-    return advance(self, running, losses)
-Trainer._clip = clip
-def poison(step):
-    if step == end:
-        raise KeyboardInterrupt
-    return 1.0
-try:
-    outcome = train_in(folder / f"rank-{rank()}", tiny(accumulation=2), dropout=float(kind), poison=poison)
-except KeyboardInterrupt:
-    sys.exit(0)
-weights = {name: value.hex() for name, value in weights_of(outcome).items() if name != "mean_I"}
-report = {"seen": outcome.task.seen, "weights": weights, "first": [one.flatten().tolist() for one in gradients[:1][0]] if gradients else []}
-(folder / f"report-{rank()}.json").write_text(json.dumps(report))
-"""
+    stop_at: a step in which both die, with exit code 9.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [os.fork() or replica(folder, rank, port, stop_at) for rank in range(2)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == ([0, 0] if stop_at < 0 else [9, 9])
+    return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(2)] if stop_at < 0 else []
 
 
-def launch(folder: Path, *, processes: int, end: int = -1, dropout: float = 0.0) -> list[dict[str, object]]:
-    """Run the small training in processes of torchrun; the reports of those that came to the end."""
-    script = folder / "replica.py"
-    folder.mkdir(parents=True, exist_ok=True)
-    script.write_text(REPLICA)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(
-        [*command, str(script), str(folder), str(end), str(dropout)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return (
-        [json.loads((folder / f"report-{number}.json").read_text()) for number in range(processes)] if end < 0 else []
-    )
+def replica(folder: Path, rank: int, port: int, stop_at: int) -> NoReturn:
+    """One of two processes: trains, reports, and leaves."""
+
+    def poison(step: int) -> float:
+        if step == stop_at:
+            os._exit(9)
+        return 1.0
+
+    try:
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in told.items()})
+        with first_gradients() as gradients:
+            outcome = train_in(folder / f"rank-{rank}", tiny(), dropout=0.0, poison=poison)
+        weights = {name: value.hex() for name, value in weights_of(outcome).items() if name != "mean_I"}
+        report = {"seen": outcome.task.seen, "weights": weights, "first": gradients}
+        (folder / f"report-{rank}.json").write_text(json.dumps(report))
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """The same rows, the same first gradient; stopped and continued, the same bytes as undisturbed."""
-    one = launch(tmp_path / "one", processes=1)[0]
-    two = launch(tmp_path / "two", processes=2)
+    with first_gradients() as alone:
+        one = train_in(tmp_path / "one", tiny(), dropout=0.0)
+    two = run_two(tmp_path / "two")
     for step in range(12):
         together = two[0]["seen"][step] + two[1]["seen"][step]
-        assert together == one["seen"][step] == rows_of_step(step, rows=24, batch=8, seed=0).tolist()
-    for alone, shared in zip(one["first"], two[0]["first"], strict=True):
-        assert torch.allclose(torch.tensor(alone), torch.tensor(shared), atol=1e-5)
+        assert together == one.task.seen[step] == rows_of_step(step, rows=24, batch=8, seed=0).tolist()
+    assert alone
+    for own, shared in zip(alone, two[0]["first"], strict=True):
+        assert torch.allclose(torch.tensor(own), torch.tensor(shared), atol=1e-5)
     assert two[0]["weights"] == two[1]["weights"]
     assert not (tmp_path / "two/rank-1/scratch").exists()
-    launch(tmp_path / "stopped", processes=2, end=6)
-    continued = launch(tmp_path / "stopped", processes=2)
+    run_two(tmp_path / "stopped", stop_at=6)
+    continued = run_two(tmp_path / "stopped")
     assert continued[0]["weights"] == two[0]["weights"]
     assert len(continued[0]["seen"]) == 6
