@@ -1,0 +1,33 @@
+"""Published Open-MAGVIT2 tokenizers: Lightning checkpoints with losses and averages, or the bare tokenizer; strict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from models.adapters.layout import shapes
+from models.adapters.tokenizers import TokenizerWeights, adapt, has_averages, network_weights, read_levels, require
+from models.autoencoders.config import Magvit2Config
+from models.quantizers.config import LookupFreeConfig
+from models.tokenizer_config import TokenizerConfig
+
+__all__ = ["has_averages", "recognise"]
+
+SUBJECT = "an Open-MAGVIT2 tokenizer"
+
+
+def recognise(state: Mapping[str, Tensor], *, averaged: bool = True) -> TokenizerWeights:
+    """Read sizes off the shapes, check every tensor, rename. The published metrics are those of the averaged weights.
+
+    Raises LayoutError with all that is missing, surplus or misshapen.
+    """
+    state = network_weights(state, averaged=averaged and has_averages(state))
+    found = shapes(state)
+    require(found, {"encoder.conv_out.weight": 4}, SUBJECT)
+    config = TokenizerConfig(
+        autoencoder=Magvit2Config(**read_levels(found, SUBJECT), latent=found["encoder.conv_out.weight"][0]),
+        quantizer=LookupFreeConfig(),
+        rounding="truncate",
+    )
+    return adapt(state, config, subject=SUBJECT, published=str)
