@@ -39,8 +39,8 @@ def read_bounded(path: Path, largest: int = LARGEST_METADATA) -> bytes:
 
 def parse_json(data: bytes, path: str | os.PathLike[str]) -> Json:
     """JSON from bytes, nested at most 32 deep, without NaN; CorruptError otherwise."""
-    steps = (1 if bracket in b"[{" else -1 for bracket in _BRACKET.findall(_STRING.sub(b"", data)))
-    if max(accumulate(steps), default=0) > DEEPEST_NESTING:
+    brackets = _BRACKET.finditer(_STRING.sub(b"", data))  # read up to the first that is too deep, not all of a forgery
+    if any(depth > DEEPEST_NESTING for depth in accumulate(1 if found[0] in b"[{" else -1 for found in brackets)):
         raise damage(path, f"is JSON nested deeper than {DEEPEST_NESTING}")
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)

@@ -35,11 +35,12 @@ def digests(folder: Path, *settings: str, force: bool = False):
 
 
 def test_killed_at_every_call_of_the_commit_protocol(tmp_path: Path) -> None:
-    assert sweep(digests(tmp_path), tmp_path) > 60
+    assert sweep(digests(tmp_path, "numbers.rows=3"), tmp_path) > 60
 
 
 def test_killed_while_force_swaps_a_finished_artifact(tmp_path: Path) -> None:
-    first, again = digests(tmp_path), digests(tmp_path, force=True)
+    small = ("numbers.rows=1", "sum.verbose=false")
+    first, again = digests(tmp_path, *small), digests(tmp_path, *small, force=True)
     finished = tmp_path / "finished"
     first(finished)
 
