@@ -67,7 +67,7 @@ def train(
         around.enter_context(threads(run.threads))
         around.enter_context(same_kernels(replicas.device, is_deterministic=config.is_deterministic))
         around.enter_context(memory_in_words(config, replicas.world))
-        torch.manual_seed(torch_seed(config.seed, "first weights", 0))
+        replicas.seed(torch_seed(config.seed, "first weights", 0))
         task = make_task(replicas.device)
         trainer = Trainer(task, config, replicas, out)
         trainer.resume()
@@ -158,7 +158,7 @@ class Trainer:
 
     def advance(self, batch: Batch) -> Losses:
         """One step of every part on this process's share of the batch; counts a bad one, or raises NumericError."""
-        torch.manual_seed(torch_seed(self.config.seed, "step", self.step, self.replicas.rank))
+        self.replicas.seed(torch_seed(self.config.seed, "step", self.step, self.replicas.rank))
         batch = tuple(tensor.to(self.replicas.device, non_blocking=True) for tensor in batch)
         buffers = self._copy_of_buffers() if self.config.skip_bad_steps else []
         seen = Losses({}, {})
