@@ -11,6 +11,7 @@ MODULES = {
     "index": "stages.index",
     "extract": "stages.extract",
     "kmeans": "stages.kmeans",
+    "import-weights": "stages.import_weights",
     "train-tokenizer": "stages.train_tokenizer",
     "pretokenize": "stages.pretokenize",
     "train-generator": "stages.train_generator",

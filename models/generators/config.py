@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from models.config import Config
 
@@ -37,11 +37,18 @@ class RarInit(Config):
     adaln: float = Field(0.0, ge=0, description="weights of the modulations; 0 makes a fresh network say nothing")
 
 
+def _offer_size(schema: dict[str, Any]) -> None:
+    """In the JSON schema, as in a recipe, a size may stand for the four numbers."""
+    schema["properties"]["size"] = {"enum": list(SIZES), "description": "a published size, instead of its numbers"}
+
+
 class RarConfig(Config):
     """RAR: a causal transformer over permuted codes, modulated by class and step (arXiv 2411.00776).
 
     `size: b` stands for the four numbers of a published size.
     """
+
+    model_config = ConfigDict(json_schema_extra=_offer_size)
 
     kind: Literal["rar"] = "rar"
     width: int = Field(gt=0, description="width of the residual stream")

@@ -1,0 +1,218 @@
+"""Published weights as artifacts: what a foreign file holds is recognised by names and shapes, strictly, and kept in our form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from pipeline.artifact import Artifact
+from pipeline.config import Config
+from pipeline.draft import Draft
+from pipeline.durable import hash_file
+from pipeline.errors import CorruptError, InputError, UsageError
+from pipeline.keys import config_value
+from pipeline.runtime import Runtime
+from pipeline.stage import External, Inputs, read, stage
+from stages.encoder_weights import HubWeights, download
+from stages.foreign import read_state
+from stages.identity import tokenizer_identity
+from stages.networks import GeneratorCard, read_tokenizer_config
+from stages.weights import save_weights
+
+if TYPE_CHECKING:
+    import torch
+
+IMAGENET_CLASSES = 1000
+Values = Literal["auto", "ema", "raw"]
+
+
+class Layout(NamedTuple):
+    """Whose names a file uses: what kind of artifact it becomes, and the module whose `recognise` knows them."""
+
+    kind: Literal["tokenizer", "generator"]
+    adapter: str
+
+
+LayoutName = Literal["rar", "maskgit-vqgan", "ibq", "open-magvit2"]
+LAYOUTS: dict[LayoutName, Layout] = {
+    "rar": Layout("generator", "models.adapters.rar"),
+    "maskgit-vqgan": Layout("tokenizer", "models.adapters.maskgit_vqgan"),
+    "ibq": Layout("tokenizer", "models.adapters.ibq"),
+    "open-magvit2": Layout("tokenizer", "models.adapters.open_magvit2"),
+}
+
+
+class ImportConfig(Config):
+    """Which file, and how to read it."""
+
+    layout: LayoutName = Field(description="whose names and shapes the file has; its size is read off the shapes")
+    hub: HubWeights | None = Field(default=None, description="where the file comes from when --weights is not given")
+    values: Values = Field(
+        default="auto",
+        description="averaged (ema) or raw weights, of a file that holds both; auto: the averaged ones where they are, as "
+        "in published metrics (the generators of Open-MAGVIT2 were trained on codes of the raw ones)",
+    )
+    resolution: int | None = Field(
+        default=None, ge=1, description="pixels a side of the images that a tokenizer was made for; its default view"
+    )
+    class_names: Literal["imagenet"] | None = Field(
+        default=None, description="names of a generator's classes; imagenet: its 1,000 in the order of the synsets"
+    )
+
+    @model_validator(mode="after")
+    def _suits_its_layout(self) -> ImportConfig:
+        kind = LAYOUTS[self.layout].kind
+        wrong = {"tokenizer": ("class_names", self.class_names), "generator": ("resolution", self.resolution)}[kind]
+        if wrong[1] is not None:
+            raise ValueError(f"{wrong[0]} says nothing about a {kind}")
+        return self
+
+
+def identify_weights(config: ImportConfig, path: Path) -> str:
+    """SHA-256 of the weight file."""
+    try:
+        return hash_file(path)
+    except OSError as error:
+        raise InputError(f"the weight file {path} cannot be read: {error.strerror}", path=path) from error
+
+
+@stage(
+    "import-weights",
+    version=1,
+    config=ImportConfig,
+    reads={
+        "tokenizer": read("tokenizer", help="the tokenizer whose codes a generator was trained on", optional=True),
+    },
+    writes=lambda config: LAYOUTS[config.layout].kind,
+    example="smalti import-weights --weights maskgit-vqgan-imagenet-f16-256.bin --layout maskgit-vqgan",
+    externals={
+        "weights": External(
+            help="the published file (.safetensors, .bin, .pt, .pth, .ckpt)",
+            identify=identify_weights,
+            needed=lambda config: config.hub is None,
+        )
+    },
+)
+def import_weights(config: ImportConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
+    """Turn a published weight file into a tokenizer or a generator.
+
+    reads: a file or the hub, and for a generator its tokenizer: only then can its samples be decoded.  writes:
+    config.json and weights.safetensors.  resumes: from the start. No code in the file is run, and every missing, surplus
+    or misshapen tensor is refused.
+    """
+    path = run.paths.get("weights") or download(needed_hub(config), run)
+    state = read_state(path)
+    if LAYOUTS[config.layout].kind == "generator":
+        import_generator(config, inputs, out, state, path)
+    elif "tokenizer" in inputs:
+        raise UsageError(f"layout {config.layout} is a tokenizer itself, and takes none as input")
+    else:
+        import_tokenizer(config, out, state, path)
+
+
+def needed_hub(config: ImportConfig) -> HubWeights:
+    if config.hub is None:
+        raise UsageError("import-weights lacks the file: give --weights, or hub in the config")
+    return config.hub
+
+
+def import_generator(
+    config: ImportConfig, inputs: Inputs, out: Draft, state: Mapping[str, torch.Tensor], path: Path
+) -> None:
+    """Write a generator, and the identity of the tokenizer whose codes it lays."""
+    found = recognise(config, state, path)
+    side = math.isqrt(found.tokens)
+    if side * side != found.tokens:
+        raise CorruptError(f"{path} is a generator of {found.tokens} codes, which are no square grid", path=path)
+    tokenizer = next(iter(inputs.all("tokenizer")), None)
+    if config.class_names and found.classes != IMAGENET_CLASSES:
+        raise UsageError(f"class_names: imagenet names {IMAGENET_CLASSES} classes, but {path} has {found.classes}")
+    card = GeneratorCard(
+        model=found.config,
+        codes=found.codes,
+        classes=found.classes,
+        grid=(side, side),
+        class_names=imagenet_names() if config.class_names else (),
+        tokenizer=tokenizer_identity(tokenizer) if tokenizer else {},
+        resolution=resolution_of(tokenizer, found.codes, side, path) if tokenizer else None,
+    )
+    parameters = save(out, state, config_value(card), path)
+    size = f"-{found.size}" if found.size else ""
+    out.facts = {
+        "figure": f"{config.layout}{size}, {parameters:,} parameters",
+        "codes": card.codes,
+        "tokens": card.tokens,
+        "grid": list(card.grid),
+        "classes": card.classes,
+        "parameters": parameters,
+        "tokenizer": card.tokenizer,
+        "weights": hash_file(path),
+    }
+
+
+def resolution_of(tokenizer: Artifact, codes: int, side: int, path: Path) -> int:
+    """Pixels a side of what the tokenizer makes of the generator's grid; CorruptError where it has other codes."""
+    config = read_tokenizer_config(tokenizer)
+    if config.codebook_size != codes:
+        raise CorruptError(
+            f"{path} is a generator of {codes} codes, but {tokenizer.name} has {config.codebook_size}",
+            path=path,
+            hint="give the tokenizer that it was trained with",
+        )
+    return side * config.downsample
+
+
+def import_tokenizer(config: ImportConfig, out: Draft, state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a tokenizer."""
+    found = recognise(config, state, path)
+    parameters = save(out, found.state, config_value(found.config), path)
+    codes = found.config.codebook_size
+    out.facts = {
+        "figure": f"{config.layout}, {codes:,} codes, {parameters:,} parameters",
+        "codebook_size": codes,
+        "downsample": found.config.downsample,
+        "parameters": parameters,
+        "weights": hash_file(path),
+        **({"image_size": config.resolution} if config.resolution else {}),
+    }
+
+
+def recognise(config: ImportConfig, state: Mapping[str, torch.Tensor], path: Path) -> Any:
+    """What the adapter makes of the tensors; CorruptError (exit code 4) with a table of all that does not fit."""
+    from models.adapters.layout import LayoutError
+
+    adapter: Any = import_module(LAYOUTS[config.layout].adapter)
+    holds_both = hasattr(adapter, "has_averages") and adapter.has_averages(state)
+    if config.values == "ema" and not holds_both:
+        raise CorruptError(f"{path} holds no averaged weights", path=path, hint="leave values out")
+    choice = {"averaged": config.values != "raw"} if holds_both else {}
+    try:
+        return adapter.recognise(state, **choice)
+    except LayoutError as error:
+        raise CorruptError(f"{path} is not of layout {config.layout}: {error}", path=path) from error
+
+
+def save(out: Draft, state: Mapping[str, torch.Tensor], config: dict[str, Any], path: Path) -> int:
+    """Write tensors in float32 and the config; returns how many numbers there are. CorruptError for NaN or infinity."""
+    import torch
+
+    saved = {}
+    for name, tensor in state.items():
+        saved[name] = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
+        if not bool(saved[name].isfinite().all()):
+            raise CorruptError(f"{name} in {path} holds NaN or infinity", path=path)
+    save_weights(out, saved, config)
+    return sum(tensor.numel() for tensor in saved.values())
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """Short English names of the 1,000 classes, in the alphabetical order of their synsets."""
+    from timm.data.imagenet_info import ImageNetInfo
+
+    names = ImageNetInfo("imagenet-1k").label_descriptions()
+    return tuple(str(name).split(",")[0] for name in names)

@@ -1,0 +1,219 @@
+"""Published files become artifacts like any other: they encode, sample and decode; what does not fit is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.generators.config import RarConfig
+from models.generators.rar import Rar
+from pipeline.artifact import Artifact
+from pipeline.durable import hash_file
+from pipeline.errors import CorruptError, InputError, UsageError
+from smalti.tokens import open_tokens
+from stages import stages
+from stages.identity import tokenizer_identity
+from stages.image_files import open_pictures
+from stages.import_weights import LAYOUTS, ImportConfig
+from stages.networks import NetworkFile, load_generator, load_tokenizer, read_card
+from tests.stages.conformance import check_every_crash, draw_folder, index_folder, run_stage
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CODES, SIDE, CLASSES = 48, 4, 3  # the codebook of the golden MaskGIT-VQGAN; a grid and classes of our own
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / f"{name}.safetensors")
+
+
+def published(name: str) -> dict[str, torch.Tensor]:
+    """A small state dict in published names."""
+    return {key.removeprefix("weights/"): value for key, value in golden(name).items() if key.startswith("weights/")}
+
+
+def rar_state(*, codes: int = CODES, classes: int = CLASSES, tokens: int = SIDE * SIDE) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    network = Rar(RarConfig(width=16, layers=2, heads=2, mlp_width=24), codes=codes, tokens=tokens, classes=classes)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return network.state_dict()
+
+
+def saved(folder: Path, state: dict[str, Any], name: str = "weights.bin") -> Path:
+    torch.save(state, folder / name)
+    return folder / name
+
+
+def imported(store: Path, file: Path, config: dict[str, Any], **inputs: Artifact) -> Artifact:
+    return run_stage("import-weights", store, config, inputs=inputs, paths={"weights": file})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("files")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Artifact:
+    file = saved(folder, published("rar/maskgit_vqgan"), "maskgit-vqgan.bin")
+    return imported(folder / "store", file, {"layout": "maskgit-vqgan", "resolution": 16})
+
+
+@pytest.fixture(scope="module")
+def generator(folder: Path, tokenizer: Artifact) -> Artifact:
+    return imported(folder / "store", saved(folder, rar_state(), "rar.bin"), {"layout": "rar"}, tokenizer=tokenizer)
+
+
+def test_an_imported_tokenizer_gives_the_published_codes(tokenizer: Artifact) -> None:
+    network = load_tokenizer(NetworkFile.of(tokenizer, "cpu"))
+    values = golden("rar/maskgit_vqgan")
+    assert torch.equal(network.encode(values["in/image"].float()).flatten(1), values["out/codes"])
+    assert (tokenizer.kind, network.rounding, network.downsample) == ("tokenizer", "truncate", 4)
+    assert tokenizer.facts["codebook_size"] == CODES
+
+
+def test_imported_weights_go_through_the_pipeline(
+    tokenizer: Artifact, generator: Artifact, folder: Path, tmp_path: Path
+) -> None:
+    store = folder / "store"
+    images = index_folder(draw_folder(tmp_path / "images", images=3, pixels=16), store)
+    cut = {"shard_images": 8, "chunk_images": 4, "rows_per_pass": 4}
+    tokens = run_stage("pretokenize", store, cut, inputs={"images": images, "tokenizer": tokenizer})
+    assert open_tokens(tokens.path).grid == (SIDE, SIDE)
+    samples = run_stage("sample", store, {"images": 6, **cut}, inputs={"generator": generator})
+    drawn = open_tokens(samples.path)
+    assert len(np.unique(drawn.tokens.read())) > 5
+    assert drawn.attributes.tokenizer == tokenizer_identity(tokenizer) == tokens.facts["tokenizer"]
+    decoded = run_stage("decode", store, cut, inputs={"tokens": samples, "tokenizer": tokenizer})
+    pictures = open_pictures(decoded, size=16)
+    assert (len(pictures), pictures.size) == (6, 16)
+    assert pictures.read(0, 6).std() > 0
+
+
+def test_a_generator_keeps_its_numbers(generator: Artifact) -> None:
+    network = load_generator(NetworkFile.of(generator, "cpu"))
+    state = rar_state()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+    facts = {name: generator.facts[name] for name in ("codes", "tokens", "grid", "classes", "parameters")}
+    parameters = sum(tensor.numel() for tensor in state.values())
+    assert facts == {"codes": 48, "tokens": 16, "grid": [4, 4], "classes": 3, "parameters": parameters}
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [("ibq", "ibq/tokenizer_ckpt"), ("open-magvit2", "open_magvit2/tokenizer_checkpoint")]
+)
+def test_averaged_or_raw_weights_of_a_lightning_file(tmp_path: Path, layout: str, name: str) -> None:
+    state = published(name)
+    file = saved(tmp_path, {"state_dict": state, "epoch": 1, "optimizer_states": [{"lr": 0.1}]}, "w.ckpt")
+    key = "encoder.conv_out.weight"
+    wanted = {"auto": state[f"model_ema.{key.replace('.', '')}"], "raw": state[key]}
+    wanted["ema"] = wanted["auto"]
+    for values, tensor in wanted.items():
+        artifact = imported(tmp_path / "store", file, {"layout": layout, "values": values})
+        network = load_tokenizer(NetworkFile.of(artifact, "cpu"))
+        assert torch.equal(network.state_dict()[f"autoencoder.{key}"], tensor.float())
+        codes_Bhw = network.encode(torch.rand(1, 3, 32, 32))
+        assert network.decode(codes_Bhw).shape == (1, 3, 32, 32)
+
+
+def test_averages_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    file = saved(tmp_path, published("rar/maskgit_vqgan"))
+    with pytest.raises(CorruptError, match="holds no averaged weights"):
+        imported(tmp_path / "store", file, {"layout": "maskgit-vqgan", "values": "ema"})
+
+
+@pytest.mark.parametrize("layout", ["rar", "maskgit-vqgan", "ibq", "open-magvit2"])
+def test_every_difference_stands_in_a_table(tmp_path: Path, layout: str) -> None:
+    sources = {
+        "maskgit-vqgan": "rar/maskgit_vqgan",
+        "ibq": "ibq/tokenizer_ckpt",
+        "open-magvit2": "open_magvit2/tokenizer_checkpoint",
+    }
+    state = published(sources[layout]) if layout in sources else rar_state()
+    bias = "decoder.conv_out.bias" if layout in sources else "blocks.1.attn.proj.bias"
+    for name in (bias, f"model_ema.{bias.replace('.', '')}"):
+        state.pop(name, None)
+    state["more.weight"] = torch.zeros(2)
+    if any(name.startswith("model_ema.") for name in state):
+        state["model_ema.moreweight"] = torch.zeros(2)
+    with pytest.raises(CorruptError) as caught:
+        imported(tmp_path / "store", saved(tmp_path, state), {"layout": layout})
+    lines = [line.split() for line in str(caught.value).splitlines()]
+    assert ["missing", bias] in [line[:2] for line in lines]
+    assert ["surplus", "more.weight", "2", "-"] in lines
+
+
+def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
+    state = rar_state()
+    state["lm_head.bias"][1] = torch.nan
+    with pytest.raises(CorruptError, match=r"lm_head.bias in .* holds NaN"):
+        imported(tmp_path / "store", saved(tmp_path, state), {"layout": "rar"})
+
+
+def test_a_generator_of_other_codes_than_its_tokenizer_is_refused(tmp_path: Path, tokenizer: Artifact) -> None:
+    file = saved(tmp_path, rar_state(codes=7))
+    with pytest.raises(CorruptError, match=r"a generator of 7 codes, but .* has 48"):
+        imported(tmp_path / "store", file, {"layout": "rar"}, tokenizer=tokenizer)
+
+
+def test_what_makes_no_sense_is_refused(tmp_path: Path, tokenizer: Artifact) -> None:
+    file = saved(tmp_path, rar_state())
+    for config, said in (
+        ({"layout": "rar", "resolution": 16}, "resolution says nothing about a generator"),
+        ({"layout": "ibq", "class_names": "imagenet"}, "class_names says nothing about a tokenizer"),
+        ({"layout": "rar", "class_names": "imagenet"}, "names 1000 classes, but .* has 3"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            imported(tmp_path / "store", file, config)
+    with pytest.raises(UsageError, match="takes none as input"):
+        imported(tmp_path / "store", file, {"layout": "ibq"}, tokenizer=tokenizer)
+    with pytest.raises(CorruptError, match="no square grid"):
+        imported(tmp_path / "store", saved(tmp_path, rar_state(tokens=6)), {"layout": "rar"})
+    with pytest.raises(InputError, match="cannot be read"):
+        imported(tmp_path / "store", tmp_path / "absent.bin", {"layout": "rar"})
+
+
+def test_names_of_the_classes_of_imagenet(tmp_path: Path) -> None:
+    artifact = imported(
+        tmp_path / "store", saved(tmp_path, rar_state(classes=1000)), {"layout": "rar", "class_names": "imagenet"}
+    )
+    card = read_card(artifact)
+    assert [card.class_names[label] for label in (0, 207, 360, 387)] == [
+        "tench",
+        "golden retriever",
+        "otter",
+        "lesser panda",
+    ]
+
+
+def test_a_file_of_the_hub_and_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    file = saved(tmp_path, rar_state())
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *place, **more: asked.append((*place, more["revision"])) or str(file)
+    )
+    hub = {"repository": "somebody/rar", "file": "rar_b.bin", "revision": "abc"}
+    artifact = run_stage("import-weights", tmp_path / "store", {"layout": "rar", "hub": hub})
+    assert asked == [("somebody/rar", "rar_b.bin", "abc")]
+    assert artifact.facts["weights"] == hash_file(file)
+    with pytest.raises(CorruptError, match="has SHA-256"):
+        run_stage("import-weights", tmp_path / "store", {"layout": "rar", "hub": {**hub, "sha256": "0" * 64}})
+
+
+def test_whole_after_every_crash(tmp_path: Path) -> None:
+    file = saved(tmp_path, rar_state())
+    assert check_every_crash(lambda store: imported(store, file, {"layout": "rar"}), tmp_path, most=6) >= 6
+
+
+def test_the_kind_follows_from_the_layout() -> None:
+    declared = stages()["import-weights"]
+    kinds = {layout: declared.kind(ImportConfig(layout=layout)) for layout in LAYOUTS}
+    assert kinds.pop("rar") == "generator"
+    assert set(kinds.values()) == {"tokenizer"}

@@ -1,0 +1,144 @@
+"""Every recipe is right: it fits the schema that editors use, and it plans on an empty store, without data or torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from pipeline.recipe import Recipe, dump_schema, load_recipe, parse_yaml, recipe_name
+from pipeline.runner import plan
+from pipeline.store import Store
+from stages import stages
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SCHEMA = ROOT / "recipes" / "schema.json"
+each_recipe = pytest.mark.parametrize("path", RECIPES, ids=recipe_name)
+
+
+def load(path: Path) -> Recipe:
+    return load_recipe(path, stages())
+
+
+def named(recipe: Recipe) -> dict[str, dict[str, object]]:
+    """The config of each step, as plain values."""
+    return {step.name: step.config.model_dump() for step in recipe.steps}
+
+
+def test_there_are_recipes_of_both_kinds() -> None:
+    assert {path.parent.name for path in RECIPES} >= {"digits", "imagenet256"}
+
+
+def test_the_schema_is_that_of_the_stages() -> None:
+    assert SCHEMA.read_text() == dump_schema(stages()), "run: smalti schema > recipes/schema.json"
+
+
+@each_recipe
+def test_recipe_fits_the_schema(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("# yaml-language-server: $schema=../schema.json\ntitle: ")
+    jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).validate(parse_yaml(text))
+
+
+def test_the_schema_refuses_what_recipes_may_not_say() -> None:
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    step = {"stage": "train-generator", "inputs": {"tokens": "t"}}
+    rar = {"kind": "rar", "size": "b"}
+    for config in ({"model": rar}, {"model": {"kind": "rar", "width": 8, "layers": 1, "heads": 1, "mlp_width": 8}}):
+        assert validator.is_valid({"title": "t", "steps": {"g": {**step, "config": config}}})
+    for config in (
+        {"model": {**rar, "size": "m"}},
+        {"model": {**rar, "witdh": 8}},
+        {"modle": rar},
+        {"training": {"step": 3}},
+    ):
+        assert not validator.is_valid({"title": "t", "steps": {"g": {**step, "config": config}}})
+
+
+@each_recipe
+def test_recipe_plans_without_data(path: Path, tmp_path: Path) -> None:
+    recipe = load(path)
+    planned = plan(recipe, Store(tmp_path / "store"))
+    assert len(planned) == len(recipe.steps) > 0
+    asked = parse_yaml(path.read_text()).get("paths", {})
+    for item in planned:
+        if item.state == "missing":
+            assert any(f"--{name} PATH" in item.reason or f"{name}=PATH" in item.reason for name in asked)
+    first = {item.state for item in planned if not item.step.inputs and item.step.stage.name == "index"}
+    assert first == ({"missing"} if asked.get("images", "") is None else {"run"})
+    assert not (tmp_path / "store").exists()
+
+
+@each_recipe
+def test_recipe_is_called_by_its_own_name(path: Path) -> None:
+    """A command in its comments is about itself, not about the recipe that it was made from."""
+    text = path.read_text()
+    assert all(
+        line.split("recipes/")[1].startswith(f"{recipe_name(path)}.yaml")
+        for line in text.splitlines()
+        if "recipes/" in line
+    )
+
+
+def test_planning_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from cli.main import app\n"
+        f"app(['plan', 'recipes/imagenet256/rar-b.yaml', '--store', {str(tmp_path)!r}], standalone_mode=False)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "lacks external data: give --images PATH" in done.stdout
+
+
+# Published settings: guidance scale, guidance power, temperature (spec of arXiv 2411.00776, ImageNet 256).
+RAR = {"b": (16.0, 2.75, 1.0), "l": (15.5, 2.5, 1.02), "xl": (6.9, 1.5, 1.02), "xxl": (8.0, 1.2, 1.02)}
+FID = {"b": "1.95", "l": "1.70", "xl": "1.50", "xxl": "1.48"}
+
+
+@pytest.mark.parametrize("size", RAR)
+def test_rar_recipes_have_the_published_settings(size: str) -> None:
+    from models.generators.config import SIZES
+
+    recipe = load(ROOT / "recipes" / "imagenet256" / f"rar-{size}.yaml")
+    configs = named(recipe)
+    sampling = configs["samples"]["sampling"]
+    assert (sampling["guidance_scale"], sampling["guidance_power"], sampling["temperature"]) == RAR[size]
+    assert f"FID {FID[size]}" in recipe.title
+    model = configs["generator"]["model"]
+    assert {name: model[name] for name in SIZES[size]} == SIZES[size]
+
+
+def test_rar_recipes_differ_in_size_and_sampling_alone() -> None:
+    base = named(load(ROOT / "recipes" / "imagenet256" / "rar-b.yaml"))
+    for size in RAR:
+        other = named(load(ROOT / "recipes" / "imagenet256" / f"rar-{size}.yaml"))
+        assert other.keys() == base.keys()
+        assert {name for name in base if other[name] != base[name]} <= {"generator", "samples"}
+        assert {**other["generator"], "model": 0} == {**base["generator"], "model": 0}
+        assert {**other["samples"], "sampling": 0} == {**base["samples"], "sampling": 0}
+
+
+def test_rar_training_is_the_published_one() -> None:
+    steps = {step.name: step.config for step in load(ROOT / "recipes" / "imagenet256" / "rar-b.yaml").steps}
+    config = steps["generator"]
+    training = config.training
+    assert (training.steps, training.batch, training.clip, training.ema) == (250_000, 2048, 1.0, None)
+    assert (training.optimizer.betas, training.optimizer.eps, training.optimizer.weight_decay) == (
+        (0.9, 0.96),
+        1e-8,
+        0.03,
+    )
+    assert (config.orders.start, config.orders.end) == (125_000, 187_500)
+    rate = [
+        training.schedule.rate(step, base=training.optimizer.learning_rate, steps=250_000)
+        for step in (0, 62_500, 250_000)
+    ]
+    assert rate == pytest.approx([0, 4e-4, 1e-5])
+    assert steps["tokens"].views.count == 10
+    assert (steps["samples"].images, steps["samples"].labels) == (50_000, "balanced")
