@@ -217,9 +217,13 @@ def _reason(
     if partial.exists():
         return "continues an interrupted run"
     try:
-        before = store.open(*store.read_ref(f"{recipe.name}/{step.name}"))
+        named = store.read_ref(f"{recipe.name}/{step.name}")
     except SmaltiError:
         return "was never made"
+    try:
+        before = store.open(*named)
+    except SmaltiError:
+        return "its artifact is gone"
     if before.stage != step.stage.name:
         return f"stage {before.stage} became {step.stage.name}"
     changes = [f"version {before.version} became {step.stage.version}"] if before.version != step.stage.version else []

@@ -199,11 +199,25 @@ class Store:
 def lock(path: Path, *, wait: bool) -> Iterator[None]:
     """Hold `path` with flock; the file is removed by its holder, so a waiter checks that it locked the present one."""
     descriptor = _acquire(path, wait=wait)
+    _held.add(descriptor)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
+        _held.discard(descriptor)
         os.close(descriptor)
+
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """A forked process holds no lock of its parent: else the lock would outlive the parent's death."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _acquire(path: Path, *, wait: bool) -> int:

@@ -1,0 +1,231 @@
+"""The runner: what would run and why, and that exactly this runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_stages
+from tiny_stages import RECIPE, STAGES, load, recipe_file, run_all
+
+from pipeline.artifact import MANIFEST, open_artifact
+from pipeline.errors import Busy, CannotWrite, CorruptError, InputError
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.runner import Options, Planned, differences, make, plan, run
+from pipeline.stage import Inputs
+from pipeline.store import Store, lock
+
+EXTERNAL = (
+    RECIPE + "  far: {stage: add, inputs: {numbers: numbers}, config: {scale: -1.0}, paths: {weights: '{weights}'}}\n"
+)
+
+
+def planned(recipe: Recipe, root: Path) -> dict[str, Planned]:
+    return {item.step.name: item for item in plan(recipe, Store(root))}
+
+
+def states(recipe: Recipe, root: Path) -> dict[str, str]:
+    return {name: item.state for name, item in planned(recipe, root).items()}
+
+
+def made(recipe: Recipe, root: Path, options: Options | None = None) -> list[str]:
+    """Steps that were made now."""
+    return [step.name for step, result in run(recipe, Store(root), options or Options()) if not result.reused]
+
+
+def test_a_plan_writes_nothing_and_a_second_run_does_nothing(tmp_path: Path) -> None:
+    recipe, root = load(tmp_path), tmp_path / "store"
+    assert {item.reason for item in planned(recipe, root).values()} == {"was never made"}
+    assert not root.exists()
+    assert made(recipe, root) == ["numbers", "sum"]
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert states(recipe, root) == {"numbers": "done", "sum": "done"}
+    assert made(recipe, root) == []
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_the_plan_knows_every_key_before_anything_ran(tmp_path: Path) -> None:
+    recipe, root = load(tmp_path), tmp_path / "store"
+    keys = {name: item.key for name, item in planned(recipe, root).items()}
+    assert keys == {name: artifact.key for name, artifact in run_all(recipe, root).items()}
+
+
+@pytest.mark.parametrize(
+    ("setting", "ran", "reasons"),
+    [
+        ("sum.scale=3.5", ["sum"], {"sum": "config scale: 2 -> 3.5"}),
+        ("numbers.seed=4", ["numbers", "sum"], {"numbers": "config seed: 0 -> 4", "sum": "input numbers changed"}),
+        ("numbers.inner.rate=1.0", ["numbers", "sum"], {"numbers": "config inner.rate: 0.001 -> 1"}),
+    ],
+)
+def test_a_changed_field_is_named_and_reruns_only_what_depends_on_it(
+    tmp_path: Path, setting: str, ran: list[str], reasons: dict[str, str]
+) -> None:
+    root = tmp_path / "store"
+    run_all(load(tmp_path), root)
+    changed = load(tmp_path, setting)
+    items = planned(changed, root)
+    assert [name for name, item in items.items() if item.state == "run"] == ran
+    assert {name: items[name].reason for name in reasons} == reasons
+    assert made(changed, root) == ran
+    assert made(load(tmp_path), root) == []
+
+
+def test_a_new_version_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "store"
+    run_all(load(tmp_path), root)
+    monkeypatch.setitem(STAGES, "count", replace(tiny_stages.count, version=2))
+    assert planned(load(tmp_path), root)["numbers"].reason == "version 1 became 2"
+    assert made(load(tmp_path), root) == ["numbers", "sum"]
+
+
+def test_another_stage_under_the_same_name_is_told(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    run_all(load(tmp_path), root)
+    text = RECIPE.replace("sum: {stage: add, inputs: {numbers: numbers}}", "sum: {stage: count, config: {seed: 1}}")
+    assert planned(load(tmp_path, text=text), root)["sum"].reason == "stage add became count"
+
+
+def test_an_input_that_was_made_again_with_other_bytes_runs_the_step_again(tmp_path: Path) -> None:
+    recipe, root = load(tmp_path), tmp_path / "store"
+    first = run_all(recipe, root)
+    forge_facts(first["numbers"].path)
+    assert planned(recipe, root)["sum"].reason == "input numbers was made again and differs from the one used"
+    assert made(recipe, root) == ["sum"]
+    assert open_artifact(first["sum"].path).inputs["numbers"]["digest"] == open_artifact(first["numbers"].path).digest
+
+
+def forge_facts(path: Path) -> None:
+    """As if another platform had made it: the same key, other bytes."""
+    from pipeline.artifact import DIGEST, manifest_bytes
+    from pipeline.keys import sha256
+
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    raw = manifest_bytes({**manifest, "facts": {"figure": "other"}})
+    (path / MANIFEST).write_bytes(raw)
+    (path / DIGEST).write_text(sha256(raw))
+
+
+def test_a_lost_input_is_made_first_and_the_step_is_kept_if_the_bytes_are_the_same(tmp_path: Path) -> None:
+    recipe, root = load(tmp_path), tmp_path / "store"
+    path = run_all(recipe, root)["numbers"].path
+    path.rename(tmp_path / "lost")
+    items = planned(recipe, root)
+    assert items["numbers"].reason == "its artifact is gone"
+    assert items["sum"].reason == "numbers is made first, and may differ from the one used"
+    assert made(recipe, root) == ["numbers"]
+
+
+def test_damage_is_an_error_and_force_repairs_it(tmp_path: Path) -> None:
+    recipe, root = load(tmp_path), tmp_path / "store"
+    artifact = run_all(recipe, root)["sum"]
+    (artifact.path / "sum.txt").write_bytes(b"")
+    with pytest.raises(CorruptError, match=r"sum\.txt"):
+        plan(recipe, Store(root))
+    with pytest.raises(CorruptError):
+        run_all(recipe, root)
+    assert made(recipe, root, Options(force=True)) == ["numbers", "sum"]
+    assert run_all(recipe, root)["sum"].digest == artifact.digest
+
+
+def test_damaged_input_data_is_found_before_the_first_step(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    shard = run_all(load(tmp_path), root)["numbers"].path / "numbers/c/1/0"
+    data = bytearray(shard.read_bytes())
+    data[0] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CorruptError, match="c/1/0"):
+        run_all(load(tmp_path, "sum.scale=5.0"), root)
+    assert not list(root.glob("add/.*.partial/sum.txt"))
+
+
+# External data.
+
+
+def external(tmp_path: Path, weights: Path | None) -> Recipe:
+    paths = {} if weights is None else {"weights": str(weights)}
+    return load_recipe(recipe_file(tmp_path, EXTERNAL), STAGES, paths=paths)
+
+
+def test_missing_external_data_is_told_and_nothing_runs(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    recipe = external(tmp_path, None)
+    assert states(recipe, root) == {"numbers": "run", "sum": "run", "far": "missing"}
+    assert "--path weights=PATH" in planned(recipe, root)["far"].reason
+    with pytest.raises(InputError, match="--path weights=PATH"):
+        made(recipe, root)
+    assert not root.exists()
+    recipe = external(tmp_path, tmp_path / "nothing")
+    assert "are missing" in planned(recipe, root)["far"].reason
+
+
+def test_a_step_waits_for_one_whose_data_is_missing(tmp_path: Path) -> None:
+    text = EXTERNAL.replace("far:", "far0:") + "  last: {stage: add, inputs: {numbers: far0}}\n"
+    recipe = load(tmp_path, text=text)
+    assert planned(recipe, tmp_path / "store")["last"].state == "waits"
+    assert planned(recipe, tmp_path / "store")["last"].reason == "waits for far0"
+
+
+def test_changed_external_data_runs_again_and_moved_data_does_not(tmp_path: Path) -> None:
+    root, weights = tmp_path / "store", tmp_path / "weights"
+    weights.write_bytes(b"12345")
+    artifact = run_all(external(tmp_path, weights), root)["far"]
+    assert artifact.externals == {"weights": "5"}
+    moved = weights.rename(tmp_path / "moved")
+    assert made(external(tmp_path, moved), root) == []
+    assert (artifact.path / "log" / "weights-root.txt").read_text() == f"{moved}\n"
+    moved.write_bytes(b"123456")
+    assert planned(external(tmp_path, moved), root)["far"].reason == "external weights changed"
+    assert made(external(tmp_path, moved), root) == ["far"]
+
+
+# One step.
+
+
+def test_options_do_not_change_what_comes_out(tmp_path: Path) -> None:
+    one = run_all(load(tmp_path), tmp_path / "one")
+    options = Options(device="cpu", threads=7, checkpoint_seconds=0.0, command="something else", wait=False)
+    other = run_all(load(tmp_path), tmp_path / "other", options)
+    assert {name: item.digest for name, item in one.items()} == {name: item.digest for name, item in other.items()}
+
+
+def test_an_artifact_of_another_kind_is_refused(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    wrong = run_all(load(tmp_path), store.root)["sum"]
+    with pytest.raises(CorruptError, match=r"add reads a numbers as numbers, but add/\w+ is a sum"):
+        make(store, tiny_stages.add, tiny_stages.AddConfig(), Inputs({"numbers": wrong}), {}, Options())
+
+
+def test_the_early_check_comes_before_the_draft(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    with pytest.raises(InputError, match="a scale of 0"):
+        run_all(load(tmp_path, "sum.scale=0.0"), root)
+    assert not (root / "add").exists()
+
+
+def test_without_waiting_a_busy_step_is_75(tmp_path: Path) -> None:
+    recipe, root = load(tmp_path), tmp_path / "store"
+    key = planned(recipe, root)["numbers"].key
+    with lock(root / "count" / f"{key}.lock", wait=True), pytest.raises(Busy):
+        run_all(recipe, root, Options(wait=False))
+
+
+def test_a_finished_store_may_be_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_all(load(tmp_path), tmp_path / "store")
+
+    def refuse(what: str, path: Path) -> None:
+        raise CannotWrite(f"read-only: {what} {path}")
+
+    monkeypatch.setattr("pipeline.durable.watch", refuse)
+    assert made(load(tmp_path), tmp_path / "store") == []
+
+
+def test_differences_name_nested_fields() -> None:
+    assert differences({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "c": 3}, "d": [2]}) == [
+        "a.c: 2 -> 3",
+        "d: [1] -> [2]",
+    ]
+    assert differences({"a": 1}, {"a": 1, "b": None}) == []
+    assert differences({}, {"b": 2}) == ["b: None -> 2"]
