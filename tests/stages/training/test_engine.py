@@ -316,3 +316,11 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     continued = run_two(tmp_path / "stopped")
     assert continued[0]["weights"] == two[0]["weights"]
     assert len(continued[0]["seen"]) == 6
+
+
+def test_long_trainings_write_to_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.training.metrics.TENSORBOARD_STEPS", 12)
+    train_in(tmp_path, tiny())
+    assert next((tmp_path / "log/tensorboard").iterdir()).name.startswith("events.out")
+    train_in(tmp_path / "short", tiny(steps=11))
+    assert not (tmp_path / "short/log/tensorboard").exists()
