@@ -1,7 +1,7 @@
 """A typer command for every stage, generated from its declaration: `smalti kmeans --features digits/rar/features`.
 
 Inputs are refs, keys, their beginnings, or paths of artifacts; an image set may also be a plain folder or the word
-`digits`, which is indexed first. Simple config fields are options of their own, all others are reached with --set.
+`digits`, which is indexed first, and a network may be a published weight file, which is imported first. Simple config fields are options of their own, all others are reached with --set.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import inspect
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import typer
 import yaml
@@ -27,6 +27,8 @@ from pipeline.runner import Made, Options, make, make_request
 from pipeline.stage import Inputs, Read, Stage
 from pipeline.store import Store
 from stages import stages
+from stages.foreign import SUFFIXES
+from stages.import_weights import config_of
 
 SCALARS = (int, float, str, bool)
 
@@ -120,42 +122,54 @@ def _find_inputs(
 
 
 def _find(text: str, wanted: Read, store: Store, options: Options) -> Artifact:
-    """The artifact that a word on the command line means; folders of images and `digits` are indexed first."""
-    source = _image_source(text, wanted)
+    """The artifact that a word on the command line means; what is none yet is put into the store first."""
+    source = _source(text, wanted)
     if source is None:
         return store.find(text)
-    config, paths = source
-    made = make(store, stages()["index"], config, Inputs({}), paths, options)
-    options.progress.say(f"indexed {paths.get('images', 'the embedded digits')} as {made.artifact.name}")
+    made = make(store, source.stage, source.config, Inputs({}), source.paths, options)
+    if not made.reused:
+        options.progress.say(f"put {text} into the store as {made.artifact.name}")
     return made.artifact
 
 
-def _image_source(text: str, wanted: Read) -> tuple[BaseModel, dict[str, Path]] | None:
-    """Config and paths of the index step for images that are no artifact; None for everything else."""
+class _Source(NamedTuple):
+    """Data outside the store, and the step that brings it in."""
+
+    stage: Stage
+    config: BaseModel
+    paths: dict[str, Path]
+
+
+def _source(text: str, wanted: Read) -> _Source | None:
+    """What is to be done first for images or weight files that are no artifact; None for everything else."""
+    path = Path(text)
     word, _, split = text.partition(":")
-    if "image-set" not in wanted.kinds:
-        return None
-    if word == "digits":
-        source, paths = {"kind": "digits", "split": split or "all"}, {}
-    elif Path(text).is_dir() and not (Path(text) / MANIFEST).exists():
-        source, paths = {"kind": "folder"}, {"images": Path(text)}
-    else:
-        return None
-    return parse_config(stages()["index"].config, {"source": source}, where="index"), paths
+    if "image-set" in wanted.kinds and word == "digits":
+        return _indexing({"kind": "digits", "split": split or "all"}, {})
+    if "image-set" in wanted.kinds and path.is_dir() and not (path / MANIFEST).exists():
+        return _indexing({"kind": "folder"}, {"images": path})
+    if {"tokenizer", "generator"} & set(wanted.kinds) and path.suffix in SUFFIXES and path.is_file():
+        return _Source(stages()["import-weights"], config_of(path), {"weights": path})
+    return None
+
+
+def _indexing(source: dict[str, Any], paths: dict[str, Path]) -> _Source:
+    index = stages()["index"]
+    return _Source(index, parse_config(index.config, {"source": source}, where=index.name), paths)
 
 
 class _Unmade(Exception):
-    """Images that would be indexed first."""
+    """Data that would be put into the store first."""
 
 
 def _say_plan(declared: Stage, config: BaseModel, values: dict[str, Any], paths: dict[str, Path], store: Store) -> None:
     """What would be done; nothing is written."""
 
     def find(text: str, wanted: Read) -> Artifact:
-        source = _image_source(text, wanted)
+        source = _source(text, wanted)
         if source is None:
             return store.find(text)
-        request = make_request(stages()["index"], source[0], Inputs({}), source[1])
+        request = make_request(source.stage, source.config, Inputs({}), source.paths)
         if not store.is_current(request):
             raise _Unmade(text)
         return store.open(request.stage, request.key)
@@ -167,7 +181,7 @@ def _say_plan(declared: Stage, config: BaseModel, values: dict[str, Any], paths:
         found = {"stage": declared.name, "key": request.key, "state": state}
         sentence = f"{declared.name}/{request.key}: {'is there already' if state == 'done' else 'would be made'}"
     except _Unmade as unmade:
-        sentence = f"{declared.name}: {unmade} would be indexed, then this would be made"
+        sentence = f"{declared.name}: {unmade} would be put into the store, then this would be made"
     if values["json"]:
         print_json(found)
     else:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from pipeline.artifact import Artifact
 from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.durable import hash_file
@@ -20,8 +19,7 @@ from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, read, stage
 from stages.encoder_weights import HubWeights, download
 from stages.foreign import read_state
-from stages.identity import tokenizer_identity
-from stages.networks import GeneratorCard, read_tokenizer_config
+from stages.networks import GeneratorCard, join_tokenizer
 from stages.weights import save_weights
 
 if TYPE_CHECKING:
@@ -126,21 +124,9 @@ def import_generator(
 ) -> None:
     """Write a generator, and the identity of the tokenizer whose codes it lays."""
     found = recognise(config, state, path)
-    side = math.isqrt(found.tokens)
-    if side * side != found.tokens:
-        raise CorruptError(f"{path} is a generator of {found.tokens} codes, which are no square grid", path=path)
-    tokenizer = next(iter(inputs.all("tokenizer")), None)
-    if config.class_names and found.classes != IMAGENET_CLASSES:
-        raise UsageError(f"class_names: imagenet names {IMAGENET_CLASSES} classes, but {path} has {found.classes}")
-    card = GeneratorCard(
-        model=found.config,
-        codes=found.codes,
-        classes=found.classes,
-        grid=(side, side),
-        class_names=imagenet_names() if config.class_names else (),
-        tokenizer=tokenizer_identity(tokenizer) if tokenizer else {},
-        resolution=resolution_of(tokenizer, found.codes, side, path) if tokenizer else None,
-    )
+    card = make_card(config, found, path)
+    if "tokenizer" in inputs:
+        card = join_tokenizer(card, inputs["tokenizer"], what=str(path), path=path)
     parameters = save(out, state, config_value(card), path)
     size = f"-{found.size}" if found.size else ""
     out.facts = {
@@ -155,16 +141,21 @@ def import_generator(
     }
 
 
-def resolution_of(tokenizer: Artifact, codes: int, side: int, path: Path) -> int:
-    """Pixels a side of what the tokenizer makes of the generator's grid; CorruptError where it has other codes."""
-    config = read_tokenizer_config(tokenizer)
-    if config.codebook_size != codes:
-        raise CorruptError(
-            f"{path} is a generator of {codes} codes, but {tokenizer.name} has {config.codebook_size}",
-            path=path,
-            hint="give the tokenizer that it was trained with",
-        )
-    return side * config.downsample
+def make_card(config: ImportConfig, found: Any, path: Path) -> GeneratorCard:
+    """What a generator's file says by its shapes; its tokenizer is not in it."""
+    side = math.isqrt(found.tokens)
+    if side * side != found.tokens:
+        raise CorruptError(f"{path} is a generator of {found.tokens} codes, which are no square grid", path=path)
+    if config.class_names and found.classes != IMAGENET_CLASSES:
+        raise UsageError(f"class_names: imagenet names {IMAGENET_CLASSES} classes, but {path} has {found.classes}")
+    return GeneratorCard(
+        model=found.config,
+        codes=found.codes,
+        classes=found.classes,
+        grid=(side, side),
+        class_names=imagenet_names() if config.class_names else (),
+        tokenizer={},
+    )
 
 
 def import_tokenizer(config: ImportConfig, out: Draft, state: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -195,6 +186,25 @@ def recognise(config: ImportConfig, state: Mapping[str, torch.Tensor], path: Pat
         return adapter.recognise(state, **choice)
     except LayoutError as error:
         raise CorruptError(f"{path} is not of layout {config.layout}: {error}", path=path) from error
+
+
+def config_of(path: Path) -> ImportConfig:
+    """The config that imports a file whose layout nobody named; CorruptError where it fits none."""
+    from models.adapters.layout import LayoutError
+
+    state = read_state(path)
+    for layout in LAYOUTS:
+        try:
+            found = import_module(LAYOUTS[layout].adapter).recognise(state)
+        except LayoutError:
+            continue
+        is_imagenet = getattr(found, "classes", None) == IMAGENET_CLASSES
+        return ImportConfig(layout=layout, class_names="imagenet" if is_imagenet else None)
+    raise CorruptError(
+        f"{path} has none of the layouts {', '.join(LAYOUTS)}",
+        path=path,
+        hint=f"see what differs: smalti import-weights --weights {path} --layout LAYOUT",
+    )
 
 
 def save(out: Draft, state: Mapping[str, torch.Tensor], config: dict[str, Any], path: Path) -> int:

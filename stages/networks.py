@@ -23,6 +23,7 @@ from models.tokenizer_config import TokenizerConfig
 from pipeline.artifact import Artifact, read_manifest
 from pipeline.errors import CorruptError
 from stages.devices import pick_device
+from stages.identity import check_same_tokenizer, tokenizer_identity
 from stages.weights import fill, load_config, load_weights
 
 KEPT = 8  # networks in memory per process: a sweep over many does not keep them all
@@ -80,6 +81,23 @@ def read_tokenizer_config(artifact: Artifact) -> TokenizerConfig:
 def read_classifier_config(artifact: Artifact) -> ClassifierConfig:
     config: ClassifierConfig = _checked(artifact, ClassifierConfig)
     return config
+
+
+def join_tokenizer(card: GeneratorCard, tokenizer: Artifact, *, what: str, path: Path) -> GeneratorCard:
+    """The card with this tokenizer in it: that of a published generator is not in its file, but given beside it.
+
+    CorruptError (exit code 4) where it has other codes than the generator, or is not the tokenizer that the card names.
+    """
+    identity, config = tokenizer_identity(tokenizer), read_tokenizer_config(tokenizer)
+    if config.codebook_size != card.codes:
+        raise CorruptError(
+            f"{what} is a generator of {card.codes} codes, but {tokenizer.name} has {config.codebook_size}",
+            path=path,
+            hint="give the tokenizer that it was trained with",
+        )
+    if card.tokenizer:
+        check_same_tokenizer(card.tokenizer, identity, what=what, by=tokenizer.name, path=path)
+    return card.model_copy(update={"tokenizer": identity, "resolution": card.grid[0] * config.downsample})
 
 
 @lru_cache(KEPT)

@@ -27,10 +27,11 @@ from pipeline.stage import Inputs, read, stage
 from smalti.attributes import TokenAttributes
 from smalti.tokens import open_tokens
 from stages.devices import threads
-from stages.networks import GeneratorCard, NetworkFile, load_generator, read_card
+from stages.networks import GeneratorCard, NetworkFile, join_tokenizer, load_generator, read_card
 from stages.token_files import TokenLayout, write_labels_and_cards
 
 LABELS = "labels"
+TOKENIZER = "tokenizer"
 KEY_DIGITS = 6
 
 Labels_I = NDArray[np.int32]
@@ -78,6 +79,7 @@ class SampleSpec:
     reads={
         "generator": read("generator", help="the generator to sample from"),
         LABELS: read("token-set", help="whose class proportions to follow (labels: like)", optional=True),
+        TOKENIZER: read("tokenizer", help="its tokenizer, for imported weights that do not name it", optional=True),
     },
     writes="token-set",
     example="smalti sample --generator digits/rar/generator --images 100 --sampling.guidance-scale 0.3",
@@ -88,7 +90,7 @@ def draw_samples(config: SampleConfig, inputs: Inputs, out: Draft, run: Runtime)
     The result is a token set like any other: labels are the classes that were asked for, keys are sample ids. Every
     shard is a unit of its own, so an interrupted run continues with the next one.
     """
-    card = read_card(inputs["generator"])
+    card = known_card(inputs)
     check_order(config.order, card)
     labels_I = choose_labels(config, card.classes, next(iter(inputs.all(LABELS)), None))
     digits = max(KEY_DIGITS, len(str(config.images - 1)))
@@ -105,6 +107,15 @@ def draw_samples(config: SampleConfig, inputs: Inputs, out: Draft, run: Runtime)
         "tokenizer": card.tokenizer,
         "figure": f"{config.images:,} samples of {len(np.unique(labels_I))} classes",
     }
+
+
+def known_card(inputs: Inputs) -> GeneratorCard:
+    """What the generator says of itself, its tokenizer included if that was given."""
+    artifact = inputs["generator"]
+    card = read_card(artifact)
+    if TOKENIZER not in inputs:
+        return card
+    return join_tokenizer(card, inputs[TOKENIZER], what=artifact.name, path=artifact.path)
 
 
 def check_order(order: Sequence[int] | None, card: GeneratorCard) -> None:

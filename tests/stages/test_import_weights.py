@@ -161,6 +161,16 @@ def test_a_generator_of_other_codes_than_its_tokenizer_is_refused(tmp_path: Path
         imported(tmp_path / "store", file, {"layout": "rar"}, tokenizer=tokenizer)
 
 
+def test_samples_for_another_tokenizer_than_the_generator_names_are_refused(
+    tmp_path: Path, generator: Artifact, tokenizer: Artifact
+) -> None:
+    state = published("rar/maskgit_vqgan")
+    state["decoder.conv_out.bias"] = state["decoder.conv_out.bias"] + 1
+    other = imported(tmp_path / "store", saved(tmp_path, state), {"layout": "maskgit-vqgan"})
+    with pytest.raises(CorruptError, match="was made with another tokenizer"):
+        run_stage("sample", tmp_path / "store", {"images": 2}, inputs={"generator": generator, "tokenizer": other})
+
+
 def test_what_makes_no_sense_is_refused(tmp_path: Path, tokenizer: Artifact) -> None:
     file = saved(tmp_path, rar_state())
     for config, said in (
