@@ -67,21 +67,49 @@ class Tokenizer(nn.Module):
         return (pixels_BCHW if is_unit else (pixels_BCHW + 1) / 2).clamp(0, 1)
 
 
-class TokenizerTraining(nn.Module):
-    """A tokenizer and its loss as one module, whose forward is what replicas run."""
+class Reconstructed(NamedTuple):
+    """What one pass of images through a tokenizer gives to its training with a discriminator.
+
+    losses, stats: as in TrainingLosses; an adversarial term comes on top.
+    reconstruction_loss: the part of the losses that compares images, with which an adaptive weight is found.
+    pixels_BCHW, output_BCHW: images and reconstructions in the network's range, the latter with gradient.
+    """
+
+    losses: dict[str, Tensor]
+    stats: dict[str, Tensor]
+    reconstruction_loss: Tensor
+    pixels_BCHW: Tensor
+    output_BCHW: Tensor
+
+
+class TokenizerPass(nn.Module):
+    """A tokenizer and its loss as one module, whose forward is what replicas run beside a discriminator."""
 
     def __init__(self, tokenizer: Tokenizer, loss: nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.loss = loss
 
-    def forward(self, images_BCHW: Tensor) -> TrainingLosses:
-        """Images in [0,1] to losses; the quantizer keeps its statistics if the module is in training mode."""
+    def forward(self, images_BCHW: Tensor) -> Reconstructed:
+        """Images in [0,1]; the quantizer keeps its statistics if the module is in training mode."""
+        return self.reconstruct(images_BCHW)
+
+    def reconstruct(self, images_BCHW: Tensor) -> Reconstructed:
         pixels_BCHW = self.tokenizer.to_pixels(images_BCHW)
         quantized = self.tokenizer.quantizer(self.tokenizer.autoencoder.encode(pixels_BCHW))
         output_BCHW = self.tokenizer.autoencoder.decode(quantized.z_BDhw)
-        losses = self.loss(output_BCHW, pixels_BCHW) | quantized.losses
-        return TrainingLosses(losses, quantized.stats, self.tokenizer.to_images(output_BCHW.detach()))
+        losses = self.loss(output_BCHW, pixels_BCHW)
+        loss = torch.stack(list(losses.values())).sum()
+        return Reconstructed(losses | quantized.losses, quantized.stats, loss, pixels_BCHW, output_BCHW)
+
+
+class TokenizerTraining(TokenizerPass):
+    """The same for a training without discriminator."""
+
+    def forward(self, images_BCHW: Tensor) -> TrainingLosses:  # type: ignore[override]  # a training of its own kind
+        """Images in [0,1] to losses; the quantizer keeps its statistics if the module is in training mode."""
+        done = self.reconstruct(images_BCHW)
+        return TrainingLosses(done.losses, done.stats, self.tokenizer.to_images(done.output_BCHW.detach()))
 
 
 def to_bytes(images_BCHW: Tensor, rounding: Rounding) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.layers.precision import at_least_float32
 from models.quantizers.config import LookupFreeConfig
 from models.quantizers.quantized import Quantized
 from models.quantizers.usage import CountsUse
@@ -109,7 +110,3 @@ def join_code(parts: Sequence[Tensor], bits: Sequence[int]) -> Tensor:
     for part, width in zip(reversed(parts), reversed(bits), strict=True):
         codes = (codes << width) | part
     return codes
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,10 @@
+"""Where half precision would spoil a loss: float32, or whatever is wider."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

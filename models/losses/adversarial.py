@@ -1,0 +1,120 @@
+"""The adversarial game of VQGAN tokenizers: the discriminator's losses, and what the tokenizer minds of it.
+
+Hinge, vanilla or non-saturating loss of the discriminator, with LeCAM's regulariser (arXiv 2104.03310); the tokenizer's
+side is the non-saturating loss of each image's mean logit. Its weight is fixed, or (VQGAN, equation 7) such that at the
+last layer its gradient is as long as that of the reconstruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers.precision import at_least_float32
+from models.losses.config import DISCRIMINATORS, AdversarialConfig
+from models.registry import build
+
+# Shapes: B images, C colour channels, H W pixels, h w grid of logits
+LARGEST_WEIGHT = 1e4
+
+
+class Opinion(NamedTuple):
+    """losses: weighted, named scalars whose sum is minimised by one side.  stats: scalars for the log."""
+
+    losses: dict[str, Tensor]
+    stats: dict[str, Tensor]
+
+
+class Adversary(nn.Module):
+    """A discriminator and LeCAM's running means of its logits (buffers, so that a resumed training has them)."""
+
+    real_mean: Tensor
+    fake_mean: Tensor
+
+    def __init__(self, config: AdversarialConfig, *, channels: int):
+        super().__init__()
+        self.config = config
+        self.discriminator = build(config.discriminator, DISCRIMINATORS, channels=channels)
+        self.register_buffer("real_mean", torch.zeros(()))
+        self.register_buffer("fake_mean", torch.zeros(()))
+
+    def forward(self, pixels_BCHW: Tensor, output_BCHW: Tensor, *, step: int) -> Opinion:
+        """The discriminator's side: images and reconstructions, both without gradient, in the network's range."""
+        real_B1hw = at_least_float32(self.discriminator(pixels_BCHW.detach()))
+        fake_B1hw = at_least_float32(self.discriminator(output_BCHW.detach()))
+        factor = float(step >= self.config.start)
+        losses = {"discriminator": factor * self.telling_apart(real_B1hw, fake_B1hw)}
+        stats = {"logits_real": real_B1hw.detach().mean(), "logits_fake": fake_B1hw.detach().mean()}
+        if self.config.lecam:
+            self.follow(stats["logits_real"], stats["logits_fake"])
+            above_fake, below_real = F.relu(real_B1hw - self.fake_mean), F.relu(self.real_mean - fake_B1hw)
+            lecam = above_fake.square().mean() + below_real.square().mean()
+            losses["lecam"] = factor * self.config.lecam * lecam
+            stats["lecam"] = lecam.detach()
+        return Opinion(losses, stats)
+
+    def telling_apart(self, real_B1hw: Tensor, fake_B1hw: Tensor) -> Tensor:
+        if self.config.loss == "hinge":
+            return 0.5 * (F.relu(1 - real_B1hw).mean() + F.relu(1 + fake_B1hw).mean())
+        if self.config.loss == "vanilla":
+            return 0.5 * (F.softplus(-real_B1hw).mean() + F.softplus(fake_B1hw).mean())
+        return F.softplus(-image_means(real_B1hw)).mean() + F.softplus(image_means(fake_B1hw)).mean()
+
+    @torch.no_grad()
+    def follow(self, real: Tensor, fake: Tensor) -> None:
+        """Move the running means, over all replicas, before they are used. They start at 0."""
+        means = torch.stack([real, fake]).to(self.real_mean.dtype)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(means)
+            means /= torch.distributed.get_world_size()
+        self.real_mean.lerp_(means[0], 1 - self.config.lecam_decay)
+        self.fake_mean.lerp_(means[1], 1 - self.config.lecam_decay)
+
+    def generator_side(
+        self, output_BCHW: Tensor, *, reconstruction_loss: Tensor, last_weight: Tensor, step: int
+    ) -> Opinion:
+        """The tokenizer's side: its outputs with their gradient; the discriminator gets none.
+
+        reconstruction_loss, last_weight: what an adaptive weight compares the adversarial gradient with, and where.
+        """
+        if step < self.config.start:
+            return Opinion({}, {"adversarial_weight": output_BCHW.new_zeros(())})
+        with frozen(self.discriminator):
+            logits_B1hw = at_least_float32(self.discriminator(output_BCHW))
+        unweighted = F.softplus(-image_means(logits_B1hw)).mean()
+        if self.config.weight is None:
+            weight = self.config.adaptive_scale * gradient_ratio(reconstruction_loss, unweighted, last_weight)
+        else:
+            weight = output_BCHW.new_tensor(self.config.weight)
+        stats = {"adversarial_weight": weight, "adversarial_unweighted": unweighted.detach()}
+        return Opinion({"adversarial": weight * unweighted}, stats)
+
+
+def image_means(logits_B1hw: Tensor) -> Tensor:
+    return logits_B1hw.mean((1, 2, 3))
+
+
+def gradient_ratio(reconstruction_loss: Tensor, adversarial_loss: Tensor, weight: Tensor) -> Tensor:
+    """How much longer the gradient of the reconstruction is at `weight`; no gradient passes."""
+    (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, weight, retain_graph=True)
+    (of_adversary,) = torch.autograd.grad(adversarial_loss, weight, retain_graph=True)
+    return (of_reconstruction.norm() / (of_adversary.norm() + 1e-4)).clamp(0, LARGEST_WEIGHT).detach()
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """What is computed meanwhile gives the module's parameters no gradient."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
