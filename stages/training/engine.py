@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +24,16 @@ from pipeline.progress import Progress
 from pipeline.runtime import Runtime, Terminated
 from stages.devices import threads
 from stages.training import checkpoints
-from stages.training.average import Average
+from stages.training.batches import read_batches
 from stages.training.config import TrainingConfig
-from stages.training.draws import rows_of_step, share_of, torch_seed
+from stages.training.draws import torch_seed
 from stages.training.limits import memory_in_words, same_kernels
 from stages.training.metrics import Metrics
-from stages.training.optimizers import build_optimizer, parameters_of, set_rate
+from stages.training.optimizers import set_rate
 from stages.training.replicas import Replicas
-from stages.training.task import Batch, Losses, Part, Task
+from stages.training.running import Running
+from stages.training.task import Batch, Losses, Task
 
-READ_AHEAD = 2
 SMOOTHING = 0.98  # of the loss that is shown and reported
 
 TaskT = TypeVar("TaskT", bound=Task)
@@ -81,7 +80,7 @@ def _run_steps(trainer: Trainer, config: TrainingConfig, run: Runtime, label: st
     saved = time.monotonic()
     with run.deferred() as stop, run.progress.bar(label, total=config.steps * config.batch, unit=task.unit) as bar:
         bar.skip(first * config.batch)
-        for batch in _batches(task, config, trainer.replicas, first):
+        for batch in read_batches(task, config, trainer.replicas, first):
             step = trainer.step
             losses = trainer.advance(batch)
             bar.advance(config.batch, loss=trainer.loss)
@@ -99,46 +98,6 @@ def _run_steps(trainer: Trainer, config: TrainingConfig, run: Runtime, label: st
                 stop.requested = stop.requested or Terminated
                 stop.leave()
     metrics.close()
-
-
-class Running:
-    """A part while it is trained: its module wrapped for replicas, its optimizer, its average."""
-
-    def __init__(self, part: Part, config: TrainingConfig, replicas: Replicas):
-        self.part = part
-        self.wrapped = replicas.wrap(part.module)
-        self.optimizer = build_optimizer(part)
-        self.parameters = parameters_of(self.optimizer)
-        self.names = {id(parameter): name for name, parameter in part.module.named_parameters()}
-        self.average = Average(part.module, config.ema) if config.ema is not None else None
-
-    def rate(self, step: int, steps: int) -> float:
-        return self.part.schedule.rate(step, base=self.part.optimizer.learning_rate, steps=steps)
-
-    def state(self) -> checkpoints.State:
-        name = self.part.name
-        state = {f"model.{name}.{key}": tensor for key, tensor in self.part.module.state_dict().items()}
-        for parameter, moments in self.optimizer.state.items():
-            state |= {f"optimizer.{name}.{self.names[id(parameter)]}.{key}": value for key, value in moments.items()}
-        if self.average is not None:
-            state |= {f"average.{name}.{key}": tensor for key, tensor in self.average.tensors.items()}
-        return state
-
-    def load(self, state: checkpoints.State) -> None:
-        """Take over a state that fits."""
-        name = self.part.name
-        self.part.module.load_state_dict(checkpoints.part_of(state, f"model.{name}."))
-        moments = checkpoints.part_of(state, f"optimizer.{name}.")
-        known = self.optimizer.state_dict()
-        known["state"] = {
-            place: own
-            for place, parameter in enumerate(self.parameters)
-            if (own := _moments_of(moments, self.names[id(parameter)]))
-        }
-        self.optimizer.load_state_dict(known)
-        if self.average is not None:
-            for key, tensor in checkpoints.part_of(state, f"average.{name}.").items():
-                self.average.tensors[key].copy_(tensor)
 
 
 class Trainer:
@@ -330,29 +289,6 @@ class Trainer:
             running.part.module.load_state_dict(checkpoints.part_of(state, f"model.{running.part.name}."))
 
 
-def _batches(task: Task, config: TrainingConfig, replicas: Replicas, first: int) -> Iterator[Batch]:
-    """This process's share of every batch from step `first` on; read ahead by a thread where reading takes time."""
-    share = share_of(config.batch, rank=replicas.rank, world=replicas.world, accumulation=config.accumulation)
-
-    def read(step: int) -> Batch:
-        rows_B = rows_of_step(step, rows=task.rows, batch=config.batch, seed=config.seed)
-        return task.batch(step, rows_B, share)
-
-    if not task.reads_ahead:
-        yield from map(read, range(first, config.steps))
-        return
-    with ThreadPoolExecutor(1) as reader:
-        coming = [reader.submit(read, step) for step in range(first, min(first + READ_AHEAD, config.steps))]
-        try:
-            for step in range(first, config.steps):
-                batch = coming.pop(0).result()
-                if step + READ_AHEAD < config.steps:
-                    coming.append(reader.submit(read, step + READ_AHEAD))
-                yield batch
-        finally:
-            reader.shutdown(cancel_futures=True)
-
-
 def _warn(task: Task, step: int, figures: dict[str, float], run: Runtime) -> None:
     sentence = task.warning(step, figures)
     if sentence is not None:
@@ -363,12 +299,6 @@ def _warn(task: Task, step: int, figures: dict[str, float], run: Runtime) -> Non
 def _silent(run: Runtime) -> Runtime:
     """The runtime of a process other than the first: it shows and logs nothing."""
     return replace(run, progress=Progress())
-
-
-def _moments_of(moments: checkpoints.State, name: str) -> dict[str, Any]:
-    """Optimizer state of one parameter, in memory of torch's own (a mapped file may be aligned otherwise)."""
-    found = {key: moments.get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-    return {key: tensor.clone() for key, tensor in found.items() if tensor is not None}
 
 
 def _detached(named: dict[str, Tensor]) -> dict[str, Tensor]:

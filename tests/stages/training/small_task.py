@@ -18,7 +18,8 @@ from pipeline.progress import Progress
 from pipeline.runtime import Runtime
 from stages.training.config import AdamW, OneCycle, TrainingConfig
 from stages.training.draws import stream
-from stages.training.engine import Outcome, Running, Trainer, train
+from stages.training.engine import Outcome, Trainer, train
+from stages.training.running import Running
 from stages.training.task import Batch, Losses, Modules, Part, Task
 
 ROWS, INPUTS = 24, 6
