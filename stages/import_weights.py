@@ -211,11 +211,15 @@ def save(out: Draft, state: Mapping[str, torch.Tensor], config: dict[str, Any], 
     """Write tensors in float32 and the config; returns how many numbers there are. CorruptError for NaN or infinity."""
     import torch
 
-    saved = {}
+    saved: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
     for name, tensor in state.items():
-        saved[name] = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
-        if not bool(saved[name].isfinite().all()):
+        value = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+        if not bool(value.isfinite().all()):
             raise CorruptError(f"{name} in {path} holds NaN or infinity", path=path)
+        is_apart = value.untyped_storage().nbytes() == value.nbytes and value.data_ptr() not in storages
+        saved[name] = value if is_apart else value.clone()  # a file of ours holds no tensor that is part of another
+        storages.add(value.data_ptr())
     save_weights(out, saved, config)
     return sum(tensor.numel() for tensor in saved.values())
 

@@ -104,6 +104,22 @@ def test_a_generator_keeps_its_numbers(generator: Artifact) -> None:
     assert facts == {"codes": 48, "tokens": 16, "grid": [4, 4], "classes": 3, "parameters": parameters}
 
 
+def test_tensors_that_share_memory_or_are_half_precision(tmp_path: Path) -> None:
+    state = rar_state()
+    plain = imported(tmp_path / "store", saved(tmp_path, state), {"layout": "rar"})
+    state["lm_head.bias"] = torch.cat([state["lm_head.bias"], torch.ones(5)])[:CODES]
+    state["blocks.0.norm1.weight"] = state["blocks.0.norm2.weight"]
+    state["cls_token"] = state["cls_token"].half()
+    shared = imported(tmp_path / "store", saved(tmp_path, state, "shared.bin"), {"layout": "rar"})
+    before, after = (load_generator(NetworkFile.of(artifact, "cpu")).state_dict() for artifact in (plain, shared))
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        "blocks.0.norm1.weight",
+        "cls_token",
+    }
+    assert torch.equal(after["blocks.0.norm1.weight"], before["blocks.0.norm2.weight"])
+    assert torch.equal(after["cls_token"], before["cls_token"].half().float())
+
+
 @pytest.mark.parametrize(
     ("layout", "name"), [("ibq", "ibq/tokenizer_ckpt"), ("open-magvit2", "open_magvit2/tokenizer_checkpoint")]
 )
