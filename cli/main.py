@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -11,6 +13,7 @@ import typer
 from cli import doctor, inspection, recipes
 from cli.output import print_error
 from cli.single import stage_command
+from pipeline import ranks
 from pipeline.errors import UsageError
 from smalti import __version__
 from stages import stages
@@ -64,7 +67,12 @@ for name, declared in stages().items():
 
 
 def main() -> None:
-    """Entry point of the console script. With --json a wrong option is answered by an object too."""
+    """Entry point of the console script. With --json a wrong option is answered by an object too.
+
+    Under torchrun only the first process prints results.
+    """
+    if not ranks.is_first():
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
     if "--json" not in sys.argv:
         app()
     try:

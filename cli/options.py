@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline import ranks
 from pipeline.cluster import connect
 from pipeline.errors import UsageError
 from pipeline.progress import Progress
@@ -43,6 +45,7 @@ SetOption = Annotated[
 ]
 
 DEFAULT_STORE = Path("store")
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 COMMON: dict[str, tuple[Any, Any]] = {
     "store": (StoreOption, DEFAULT_STORE),
@@ -63,10 +66,12 @@ COMMON: dict[str, tuple[Any, Any]] = {
 @contextmanager
 def running(values: dict[str, Any]) -> Iterator[Options]:
     """The runner's options from the common ones, with the cluster connected."""
+    if not DEVICE.fullmatch(values["device"]):
+        raise UsageError(f"--device {values['device']}: expected auto, cpu, cuda or cuda:N")
     with connect(workers=values["workers"], scheduler=values["scheduler"]) as cluster:
         yield Options(
             cluster=cluster,
-            progress=Progress.on_stderr(quiet=values["quiet"]),
+            progress=Progress.on_stderr(quiet=values["quiet"] or not ranks.is_first()),
             device=values["device"],
             threads=values["threads"] or core_count(),
             checkpoint_seconds=values["checkpoint_seconds"],

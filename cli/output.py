@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipeline import ranks
 from pipeline.durable import REFUSALS
 from pipeline.errors import CannotWrite, MemoryExhausted, SmaltiError, StorageError
 from pipeline.runtime import Terminated
@@ -89,7 +90,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 def say(text: str, *, quiet: bool = False) -> None:
     """A sentence for the person in front of the screen."""
-    if not quiet:
+    if not quiet and ranks.is_first():
         typer.echo(text, err=True)
 
 

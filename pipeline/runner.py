@@ -10,11 +10,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from pipeline import durable
+from pipeline import durable, ranks
 from pipeline.artifact import LOG, Artifact, check_data
 from pipeline.cluster import Cluster, InProcess
 from pipeline.draft import Draft, Request
@@ -91,7 +92,8 @@ def run(recipe: Recipe, store: Store, options: Options) -> Iterator[tuple[Step, 
     for step in recipe.steps:
         inputs = Inputs({name: _pick(value, made) for name, value in step.inputs.items()})
         result = make(store, step.stage, step.config, inputs, step.paths, replace(options, title=step.name))
-        store.set_ref(f"{recipe.name}/{step.name}", result.artifact)
+        if ranks.is_first():
+            store.set_ref(f"{recipe.name}/{step.name}", result.artifact)
         made[step.name] = result.artifact
         yield step, result
 
@@ -111,6 +113,8 @@ def make(
         return Made(_remember_paths(store.open(request.stage, request.key), paths), reused=True)
     if declared.check is not None:
         declared.check(config, dict(inputs.items()))
+    if not ranks.is_first():
+        return _follow(store, declared, config, inputs, paths, options, request)
     with store.draft(request, wait=options.wait, again=options.force) as draft:
         if draft is None:
             return Made(store.open(request.stage, request.key), reused=True)
@@ -153,11 +157,37 @@ def _work(
 ) -> None:
     for artifact in inputs.flat():
         check_data(artifact)
-    progress = options.progress.into(draft.log)
-    progress.say(_heading(draft, options.title))
-    runtime = Runtime(
+    runtime = _runtime(store, paths, options, draft)
+    runtime.progress.say(_heading(draft, options.title))
+    with Attempt(draft.log / "run.json", device=options.device, threads=options.threads, command=options.command):
+        declared.function(config, inputs, draft, runtime)
+    draft.commit(store.path(declared.name, draft.request.key))
+
+
+def _follow(
+    store: Store,
+    declared: Stage,
+    config: BaseModel,
+    inputs: Inputs,
+    paths: Mapping[str, Path],
+    options: Options,
+    request: Request,
+) -> Made:
+    """Another process of a torchrun launch: take part in a training, whose artifact the first process writes."""
+    if declared.trains:
+        with TemporaryDirectory() as folder:
+            draft = Draft.open(Path(folder), request)
+            declared.function(
+                config, inputs, draft, _runtime(store, paths, replace(options, progress=Progress()), draft)
+            )
+    ranks.wait_until(lambda: store.has(request.stage, request.key))
+    return Made(store.open(request.stage, request.key), reused=False)
+
+
+def _runtime(store: Store, paths: Mapping[str, Path], options: Options, draft: Draft) -> Runtime:
+    return Runtime(
         cluster=options.cluster,
-        progress=progress,
+        progress=options.progress.into(draft.log),
         log=draft.log,
         device=options.device,
         threads=options.threads,
@@ -165,9 +195,6 @@ def _work(
         paths=dict(paths),
         store=store.root,
     )
-    with Attempt(draft.log / "run.json", device=options.device, threads=options.threads, command=options.command):
-        declared.function(config, inputs, draft, runtime)
-    draft.commit(store.path(declared.name, draft.request.key))
 
 
 def _heading(draft: Draft, title: str) -> str:

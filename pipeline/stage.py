@@ -95,7 +95,9 @@ class Stage:
     example: str
     externals: Mapping[str, External] = field(default_factory=dict)
     check: Callable[[Any, Mapping[str, Any]], None] | None = None
-    """Optional early check (config, input facts by name) at planning time, where the inputs exist already."""
+    """Optional check of (config, inputs by name) before the draft is opened."""
+    trains: bool = False
+    """Under torchrun, every process takes part in the work; of other stages the first one does it all."""
 
     def kind(self, config: Any) -> str:
         """The kind of artifact that it writes; with most stages it is always the same."""
@@ -112,13 +114,13 @@ def stage(
     example: str,
     externals: Mapping[str, External] | None = None,
     check: Callable[[Any, Mapping[str, Any]], None] | None = None,
+    trains: bool = False,
 ) -> Callable[[Callable[[ConfigT, Inputs, Draft, Runtime], None]], Stage]:
     """Declare a stage. Its help is the function's docstring; raise `version` when the same config gives other bytes."""
 
     def declare(function: Callable[[ConfigT, Inputs, Draft, Runtime], None]) -> Stage:
-        return Stage(
-            name, version, config, reads, writes, function, function.__doc__ or "", example, externals or {}, check
-        )
+        text = function.__doc__ or ""
+        return Stage(name, version, config, reads, writes, function, text, example, externals or {}, check, trains)
 
     return declare
 

@@ -55,7 +55,7 @@ def check_inputs(config: ProbeConfig, inputs: Any) -> None:
         "codebook": read("codebook", help="centroids of the codes, for inputs=centroids", optional=True),
     },
     writes="metrics",
-    example="smalti probe --train digits/rar/semantic-train --held-out digits/rar/semantic-held-out",
+    example="smalti probe --train digits/rar/semantic-tokens --held-out digits/rar/semantic-tokens-held-out",
     check=check_inputs,
 )
 def probe_codes(config: ProbeConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:

@@ -8,19 +8,20 @@ from pydantic import Field, model_validator
 
 from models.classifiers.config import ClassifierConfig, ConvolutionalClassifierConfig
 from pipeline.artifact import Artifact
+from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.errors import UsageError
 from pipeline.images import ImageSet, Views
 from pipeline.images.views import ShiftViews
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
-from stages.training.config import AdamW, OneCycle, StageTraining, TrainingConfig
+from stages.training.config import AdamW, OneCycle, TrainingConfig
 from stages.weights import config_json, save_weights
 
 HELD_OUT = "held-out"
 
 
-class TrainClassifierConfig(StageTraining):
+class TrainClassifierConfig(Config):
     """A network, the views under which it sees the images, and a budget."""
 
     model: ClassifierConfig = Field(default=ConvolutionalClassifierConfig(), description="the network")
@@ -56,6 +57,7 @@ class TrainClassifierConfig(StageTraining):
         HELD_OUT: read("image-set", help="labelled images to judge the accuracy on", optional=True),
     },
     writes="classifier",
+    trains=True,
     example="smalti train-classifier --images digits/rar/images --held-out digits/rar/held-out --seed 1",
 )
 def train_classifier(config: TrainClassifierConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:

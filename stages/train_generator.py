@@ -18,7 +18,7 @@ from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.attributes import TokenAttributes
 from stages.networks import GeneratorCard
-from stages.training.config import AdamW, StageTraining, TrainingConfig, WarmupCosine
+from stages.training.config import AdamW, TrainingConfig, WarmupCosine
 from stages.weights import save_weights
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class OrdersConfig(Config):
         return self
 
 
-class TrainGeneratorConfig(StageTraining):
+class TrainGeneratorConfig(Config):
     """A network, the annealing of its orders, and a budget. The defaults suit 16 codes of a small codebook."""
 
     model: GeneratorConfig = Field(
@@ -79,6 +79,7 @@ class TrainGeneratorConfig(StageTraining):
         HELD_OUT: read("token-set", help="codes to measure the loss on", optional=True),
     },
     writes="generator",
+    trains=True,
     example="smalti train-generator --tokens digits/rar/tokens --training.steps 800",
 )
 def train_generator(config: TrainGeneratorConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:

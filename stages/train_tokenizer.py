@@ -10,12 +10,13 @@ from models.autoencoders.config import ConvolutionalConfig
 from models.losses.config import LossConfig, ReconstructionConfig
 from models.quantizers.config import VectorConfig
 from models.tokenizer_config import TokenizerConfig
+from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.images import Views
 from pipeline.images.views import ShiftViews
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
-from stages.training.config import AdamW, OneCycle, StageTraining, TrainingConfig
+from stages.training.config import AdamW, OneCycle, TrainingConfig
 from stages.weights import config_json, save_weights
 
 HELD_OUT = "held-out"
@@ -25,7 +26,7 @@ SMALL_TOKENIZER = TokenizerConfig(
 )
 
 
-class TrainTokenizerConfig(StageTraining):
+class TrainTokenizerConfig(Config):
     """A network, its loss, the views under which it sees the images, and a budget. The defaults suit 32-pixel images."""
 
     model: TokenizerConfig = Field(default=SMALL_TOKENIZER, description="the tokenizer")
@@ -61,6 +62,7 @@ class TrainTokenizerConfig(StageTraining):
         HELD_OUT: read("image-set", help="images to measure reconstructions on", optional=True),
     },
     writes="tokenizer",
+    trains=True,
     example="smalti train-tokenizer --images digits/rar/images --held-out digits/rar/held-out --training.steps 800",
 )
 def train_tokenizer(config: TrainTokenizerConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -113,28 +113,6 @@ class TrainingConfig(Config):
         if self.select == "best" and not self.evaluate_every:
             raise ValueError("select best needs evaluate_every")
         return self
-
-
-class StageTraining(Config):
-    """Base of the configs of stages that train: `training` given in part is filled up from the stage's own default."""
-
-    training: TrainingConfig = Field(default=TrainingConfig(), description="budget and optimizer")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_training(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict) or not isinstance(fields.get("training"), dict):
-            return fields
-        default = cls.model_fields["training"].default.model_dump()
-        return {**fields, "training": _overlay(default, fields["training"])}
-
-
-def _overlay(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """`given` over `default`, level by level; a part of another kind replaces the default's as a whole."""
-    if given.get("kind", default.get("kind")) != default.get("kind"):
-        return given
-    both = {name for name in given if isinstance(given[name], dict) and isinstance(default.get(name), dict)}
-    return {**default, **given, **{name: _overlay(default[name], given[name]) for name in both}}
 
 
 def _cosine(start: float, end: float, share: float) -> float:
