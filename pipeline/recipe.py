@@ -36,12 +36,18 @@ STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a part of a ref and of -
 class StrictLoader(yaml.SafeLoader):
     """YAML without its traps: a key that stands twice is refused, and 1e-3 is a number (YAML 1.1 reads a word)."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def __init__(self, stream: Any):
+        super().__init__(stream)
+        self._seen: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Called for every mapping before its merge keys (<<) are dissolved into it, and for dissolved ones again."""
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
+        if twice and id(node) not in self._seen:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
+        self._seen.add(id(node))
+        super().flatten_mapping(node)
 
 
 StrictLoader.add_implicit_resolver(

@@ -55,7 +55,7 @@ FORMAT = 1
         "training-images": read("image-set", "images", help="training images, for signs of memory", optional=True),
     },
     writes="metrics",
-    example="smalti score --images digits/rar/images --reference digits/rar/held-out --classifiers digits/rar/judge",
+    example="smalti score --images digits/rar/images --reference digits/rar/held-out-images --classifiers digits/rar/judge-1",
     externals={
         "weights": External(
             help="the published Inception weights (with extractor: inception), if they are not in torch's cache",

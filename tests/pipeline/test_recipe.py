@@ -135,6 +135,23 @@ def test_numbers_of_yaml_1_2_are_numbers(tmp_path: Path) -> None:
     assert recipe.steps[0].config.inner.rate == 5e-4  # type: ignore[attr-defined]
 
 
+def test_steps_may_share_settings(tmp_path: Path) -> None:
+    text = (
+        STEPS
+        + """
+  deep: {stage: add, inputs: &deep {<<: {numbers: b}, numbers: a}}
+  a: &a {stage: count, config: {rows: 3}}
+  b: &b {<<: *a, config: {rows: 4}}
+  c: {<<: *b, config: {rows: 5}}
+  d: {stage: add, inputs: {<<: *deep, numbers: c}}
+"""
+    )
+    recipe = load(tmp_path, text=text)
+    configs = {step.name: step.config.model_dump() for step in recipe.steps}
+    assert [configs[name]["rows"] for name in "abc"] == [3, 4, 5]
+    assert {step.name: step.inputs for step in recipe.steps}["deep"] == {"numbers": "a"}
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_steps_run_after_their_inputs_in_whatever_order_they_stand(tmp_path: Path, seed: int) -> None:
     names = [f"step-{number}" for number in range(8)]
