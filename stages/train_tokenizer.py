@@ -63,7 +63,7 @@ class TrainTokenizerConfig(Config):
     },
     writes="tokenizer",
     trains=True,
-    example="smalti train-tokenizer --images digits/rar/images --held-out digits/rar/held-out --training.steps 800",
+    example="smalti train-tokenizer --images digits/rar/train-images --held-out digits/rar/held-out-images --training.steps 800",
 )
 def train_tokenizer(config: TrainTokenizerConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Train a tokenizer that turns images into codes and back.
