@@ -68,7 +68,7 @@ class Attempt:
 def read_attempts(path: Path) -> list[dict[str, Any]]:
     """The entries of run.json; an unreadable log is no fault of the artifact and counts as empty."""
     try:
-        return list(json.loads(path.read_bytes())["attempts"])
+        return [dict(entry) for entry in json.loads(path.read_bytes())["attempts"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
