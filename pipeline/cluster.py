@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypeVar
 from pipeline.errors import SmaltiError, StorageError, UsageError, WorkerError
 
 TRIES = 3
+POLL_SECONDS = 5.0
+DESERTED_SECONDS = 60.0
 
 Result = TypeVar("Result")
 Outcome = tuple[int, Any]
@@ -40,18 +42,38 @@ class Dask:
         self.client = client
 
     def map(self, function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Outcome]:
-        from dask.distributed import as_completed
-
         waiting = iter(numbers)
         futures = {self._submit(function, number): number for number in _take(waiting, self._slots())}
-        arrivals = as_completed(futures)
-        for future in arrivals:
-            number = futures.pop(future)
-            yield number, _outcome(future, number)
-            for following in _take(waiting, 1):
-                submitted = self._submit(function, following)
-                futures[submitted] = following
-                arrivals.add(submitted)
+        while futures:
+            for future in self._finished(list(futures)):
+                number = futures.pop(future)
+                yield number, _outcome(future, number)
+                for following in _take(waiting, 1):
+                    futures[self._submit(function, following)] = following
+
+    def _finished(self, futures: list[Any]) -> list[Any]:
+        """Those that are done, once there is one. A cluster without scheduler or workers is told, not waited for."""
+        from dask.distributed import CancelledError, wait
+
+        deserted = 0.0
+        while True:
+            try:
+                return list(wait(futures, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED").done)
+            except TimeoutError:
+                deserted = 0.0 if self._has_workers() else deserted + POLL_SECONDS
+            except CancelledError as error:
+                raise _lost() from error
+            if deserted >= DESERTED_SECONDS:
+                raise WorkerError(
+                    f"no worker has been left on the dask cluster for {deserted:.0f} s",
+                    hint="start workers with `dask worker` and run the same command again: finished shards are kept",
+                )
+
+    def _has_workers(self) -> bool:
+        try:
+            return bool(self.client.nthreads())
+        except (OSError, RuntimeError) as error:  # what dask raises for a connection that is gone
+            raise _lost() from error
 
     def _submit(self, function: Callable[[int], Any], number: int) -> Any:
         return self.client.submit(_attempt, function, number, pure=False)
@@ -83,7 +105,8 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
     from dask.distributed import Client, LocalCluster
 
     dask.config.set({"distributed.scheduler.allowed-failures": TRIES})
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # we say it in our words
     if scheduler:
         try:
             client = Client(scheduler, timeout=20)
@@ -112,6 +135,13 @@ def _attempt(function: Callable[[int], Any], number: int) -> Any:
         except Exception as error:
             failure = error
     return failure
+
+
+def _lost() -> StorageError:
+    return StorageError(
+        "the connection to the dask scheduler is lost",
+        hint="start it again and run the same command: finished shards are kept",
+    )
 
 
 def _outcome(future: Any, number: int) -> Any:

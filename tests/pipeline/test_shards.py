@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,37 +89,57 @@ def kept_units(folder: Path) -> set[int]:
     return {int(path.parent.name) for path in draft.glob("numbers/c/*/0")}
 
 
-def test_an_own_scheduler_with_a_worker_killed_half_way(tmp_path: Path, want: dict[str, str]) -> None:
-    """Workers are processes of their own, started by hand; none restarts the killed one."""
+@contextmanager
+def own_cluster(folder: Path, *, workers: int) -> Iterator[tuple[Dask, list[subprocess.Popen[bytes]]]]:
+    """A scheduler and workers as processes of their own, started by hand; nobody restarts a killed one."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "faults")])
-    environment = {**os.environ, "PYTHONPATH": paths, "DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "critical"}
-    address = tmp_path / "scheduler.json"
+    file = folder / "scheduler.json"
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(*words: str) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "distributed.cli." + words[0], "--scheduler-file", str(address), *words[1:]],
-            env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        started.append(process)
-        return process
+    def start(*words: str) -> None:
+        command = [sys.executable, "-m", f"distributed.cli.{words[0]}", "--scheduler-file", str(file), *words[1:]]
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        started.append(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, cwd=folder, **silent))
 
     try:
         start("dask_scheduler", "--port", "0", "--host", "127.0.0.1", "--no-dashboard")
-        for _ in range(2):
+        for _ in range(workers):
             start("dask_worker", "--no-nanny", "--nthreads", "1", "--no-dashboard")
-        mark = tmp_path / "died"
-        with connect(scheduler=scheduler_address(address)) as cluster:
+        with connect(scheduler=scheduler_address(file)) as cluster:
             assert isinstance(cluster, Dask)
-            cluster.client.wait_for_workers(2, timeout=60)
-            found = numbers(tmp_path, Options(cluster=cluster), "numbers.fault=die-once", f"numbers.mark={mark}")
-        assert mark.exists()
-        assert [process.poll() for process in started].count(-signal.SIGKILL) == 1
-        assert found == want
+            cluster.client.wait_for_workers(workers, timeout=60)
+            yield cluster, started
     finally:
         for process in started:
             process.kill()
             process.wait()
+
+
+def test_an_own_scheduler_with_a_worker_killed_half_way(tmp_path: Path, want: dict[str, str]) -> None:
+    mark = tmp_path / "died"
+    with own_cluster(tmp_path, workers=2) as (cluster, started):
+        found = numbers(tmp_path, Options(cluster=cluster), "numbers.fault=die-once", f"numbers.mark={mark}")
+        assert [process.poll() for process in started].count(-signal.SIGKILL) == 1
+    assert mark.exists()
+    assert found == want
+
+
+@pytest.mark.parametrize(
+    ("killed", "kind", "words"), [(0, StorageError, "scheduler is lost"), (1, WorkerError, "no worker has been left")]
+)
+def test_a_cluster_that_died_is_told_and_what_is_finished_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: int, kind: type[Exception], words: str
+) -> None:
+    monkeypatch.setattr("pipeline.cluster.POLL_SECONDS", 0.5)
+    monkeypatch.setattr("pipeline.cluster.DESERTED_SECONDS", 1.0)
+    with own_cluster(tmp_path, workers=1) as (cluster, started):
+        done = []
+        with pytest.raises(kind, match=words):  # noqa: PT012
+            for number, _ in cluster.map(partial(pow, 2), range(1000)):
+                done.append(number)
+                if len(done) == 3:
+                    started[killed].kill()
+    assert 3 <= len(done) < 1000
 
 
 def scheduler_address(path: Path) -> str:
