@@ -74,8 +74,7 @@ class _Propagation(torch.autograd.Function):
         pull_ND = (codebook_KD[codes_N] - z_ND) * (2 * grad_quantization / z_ND.numel())
         upstream_ND = grad_z_ND + pull_ND  # the first part of the loss sees what the decoder sees
         grad_z_ND = -2 * pull_ND  # the direct share of the first part, and the second part
-        grad_codebook_KD = torch.zeros_like(codebook_KD)
-        grad_codebook_KD.index_add_(0, codes_N, upstream_ND.add(pull_ND, alpha=ctx.beta))
+        grad_codebook_KD = torch.empty_like(codebook_KD)
         slopes = entropy_slopes(mass_K, grad_sample, grad_codebook, scale=1 / (len(z_ND) * (ctx.temperature or 1.0)))
         for index, (rows, logits_nK, slope_nK) in enumerate(paired_tiles(z_ND, upstream_ND, codebook_KD)):
             entropy_nK = ctx.tempered[index].gradient(logits_nK, slopes) if ctx.tempered else None
@@ -83,7 +82,8 @@ class _Propagation(torch.autograd.Function):
             if entropy_nK is not None:
                 add_entries(grad_nK, entropy_nK)
             grad_z_ND[rows].addmm_(grad_nK, codebook_KD)
-            grad_codebook_KD.addmm_(grad_nK.T, z_ND[rows])
+            grad_codebook_KD.addmm_(grad_nK.T, z_ND[rows], beta=float(index > 0))
+        grad_codebook_KD.index_add_(0, codes_N, upstream_ND.add(pull_ND, alpha=ctx.beta))
         return grad_z_ND, grad_codebook_KD, None, None
 
 
@@ -98,7 +98,7 @@ def softmax_gradient(logits_nK: Tensor, slope_nK: Tensor, top_n: Tensor) -> Tens
 def logit_tiles(z_ND: Tensor, codebook_KD: Tensor) -> Iterator[Tensor]:
     """S in chunks of rows, each over the one before; columns of -inf fill the last group of codes."""
     codes, rows = len(codebook_KD), tile_rows(z_ND, codebook_KD)
-    tile_nK = z_ND.new_full((min(rows, len(z_ND)), codes + -codes % GROUP), -torch.inf)
+    tile_nK = z_ND.new_empty(min(rows, len(z_ND)), codes + -codes % GROUP)
     for z_nD in z_ND.split(rows):
         torch.mm(z_nD, codebook_KD.T, out=tile_nK[: len(z_nD), :codes])
         tile_nK[:, codes:] = -torch.inf

@@ -1,8 +1,8 @@
 """The entropies of Q = softmax(S / temperature), chunk by chunk, and their gradient.
 
-At a low temperature nearly all of Q underflows to exactly 0. A chunk in which that holds touches only the codes within
+At a low temperature nearly all of Q underflows to 0. A chunk in which that holds touches only the codes within
 the underflow window below the largest logit of each row, found through the maxima of groups of codes. A diffuse chunk
-(logits of small spread, or a high temperature) takes the dense form in two more tiles: same result, only slower.
+(logits of small spread, or a high temperature) takes the dense form in one more tile: same result, only slower.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Shapes: n tokens of one chunk, K codes (in a tile of logits filled up to whole groups), G groups of C codes,
 # H pairs (token, group) that reach into the window, W pairs (token, code) within it
 GROUP = 64
 SPARSE_SHARE = 64  # a chunk is sparse if at most one of so many entries is within the window
+DIFFUSE_ROWS = 16  # of a diffuse chunk, computed together
 EPSILON = 1e-5  # inside the logarithm of the codebook's entropy, as published; not inert at large K
 
 
@@ -96,10 +98,17 @@ class Diffuse(NamedTuple):
     temperature: float
 
     def gradient(self, logits_nK: Tensor, slopes: Slopes) -> Tensor:
-        """The same for every entry; keeps the logits."""
-        log_q_nK = (logits_nK - self.top_n[:, None]).div_(self.temperature).sub_(self.log_sum_n[:, None])
-        q_nK = log_q_nK.exp()
-        constant_n = q_nK @ slopes.codebook_K + slopes.sample * self.entropy_n
+        """The same for every entry, in one more tile; keeps the logits."""
+        gradient_nK = torch.empty_like(logits_nK)
+        for start in range(0, len(logits_nK), DIFFUSE_ROWS):
+            rows = slice(start, start + DIFFUSE_ROWS)
+            gradient_nK[rows] = self.gradient_of_rows(rows, logits_nK[rows], slopes)
+        return gradient_nK
+
+    def gradient_of_rows(self, rows: slice, logits_nK: Tensor, slopes: Slopes) -> Tensor:
+        log_q_nK = (logits_nK - self.top_n[rows, None]).div_(self.temperature).sub_(self.log_sum_n[rows, None])
+        q_nK = flushed(log_q_nK).exp()
+        constant_n = q_nK @ slopes.codebook_K + slopes.sample * self.entropy_n[rows]
         return log_q_nK.mul_(-slopes.sample).add_(slopes.codebook_K).sub_(constant_n[:, None]).mul_(q_nK)
 
 
@@ -127,7 +136,7 @@ def temper(logits_nK: Tensor, peaks: Peaks, temperature: float, mass_K: Tensor) 
 
 def temper_diffuse(logits_nK: Tensor, top_n: Tensor, temperature: float, mass_K: Tensor) -> Diffuse:
     scaled_nK = logits_nK[:, : len(mass_K)].sub_(top_n[:, None]).div_(temperature)
-    unnormalised_nK = scaled_nK.exp()
+    unnormalised_nK = flushed(scaled_nK).exp()
     sum_n = unnormalised_nK.sum(1)
     mass_K.addmv_(unnormalised_nK.T, 1 / sum_n)
     entropy_n = sum_n.log() - row_dot(unnormalised_nK, scaled_nK)[:, 0] / sum_n
@@ -135,9 +144,17 @@ def temper_diffuse(logits_nK: Tensor, top_n: Tensor, temperature: float, mass_K:
 
 
 def underflow(dtype: torch.dtype) -> float:
-    """exp(-x) is exactly 0 beyond this x: about 104 in float32, 745 in float64."""
-    info = torch.finfo(dtype)
-    return 1 - math.log(info.tiny) - math.log(info.eps)
+    """Beyond this x, exp(-x) is no normal number any more and counts as 0: 87 in float32, 708 in float64.
+
+    (Between here and 104 or 745 it would be subnormal, which no sum over codes can tell from 0, at a hundred times
+    the cost of an operation.)
+    """
+    return -math.log(torch.finfo(dtype).tiny)
+
+
+def flushed(log_q: Tensor) -> Tensor:
+    """In place: what underflows, so far down that its exponential is exactly 0 (subnormal numbers are slow)."""
+    return F.threshold_(log_q, -underflow(log_q.dtype), -1e4)
 
 
 def row_dot(a_nK: Tensor, b_nK: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.quantizers import propagation, tempered
 from models.quantizers.config import IndexBackpropagationConfig
 from models.quantizers.index_backpropagation import IndexBackpropagationQuantizer
+from tests.models.quantizers.quantizer_suite import QuantizerSuite
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "ibq"
 NAMES = ("small", "large", "saturated", "other_hyper")
@@ -144,3 +145,11 @@ def test_any_codebook_size(codes: int) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     for a, b in zip(*(torch.autograd.grad(x, [z_ND, codebook_KD]) for x in (ours, theirs)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+class TestConformance(QuantizerSuite):
+    def build(self) -> nn.Module:
+        quantizer = IndexBackpropagationQuantizer(IndexBackpropagationConfig(codes=16), dim=self.dim)
+        with torch.no_grad():  # only of rows of one length is each the most similar to itself
+            quantizer.codebook_KD.copy_(nn.functional.normalize(quantizer.codebook_KD))
+        return quantizer

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.quantizers.config import LookupFreeConfig
 from models.quantizers.lookup_free import LookupFreeQuantizer, entropies, join_code, split_code
+from tests.models.quantizers.quantizer_suite import QuantizerSuite
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "open_magvit2"
 ARRAYS = load_file(GOLDEN / "quantizer_training.safetensors")
@@ -121,3 +122,8 @@ def test_float32_under_autocast() -> None:
 def test_entropy_weight_falls_to_its_end() -> None:
     config = LookupFreeConfig(enlarge_ratio=3.0, enlarge_steps=2000)
     assert [config.enlargement(step) for step in (0, 500, 2000, 9000)] == [3.0, 2.25, 0.0, 0.0]
+
+
+class TestConformance(QuantizerSuite):
+    def build(self) -> nn.Module:
+        return LookupFreeQuantizer(LookupFreeConfig(), dim=self.dim)
