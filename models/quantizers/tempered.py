@@ -11,7 +11,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Shapes: n tokens of one chunk, K codes (in a tile of logits filled up to whole groups), G groups of C codes,
@@ -107,7 +106,7 @@ class Diffuse(NamedTuple):
 
     def gradient_of_rows(self, rows: slice, logits_nK: Tensor, slopes: Slopes) -> Tensor:
         log_q_nK = (logits_nK - self.top_n[rows, None]).div_(self.temperature).sub_(self.log_sum_n[rows, None])
-        q_nK = flushed(log_q_nK).exp()
+        q_nK = floored(log_q_nK).exp()
         constant_n = q_nK @ slopes.codebook_K + slopes.sample * self.entropy_n[rows]
         return log_q_nK.mul_(-slopes.sample).add_(slopes.codebook_K).sub_(constant_n[:, None]).mul_(q_nK)
 
@@ -136,7 +135,7 @@ def temper(logits_nK: Tensor, peaks: Peaks, temperature: float, mass_K: Tensor) 
 
 def temper_diffuse(logits_nK: Tensor, top_n: Tensor, temperature: float, mass_K: Tensor) -> Diffuse:
     scaled_nK = logits_nK[:, : len(mass_K)].sub_(top_n[:, None]).div_(temperature)
-    unnormalised_nK = flushed(scaled_nK).exp()
+    unnormalised_nK = floored(scaled_nK).exp()
     sum_n = unnormalised_nK.sum(1)
     mass_K.addmv_(unnormalised_nK.T, 1 / sum_n)
     entropy_n = sum_n.log() - row_dot(unnormalised_nK, scaled_nK)[:, 0] / sum_n
@@ -152,9 +151,9 @@ def underflow(dtype: torch.dtype) -> float:
     return -math.log(torch.finfo(dtype).tiny)
 
 
-def flushed(log_q: Tensor) -> Tensor:
-    """In place: what underflows, so far down that its exponential is exactly 0 (subnormal numbers are slow)."""
-    return F.threshold_(log_q, -underflow(log_q.dtype), -1e4)
+def floored(log_q: Tensor) -> Tensor:
+    """In place: nothing so low that its exponential, or what is made of it, is subnormal. What is raised stays rounding."""
+    return log_q.clamp_(min=8 - underflow(log_q.dtype))
 
 
 def row_dot(a_nK: Tensor, b_nK: Tensor) -> Tensor:
