@@ -7,6 +7,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+PLATEAU = 0.05
+
 
 def warmup_cosine(step: int, *, base: float, end: float, warmup: int, total: int) -> float:
     """Learning rate: linear from 0 at step 0 to `base` at step `warmup`, then half a cosine to `end` at step `total`.
@@ -42,3 +44,22 @@ def power_cosine(scale: float, power: float, tokens: int) -> npt.NDArray[np.floa
         raise ValueError(f"guidance scale {scale} and power {power} must not be negative")
     share = (np.arange(tokens, dtype=np.float64) / tokens) ** power
     return (1 + (scale - 1) * 0.5 * (1 - np.cos(np.pi * share))).astype(np.float32)
+
+
+def warmup_plateau_linear(step: int, *, peak: float, start: float, end: float, warmup: int, total: int) -> float:
+    """Learning rate of the llama-style generators: up, a plateau, down; `start` and `end` are shares of the peak.
+
+    Linear from start to the peak over `warmup` steps, the peak for 5 % of what remains, then linear to `end` at the
+    last step, total - 1.
+    """
+    if step < warmup:
+        return peak * (start + (1 - start) * step / warmup)
+    share = min(1.0, (step - warmup) / (total - 1 - warmup))
+    if share < PLATEAU:
+        return peak
+    return peak * (end + (1 - end) * (1 - share) / (1 - PLATEAU))
+
+
+def cosine_between(step: int, *, first: float, last: float, total: int) -> float:
+    """Half a cosine from `first` at step 0 to `last` at step total - 1: the generators' weight decay."""
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / (total - 1))))

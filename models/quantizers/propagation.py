@@ -22,7 +22,7 @@ from models.quantizers.tempered import GROUP, add_entries, codebook_entropy, ent
 
 # Shapes: N tokens, n tokens of one chunk, D latent channels, K codes
 ELEMENTS_PER_TILE = 2**24  # 64 MiB of float32, whatever the number of tokens and codes
-CPU_ROWS_PER_TILE = 128  # small tiles stay near the cache; fewer rows would slow the matrix products
+CPU_ROWS_PER_TILE = 96  # small tiles stay near the cache; fewer rows would slow the matrix products
 
 
 class Propagated(NamedTuple):
