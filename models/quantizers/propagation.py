@@ -18,11 +18,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.quantizers.tempered import GROUP, add_entries, codebook_entropy, entropy_slopes, find_peaks, row_dot, temper
+from models.quantizers.tempered import (
+    GROUP,
+    Diffuse,
+    Slopes,
+    Windowed,
+    codebook_entropy,
+    entropy_slopes,
+    find_peaks,
+    row_dot,
+    temper,
+)
 
 # Shapes: N tokens, n tokens of one chunk, D latent channels, K codes
 ELEMENTS_PER_TILE = 2**24  # 64 MiB of float32, whatever the number of tokens and codes
-CPU_ROWS_PER_TILE = 96  # small tiles stay near the cache; fewer rows would slow the matrix products
+ROWS_AT_ONCE = 16  # of a tile, in what is done entry by entry
+CPU_ROWS_PER_TILE = 128  # small tiles stay near the cache; fewer rows would slow the matrix products
 
 
 class Propagated(NamedTuple):
@@ -77,22 +88,33 @@ class _Propagation(torch.autograd.Function):
         grad_codebook_KD = torch.empty_like(codebook_KD)
         slopes = entropy_slopes(mass_K, grad_sample, grad_codebook, scale=1 / (len(z_ND) * (ctx.temperature or 1.0)))
         for index, (rows, logits_nK, slope_nK) in enumerate(paired_tiles(z_ND, upstream_ND, codebook_KD)):
-            entropy_nK = ctx.tempered[index].gradient(logits_nK, slopes) if ctx.tempered else None
-            grad_nK = softmax_gradient(logits_nK, slope_nK, top_N[rows])
-            if entropy_nK is not None:
-                add_entries(grad_nK, entropy_nK)
+            part = ctx.tempered[index] if ctx.tempered else None
+            grad_nK = softmax_gradient(logits_nK, slope_nK, top_N[rows], part, slopes)
             grad_z_ND[rows].addmm_(grad_nK, codebook_KD)
             grad_codebook_KD.addmm_(grad_nK.T, z_ND[rows], beta=float(index > 0))
         grad_codebook_KD.index_add_(0, codes_N, upstream_ND.add(pull_ND, alpha=ctx.beta))
         return grad_z_ND, grad_codebook_KD, None, None
 
 
-def softmax_gradient(logits_nK: Tensor, slope_nK: Tensor, top_n: Tensor) -> Tensor:
-    """Gradient of the logits through P E: P_ik (slope_ik - sum_j P_ij slope_ij). Overwrites both tiles."""
-    unnormalised_nK = logits_nK.sub_(top_n[:, None]).exp_()
-    sum_n1 = unnormalised_nK.sum(1, keepdim=True)
-    mean_n1 = row_dot(unnormalised_nK, slope_nK) / sum_n1
-    return slope_nK.sub_(mean_n1).mul_(unnormalised_nK).div_(sum_n1)
+def softmax_gradient(
+    logits_nK: Tensor, slope_nK: Tensor, top_n: Tensor, part: Windowed | Diffuse | None, slopes: Slopes
+) -> Tensor:
+    """Gradient of the logits, a few rows at a time so that they stay in the cache. Overwrites both tiles.
+
+    Through P E it is P_ik (slope_ik - sum_j P_ij slope_ij); that of the entropies is added.
+    """
+    for start in range(0, len(logits_nK), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        diffuse_nK = part.gradient(rows, logits_nK[rows], slopes) if isinstance(part, Diffuse) else None
+        unnormalised_nK = logits_nK[rows].sub_(top_n[rows, None]).exp_()
+        sum_n1 = unnormalised_nK.sum(1, keepdim=True)
+        mean_n1 = row_dot(unnormalised_nK, slope_nK[rows]) / sum_n1
+        slope_nK[rows].sub_(mean_n1).mul_(unnormalised_nK).div_(sum_n1)
+        if diffuse_nK is not None:
+            slope_nK[rows] += diffuse_nK
+    if isinstance(part, Windowed):
+        part.add_gradient(slope_nK, slopes)
+    return slope_nK
 
 
 def logit_tiles(z_ND: Tensor, codebook_KD: Tensor) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 At a low temperature nearly all of Q underflows to 0. A chunk in which that holds touches only the codes within
 the underflow window below the largest logit of each row, found through the maxima of groups of codes. A diffuse chunk
-(logits of small spread, or a high temperature) takes the dense form in one more tile: same result, only slower.
+(logits of small spread, or a high temperature) takes the dense form, a few rows at a time: same result, only slower.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 # H pairs (token, group) that reach into the window, W pairs (token, code) within it
 GROUP = 64
 SPARSE_SHARE = 64  # a chunk is sparse if at most one of so many entries is within the window
-DIFFUSE_ROWS = 16  # of a diffuse chunk, computed together
 EPSILON = 1e-5  # inside the logarithm of the codebook's entropy, as published; not inert at large K
 
 
@@ -55,22 +54,6 @@ def codebook_entropy(mass_K: Tensor) -> Tensor:
     return -(mass_K * (mass_K + EPSILON).log()).sum()
 
 
-class Entries(NamedTuple):
-    """A sparse matrix. (Adding torch's own sparse tensors to a slice of a larger tile crashes in torch 2.15.)"""
-
-    rows_W: Tensor
-    codes_W: Tensor
-    values_W: Tensor
-
-
-def add_entries(tile_nK: Tensor, entries: Tensor | Entries) -> None:
-    """tile += entries, in place."""
-    if isinstance(entries, Entries):
-        tile_nK.index_put_((entries.rows_W, entries.codes_W), entries.values_W, accumulate=True)
-    else:
-        tile_nK += entries
-
-
 class Windowed(NamedTuple):
     """A sparse chunk: its row entropies and the entries of log Q that do not underflow, row by row."""
 
@@ -79,13 +62,13 @@ class Windowed(NamedTuple):
     codes_W: Tensor
     log_q_W: Tensor
 
-    def gradient(self, _logits_nK: Tensor, slopes: Slopes) -> Entries:
-        """Q_ik (slope_k - sum_j Q_ij slope_j - sample (log Q_ik + entropy_i)), where it is not 0."""
+    def add_gradient(self, grad_nK: Tensor, slopes: Slopes) -> None:
+        """Q_ik (slope_k - sum_j Q_ij slope_j - sample (log Q_ik + entropy_i)), added where it is not 0."""
         q_W, slope_W = self.log_q_W.exp(), slopes.codebook_K[self.codes_W]
         mean_n = torch.zeros_like(self.entropy_n).index_add_(0, self.rows_W, q_W * slope_W)
         constant_n = mean_n + slopes.sample * self.entropy_n
         values_W = q_W * (slope_W - slopes.sample * self.log_q_W - constant_n[self.rows_W])
-        return Entries(self.rows_W, self.codes_W, values_W)
+        grad_nK.index_put_((self.rows_W, self.codes_W), values_W, accumulate=True)
 
 
 class Diffuse(NamedTuple):
@@ -96,15 +79,8 @@ class Diffuse(NamedTuple):
     log_sum_n: Tensor
     temperature: float
 
-    def gradient(self, logits_nK: Tensor, slopes: Slopes) -> Tensor:
-        """The same for every entry, in one more tile; keeps the logits."""
-        gradient_nK = torch.empty_like(logits_nK)
-        for start in range(0, len(logits_nK), DIFFUSE_ROWS):
-            rows = slice(start, start + DIFFUSE_ROWS)
-            gradient_nK[rows] = self.gradient_of_rows(rows, logits_nK[rows], slopes)
-        return gradient_nK
-
-    def gradient_of_rows(self, rows: slice, logits_nK: Tensor, slopes: Slopes) -> Tensor:
+    def gradient(self, rows: slice, logits_nK: Tensor, slopes: Slopes) -> Tensor:
+        """The same for every entry of some rows, whose logits are given and kept."""
         log_q_nK = (logits_nK - self.top_n[rows, None]).div_(self.temperature).sub_(self.log_sum_n[rows, None])
         q_nK = floored(log_q_nK).exp()
         constant_n = q_nK @ slopes.codebook_K + slopes.sample * self.entropy_n[rows]
