@@ -32,6 +32,8 @@ SMALL_RAR = RarConfig(
     layers=4,
     heads=4,
     mlp_width=512,
+    dropout=0.0,
+    attention_dropout=0.0,
     init=RarInit(codes=0.3, classes=1.0, positions=0.3, steps=0.02, adaln=0.02),
 )
 
@@ -63,7 +65,7 @@ class TrainGeneratorConfig(Config):
     training: TrainingConfig = Field(
         default=TrainingConfig(
             steps=800,
-            optimizer=AdamW(learning_rate=2e-3, betas=(0.9, 0.96), weight_decay=0.03),
+            optimizer=AdamW(learning_rate=4e-3, betas=(0.9, 0.96), weight_decay=0.03),
             schedule=WarmupCosine(warmup=40),
         ),
         description="budget and optimizer; generators that only count ignore it",

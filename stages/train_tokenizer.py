@@ -22,7 +22,7 @@ from stages.weights import config_json, save_weights
 HELD_OUT = "held-out"
 SMALL_TOKENIZER = TokenizerConfig(
     autoencoder=ConvolutionalConfig(widths=(16, 32, 96), pixel_range="0..1"),
-    quantizer=VectorConfig(codes=256, weight=0.1, revive_every=20, revive_until=350),
+    quantizer=VectorConfig(codes=256, weight=0.1, revive_every=20, revive_until=560),
 )
 
 
@@ -39,9 +39,9 @@ class TrainTokenizerConfig(Config):
     )
     training: TrainingConfig = Field(
         default=TrainingConfig(
-            steps=500,
+            steps=800,
             batch=32,
-            optimizer=AdamW(learning_rate=3e-3, weight_decay=0.01),
+            optimizer=AdamW(learning_rate=5e-3, weight_decay=0.01),
             schedule=OneCycle(rise=0.25, end=1e-3),
         ),
         description="budget and optimizer",

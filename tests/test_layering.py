@@ -44,7 +44,9 @@ def test_public_library_needs_numpy_and_zarr_alone(path: Path) -> None:
     assert imported(path) - set(sys.stdlib_module_names) - {"smalti"} <= OUTSIDE["smalti"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "models").rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "models").rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 def test_models_know_no_files(path: Path) -> None:
     assert not imported(path) & NO_FILES
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
@@ -63,5 +65,7 @@ def test_planning_imports_no_torch() -> None:
 
 def test_no_relative_or_cyclic_package_imports() -> None:
     for path in FILES:
-        relative = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level]
+        relative = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level
+        ]
         assert not relative, path
