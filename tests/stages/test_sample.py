@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ import pytest
 from models.generators.config import UniformConfig
 from models.sampling.config import SamplingConfig
 from pipeline.artifact import Artifact
-from pipeline.cluster import connect
+from pipeline.cluster import Outcome, connect
 from pipeline.errors import CorruptError, NumericError, UsageError
 from pipeline.runner import Options, make
 from pipeline.stage import Inputs
@@ -31,6 +35,9 @@ from tests.stages.small_artifacts import (
 )
 
 CONFIG = SampleConfig(images=21, rows_per_pass=4, shard_images=8, chunk_images=4, seed=5)
+THOUSAND = SampleConfig(
+    images=1000, rows_per_pass=50, shard_images=50, chunk_images=50, sampling=SamplingConfig(guidance_scale=2.0)
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +53,12 @@ def tokenizer(origin: Store) -> Artifact:
 @pytest.fixture(scope="module")
 def generator(origin: Store, tokenizer: Artifact) -> Artifact:
     return generator_artifact(origin, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def uniform(origin: Store, tokenizer: Artifact) -> Artifact:
+    """A generator that finds every code equally likely."""
+    return generator_artifact(origin, tokenizer, UniformConfig())
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +112,48 @@ def test_two_workers_give_the_same_bytes(samples: Artifact, generator: Artifact,
     assert digests(again) == digests(samples)
 
 
+class OneIsKilled:
+    """A dask cluster that loses a worker to SIGKILL as soon as the first shard is there."""
+
+    def __init__(self, cluster: Any):
+        self.cluster = cluster
+        self.killed: list[int] = []
+
+    def map(self, function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Outcome]:
+        for number, outcome in self.cluster.map(function, numbers):
+            if not self.killed:
+                self.killed = sorted(self.cluster.client.run(os.getpid).values())[:1]
+                os.kill(self.killed[0], signal.SIGKILL)
+            yield number, outcome
+
+
+def test_a_thousand_samples_are_the_same_bytes_however_they_are_made(generator: Artifact, tmp_path: Path) -> None:
+    """By one process; by three workers of which one is killed; by a run that is killed, killed again, and continued."""
+    alone = run(Store(tmp_path / "alone"), THOUSAND, generator)
+    assert len([name for name in alone.files if name.startswith("tokens/c/")]) == 20, "it should be many shards"
+    with connect(workers=3) as cluster:
+        killing = OneIsKilled(cluster)
+        together = run(Store(tmp_path / "together"), THOUSAND, generator, Options(cluster=killing))
+        assert len(killing.killed) == 1
+        assert killing.killed[0] not in cluster.client.run(os.getpid).values()
+    assert digests(together) == digests(alone)
+    store = Store(tmp_path / "interrupted")
+    for call in (30, 17):
+        with pytest.raises(Killed), killed_at(call):
+            run(store, THOUSAND, generator)
+    assert len(list(store.drafts())) == 1
+    assert digests(run(store, THOUSAND, generator)) == digests(alone)
+
+
+def test_random_numbers_belong_to_the_sample_alone(uniform: Artifact, tmp_path: Path) -> None:
+    """The uniform generator shows them bare: passes, shards and their number leave no trace."""
+    whole = codes(run(Store(tmp_path), CONFIG, uniform))
+    for rows, shard in ((1, 8), (8, 8), (21, 24), (5, 4)):
+        config = CONFIG.model_copy(update={"rows_per_pass": rows, "shard_images": shard})
+        assert (codes(run(Store(tmp_path), config, uniform)) == whole).all()
+    assert (codes(run(Store(tmp_path), CONFIG.model_copy(update={"images": 5}), uniform)) == whole[:5]).all()
+
+
 def test_guidance_and_another_order_are_followed(samples: Artifact, generator: Artifact, tmp_path: Path) -> None:
     guided = CONFIG.model_copy(update={"sampling": SamplingConfig(guidance_scale=8.0)})
     backwards = CONFIG.model_copy(update={"order": (3, 2, 1, 0)})
@@ -122,8 +177,7 @@ def test_labels_in_the_proportions_of_a_token_set(
     assert np.bincount(labels[:10], minlength=3).tolist() == [7, 0, 3]
 
 
-def test_a_uniform_generator_serves_the_same_loop(origin: Store, tokenizer: Artifact, tmp_path: Path) -> None:
-    uniform = generator_artifact(origin, tokenizer, UniformConfig())
+def test_a_uniform_generator_serves_the_same_loop(uniform: Artifact, tmp_path: Path) -> None:
     found = codes(run(Store(tmp_path), CONFIG.model_copy(update={"images": 400}), uniform))
     assert np.bincount(found.ravel(), minlength=CODES).min() > 100
 
