@@ -1,0 +1,144 @@
+"""RAR in the engine: killed trainings end with the same bytes, and two processes see exactly what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from pipeline.artifact import Artifact
+from pipeline.store import Store
+from stages.training.generator import GeneratorTask
+from stages.training.task import Batch
+from stages.weights import load_weights
+from tests.stages.conformance import check_same_bytes, run_stage
+from tests.stages.small_artifacts import CLASSES, CODES, token_artifact, tokenizer_artifact
+from tests.stages.training.small_task import first_gradients
+
+IMAGES = 40
+RAR = {"kind": "rar", "width": 16, "layers": 2, "heads": 2, "mlp_width": 32, "init": {"adaln": 0.05, "classes": 1.0}}
+TRAINING = {"steps": 12, "batch": 8, "seed": 3}
+WITH_DROPOUT: dict[str, Any] = {"model": RAR, "orders": {"start": 4, "end": 9}, "training": TRAINING}
+WITHOUT_DROPOUT = {**WITH_DROPOUT, "model": {**RAR, "dropout": 0.0, "attention_dropout": 0.0}}
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Random codes of 40 images in two crops."""
+    store, draw = Store(tmp_path_factory.mktemp("tokens")), np.random.default_rng(0)
+    codes_ICT = draw.integers(0, CODES, (IMAGES, 2, 4)).astype(np.uint16)
+    return token_artifact(store, tokenizer_artifact(store), codes_ICT, np.arange(IMAGES, dtype=np.int32) % CLASSES)
+
+
+def train_in(store: Path, tokens: Artifact, config: dict[str, Any]) -> Artifact:
+    """Train with a checkpoint after every step."""
+    return run_stage("train-generator", store, config, inputs={"tokens": [tokens]}, checkpoint_seconds=0.0)
+
+
+def checkpoints_in(store: Path) -> list[str]:
+    return sorted(path.name for path in store.glob("train-generator/.*/scratch/checkpoint-*.safetensors"))
+
+
+def test_killed_and_resumed_is_the_same_bytes(tmp_path: Path, tokens: Artifact) -> None:
+    """By SIGKILL, at whatever it was doing when its third and then its eighth checkpoint was there."""
+    whole = train_in(tmp_path / "whole", tokens, WITH_DROPOUT)
+    for step in (3, 8):
+        kill_after(step, tmp_path / "killed", tokens)
+    assert checkpoints_in(tmp_path / "killed")[-1] >= "checkpoint-00000008"
+    check_same_bytes(whole, train_in(tmp_path / "killed", tokens, WITH_DROPOUT))
+
+
+def kill_after(step: int, store: Path, tokens: Artifact) -> None:
+    """Train in a child process, and kill it when the checkpoint of a step is there; three steps later it would wait."""
+    child = os.fork()
+    if child == 0:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - until the process dies
+        take = GeneratorTask.batch
+
+        def slowly(self: GeneratorTask, number: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
+            time.sleep(0.05 if number <= step + 3 else 60)
+            return take(self, number, rows_B, share)
+
+        GeneratorTask.batch = slowly  # type: ignore[method-assign]
+        train_in(store, tokens, WITH_DROPOUT)
+        os._exit(0)
+    while not any(name >= f"checkpoint-{step:08d}" for name in checkpoints_in(store)):
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_two_processes_see_what_one_sees(tmp_path: Path, tokens: Artifact) -> None:
+    """The same rows, orders and dropped labels in every step; first gradients and result as near as sums allow."""
+    report(tmp_path / "alone", tokens)
+    alone = read_report(tmp_path / "alone", 0)
+    two = run_two(tmp_path / "two", tokens)
+    for step, whole in enumerate(alone["seen"]):
+        for mine, first, second in zip(whole, two[0]["seen"][step], two[1]["seen"][step], strict=True):
+            assert first + second == mine, f"step {step}"
+    assert len(alone["seen"]) == TRAINING["steps"]
+    assert any(dropped for *_, dropped_P in alone["seen"] for dropped in dropped_P), "some labels should be dropped"
+    assert len(alone["first"]) > 20
+    for own, shared in zip(alone["first"], two[0]["first"], strict=True):
+        torch.testing.assert_close(torch.tensor(shared), torch.tensor(own), atol=1e-5, rtol=0)
+    assert two[0]["first"] == two[1]["first"]
+    one, together = (load_weights(Store(tmp_path / name).open(*read_key(tmp_path / name))) for name in ("alone", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(together[name], tensor, atol=1e-3, rtol=0)
+
+
+def report(folder: Path, tokens: Artifact, rank: int = 0) -> None:
+    """Train without dropout, and write what the batches held and what the first gradients were."""
+    seen: list[list[Any]] = []
+    take = GeneratorTask.batch
+
+    def look(self: GeneratorTask, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
+        batch = take(self, step, rows_B, share)
+        seen.append([tensor.tolist() for tensor in batch])
+        return batch
+
+    with pytest.MonkeyPatch.context() as patch, first_gradients() as gradients:
+        patch.setattr(GeneratorTask, "batch", look)
+        train_in(folder, tokens, WITHOUT_DROPOUT)
+    (folder / f"report-{rank}.json").write_text(json.dumps({"seen": seen, "first": gradients}))
+
+
+def read_report(folder: Path, rank: int) -> dict[str, Any]:
+    return dict(json.loads((folder / f"report-{rank}.json").read_text()))
+
+
+def read_key(store: Path) -> tuple[str, str]:
+    return "train-generator", next(path.name for path in (store / "train-generator").iterdir() if len(path.name) == 64)
+
+
+def run_two(folder: Path, tokens: Artifact) -> list[dict[str, Any]]:
+    """The training in two processes, as torchrun tells them of each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [os.fork() or replica(folder, tokens, rank, port) for rank in range(2)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    return [read_report(folder, rank) for rank in range(2)]
+
+
+def replica(folder: Path, tokens: Artifact, rank: int, port: int) -> NoReturn:
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in told.items()})
+    try:
+        report(folder, tokens, rank)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
