@@ -1,4 +1,5 @@
-"""Resizing and cropping of uint8 (H, W, 3) arrays with Pillow's antialiased filters, as the published systems do.
+"""Resizing and cropping of uint8 (H, W, 3) arrays, as the published systems do: with Pillow's antialiased filters, or with
+OpenCV's bilinear one, which is not antialiased (IBQ).
 
 A very long or very narrow image (sides differ by more than 16 times) is first cut to its central 16:1 part, so that one
 of 3000x1 pixels becomes a small picture instead of a huge one that is then thrown away.
@@ -14,7 +15,9 @@ from PIL import Image
 
 MAX_ASPECT = 16
 
-Filter = Literal["bicubic", "bilinear", "lanczos", "box", "nearest"]
+Filter = Literal["bicubic", "bilinear", "lanczos", "box", "nearest", "opencv-bilinear"]
+OPENCV: Filter = "opencv-bilinear"
+BITS = 11  # of the weights in OpenCV's bilinear resize of bytes
 
 
 def adm_crop(image_HW3: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -34,21 +37,30 @@ def adm_crop(image_HW3: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 def short_side_crop(image_HW3: NDArray[np.uint8], size: int, filter: Filter) -> NDArray[np.uint8]:
-    """Short side to `size`, then the centre (size, size, 3); offsets are rounded half to even, as torchvision does."""
+    """Short side to `size`, then the centre (size, size, 3).
+
+    Offsets are rounded half to even, as torchvision does; with OpenCV's filter down, as albumentations does.
+    """
     image_HW3 = resize_short_side(image_HW3, size, filter)
-    height, width = image_HW3.shape[:2]
-    return crop(image_HW3, round((height - size) / 2), round((width - size) / 2), size)
+    spare = [side - size for side in image_HW3.shape[:2]]
+    top, left = (number // 2 if filter == OPENCV else round(number / 2) for number in spare)
+    return crop(image_HW3, top, left, size)
 
 
 def resize_short_side(image_HW3: NDArray[np.uint8], size: int, filter: Filter) -> NDArray[np.uint8]:
-    """Short side to `size`, the long one to int(size * long / short), as torchvision does."""
-    height, width = short_side_sizes(image_HW3, size)
+    """Short side to `size`, the long one in proportion."""
+    height, width = short_side_sizes(image_HW3, size, filter)
     return resize(cut_long_side(image_HW3), height, width, filter)
 
 
-def short_side_sizes(image_HW3: NDArray[np.uint8], size: int) -> tuple[int, int]:
-    """Height and width that `resize_short_side` gives."""
+def short_side_sizes(image_HW3: NDArray[np.uint8], size: int, filter: Filter) -> tuple[int, int]:
+    """Height and width that `resize_short_side` gives: the long side is cut to an integer, as torchvision does; with
+    OpenCV's filter it is rounded half to even, as albumentations does.
+    """
     height, width = cut_long_side(image_HW3).shape[:2]
+    if filter == OPENCV:
+        scale = size / min(height, width)
+        return round(height * scale), round(width * scale)
     if width <= height:
         return int(size * height / width), size
     return size, int(size * width / height)
@@ -66,8 +78,26 @@ def resize(image_HW3: NDArray[np.uint8], height: int, width: int, filter: Filter
     """The whole image at (height, width, 3)."""
     if image_HW3.shape[:2] == (height, width):
         return image_HW3
+    if filter == OPENCV:
+        return opencv_bilinear(image_HW3, height, width)
     image = Image.fromarray(np.ascontiguousarray(image_HW3))
     return np.asarray(image.resize((width, height), Image.Resampling[filter.upper()]))
+
+
+def opencv_bilinear(image_HW3: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """What OpenCV's INTER_LINEAR gives for bytes, bit by bit: each pixel is made of the two by two nearest.
+
+    Source: https://docs.opencv.org/4.x/da/d54/group__imgproc__transform.html; arithmetic checked against version 5.0.
+    """
+    left_w, right_w, share_w = _neighbours(image_HW3.shape[1], width, beyond=False)
+    top_h, bottom_h, share_h = _neighbours(image_HW3.shape[0], height, beyond=True)
+    wide = image_HW3.astype(np.int32)
+    rows_Hw3 = (wide[:, left_w] * share_w[0][:, None] + wide[:, right_w] * share_w[1][:, None]) >> 4
+    above, below = (
+        (rows_Hw3[rows] * share[:, None, None]) >> 16 for rows, share in ((top_h, share_h[0]), (bottom_h, share_h[1]))
+    )
+    resized: NDArray[np.uint8] = ((above + below + 2) >> 2).astype(np.uint8)
+    return resized
 
 
 def crop(image_HW3: NDArray[np.uint8], top: int, left: int, size: int) -> NDArray[np.uint8]:
@@ -88,3 +118,20 @@ def shift(image_HW3: NDArray[np.uint8], down: int, right: int, fill: int) -> NDA
         max(0, -down) : height + min(0, -down), max(0, -right) : width + min(0, -right)
     ]
     return moved_HW3
+
+
+def _neighbours(
+    old: int, new: int, *, beyond: bool
+) -> tuple[NDArray[np.intp], NDArray[np.intp], tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    """For each new pixel the two old ones that it is made of, and their weights in fixed point.
+
+    beyond: at the border two equal neighbours share the weight, instead of one having all of it (they round differently).
+    """
+    places = ((np.arange(new) + 0.5) * (old / new) - 0.5).astype(np.float32)
+    first = np.floor(places).astype(np.intp)
+    share = (places - first).astype(np.float32)
+    if not beyond:
+        share[(first < 0) | (first >= old - 1)] = 0
+        first = first.clip(0, old - 1)
+    near, far = (np.rint(part * 2**BITS).astype(np.int32) for part in (1 - share, share))
+    return first.clip(0, old - 1), (first + 1).clip(0, old - 1), (near, far)

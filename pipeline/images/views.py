@@ -230,7 +230,7 @@ class RandomCropViews(ViewPolicy):
 
     def boxes(self, image_HW3: NDArray[np.uint8], *, index: int) -> Box:
         """Where the views lie, in pixels of the resized image: float32 (count, 5) of x, y, w, h, flip."""
-        height, width = resampling.short_side_sizes(image_HW3, self.short_side)
+        height, width = resampling.short_side_sizes(image_HW3, self.short_side, self.filter)
         places = [self.place(height, width, view, index) for view in range(self.count)]
         return np.array([(left, top, self.size, self.size, flip) for top, left, flip in places], dtype=np.float32)
 

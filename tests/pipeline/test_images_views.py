@@ -189,3 +189,35 @@ def test_none_refuses_another_size() -> None:
 def test_wrong_policies_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         TypeAdapter(Views).validate_python(fields)
+
+
+# cv2.resize(IMAGE, (columns, rows), interpolation=cv2.INTER_LINEAR) of opencv-python-headless 5.0.0
+OPENCV_IMAGE = (np.arange(5 * 7 * 3).reshape(5, 7, 3) * 37 % 251).astype(np.uint8)
+SMALLER = [
+    [[49, 86, 124], [212, 30, 67], [187, 151, 41], [130, 167, 152]],
+    [[90, 127, 164], [33, 70, 107], [227, 45, 82], [170, 207, 88]],
+    [[129, 166, 109], [73, 110, 126], [47, 84, 100], [106, 90, 127]],
+]
+LARGER_RED = [
+    [0, 74, 160, 191, 82, 168, 115, 90, 164],
+    [18, 92, 178, 209, 100, 186, 133, 108, 182],
+    [38, 112, 133, 115, 120, 206, 153, 128, 202],
+    [58, 132, 107, 53, 140, 145, 127, 148, 222],
+    [78, 152, 127, 73, 160, 51, 82, 147, 179],
+    [96, 170, 145, 92, 178, 69, 100, 102, 9],
+]
+
+
+def test_the_bilinear_filter_of_opencv_to_the_bit() -> None:
+    assert resampling.resize(OPENCV_IMAGE, 3, 4, "opencv-bilinear").tolist() == SMALLER
+    assert resampling.resize(OPENCV_IMAGE, 6, 9, "opencv-bilinear")[..., 0].tolist() == LARGER_RED
+
+
+def test_albumentations_rounds_sides_and_centre_in_its_own_way() -> None:
+    """SmallestMaxSize rounds the long side to nearest where torchvision cuts it, and halves of a pixel down."""
+    assert resampling.short_side_sizes(noise(100, 141), 32, "opencv-bilinear") == (32, 45)  # 45.12
+    assert resampling.short_side_sizes(noise(100, 143), 32, "opencv-bilinear") == (32, 46)  # 45.76
+    assert resampling.short_side_sizes(noise(100, 143), 32, "bilinear") == (32, 45)
+    square = noise(32, 35)  # 3 pixels to spare: 1 to the left; torchvision takes round(1.5) = 2
+    assert np.array_equal(policy("eval-crop", filter="opencv-bilinear").apply(square, 0, index=0), square[:, 1:33])
+    assert np.array_equal(policy("eval-crop", filter="bilinear").apply(square, 0, index=0), square[:, 2:34])
