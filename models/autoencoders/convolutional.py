@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from models.autoencoders.autoencoder import Autoencoder
 from models.autoencoders.config import ConvolutionalConfig
 
 # Shapes: B images, C colour channels, H W pixels, D latent channels, h w latent grid, F feature channels
@@ -33,25 +34,9 @@ class ResidualBlock(nn.Module):
         return x_BFhw + self.branch(x_BFhw)
 
 
-class ConvolutionalAutoencoder(nn.Module):
-    """Images in the config's pixel range to latents and back; the output is not clamped."""
-
+class ConvolutionalAutoencoder(Autoencoder):
     def __init__(self, config: ConvolutionalConfig):
-        super().__init__()
-        self.config = config
-        self.encoder = build_encoder(config)
-        self.decoder = build_decoder(config)
-
-    def encode(self, pixels_BCHW: Tensor) -> Tensor:
-        return self.encoder(pixels_BCHW)
-
-    def decode(self, z_BDhw: Tensor) -> Tensor:
-        return self.decoder(z_BDhw)
-
-    @property
-    def last_weight(self) -> Tensor:
-        """What an adaptive weight of the adversarial loss measures gradients at."""
-        return self.decoder[-2].weight
+        super().__init__(config, build_encoder(config), build_decoder(config))
 
 
 def build_encoder(config: ConvolutionalConfig) -> nn.Sequential:

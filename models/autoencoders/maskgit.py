@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.autoencoders.autoencoder import Autoencoder
 from models.autoencoders.config import MaskgitConfig
 from models.layers.residual import ResidualBlock, group_norm
 
@@ -74,25 +75,9 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x_BFhw)))
 
 
-class MaskgitAutoencoder(nn.Module):
-    """Images in the config's pixel range to latents and back; the output is not clamped."""
-
+class MaskgitAutoencoder(Autoencoder):
     def __init__(self, config: MaskgitConfig):
-        super().__init__()
-        self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-
-    def encode(self, pixels_BCHW: Tensor) -> Tensor:
-        return self.encoder(pixels_BCHW)
-
-    def decode(self, z_BDhw: Tensor) -> Tensor:
-        return self.decoder(z_BDhw)
-
-    @property
-    def last_weight(self) -> Tensor:
-        """What an adaptive weight of the adversarial loss measures gradients at."""
-        return self.decoder.conv_out.weight
+        super().__init__(config, Encoder(config), Decoder(config))
 
 
 def residual_block(width_in: int, width_out: int) -> ResidualBlock:

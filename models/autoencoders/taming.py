@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.autoencoders.autoencoder import Autoencoder
 from models.autoencoders.config import TamingConfig
 from models.layers.residual import ResidualBlock, group_norm
 
@@ -129,24 +130,16 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x_BFhw)))
 
 
-class TamingAutoencoder(nn.Module):
-    """Images in the config's pixel range to latents and back; the output is not clamped."""
+class TamingAutoencoder(Autoencoder):
+    """With a 1x1 convolution on either side of the quantizer."""
 
     def __init__(self, config: TamingConfig):
-        super().__init__()
-        self.config = config
-        self.encoder = Encoder(config)
+        super().__init__(config, Encoder(config), Decoder(config))
         self.quant_conv = nn.Conv2d(config.features, config.latent, 1)
         self.post_quant_conv = nn.Conv2d(config.latent, config.features, 1)
-        self.decoder = Decoder(config)
 
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(pixels_BCHW))
 
     def decode(self, z_BDhw: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z_BDhw))
-
-    @property
-    def last_weight(self) -> Tensor:
-        """What an adaptive weight of the adversarial loss measures gradients at."""
-        return self.decoder.conv_out.weight

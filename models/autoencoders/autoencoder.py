@@ -1,0 +1,28 @@
+"""What all autoencoders are: an encoder, a decoder, and the weight at which adversarial gradients are measured."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from models.config import Config
+
+
+class Autoencoder(nn.Module):
+    """Images (B, C, H, W) in the config's pixel range to latents (B, D, h, w) and back; the output is not clamped."""
+
+    def __init__(self, config: Config, encoder: nn.Module, decoder: nn.Module):
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def encode(self, pixels_BCHW: Tensor) -> Tensor:
+        return self.encoder(pixels_BCHW)
+
+    def decode(self, z_BDhw: Tensor) -> Tensor:
+        return self.decoder(z_BDhw)
+
+    @property
+    def last_weight(self) -> Tensor:
+        """What an adaptive weight of the adversarial loss measures gradients at: that of the last convolution."""
+        return [module for module in self.decoder.modules() if isinstance(module, nn.Conv2d)][-1].weight
