@@ -23,8 +23,9 @@ from pipeline.shards import map_shards
 from pipeline.stage import External, Inputs, read, stage
 from smalti.arrays import ArraySpec, encode_shard, group_metadata_bytes, metadata_bytes
 from stages.devices import pick_device, threads
-from stages.encoder_weights import HubWeights, published_weights
+from stages.encoder_weights import published_weights
 from stages.encoding import ENCODER, ENCODER_WEIGHTS, load_encoder
+from stages.hub import HubWeights
 from stages.passes import ImagesAt, run_passes, to_images, view_passes
 
 if TYPE_CHECKING:

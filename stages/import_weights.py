@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -17,8 +18,8 @@ from pipeline.errors import CorruptError, InputError, UsageError
 from pipeline.keys import config_value
 from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, read, stage
-from stages.encoder_weights import HubWeights, download
 from stages.foreign import read_state
+from stages.hub import HubWeights, download
 from stages.networks import GeneratorCard, join_tokenizer
 from stages.weights import save_weights
 
@@ -103,7 +104,7 @@ def import_weights(config: ImportConfig, inputs: Inputs, out: Draft, run: Runtim
     config.json and weights.safetensors.  resumes: from the start. No code in the file is run, and every missing, surplus
     or misshapen tensor is refused.
     """
-    path = run.paths.get("weights") or download(needed_hub(config), run)
+    path = run.paths.get("weights") or download(needed_hub(config), run.progress)
     state = read_state(path)
     if LAYOUTS[config.layout].kind == "generator":
         import_generator(config, inputs, out, state, path)
@@ -225,8 +226,6 @@ def save(out: Draft, state: Mapping[str, torch.Tensor], config: dict[str, Any], 
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """Short English names of the 1,000 classes, in the alphabetical order of their synsets."""
-    from timm.data.imagenet_info import ImageNetInfo
-
-    names = ImageNetInfo("imagenet-1k").label_descriptions()
-    return tuple(str(name).split(",")[0] for name in names)
+    """Short English names of the 1,000 classes, in the alphabetical order of their synsets (WordNet)."""
+    lines = files("stages").joinpath("imagenet-classes.txt").read_text(encoding="utf-8").splitlines()
+    return tuple(line.split(" ", 1)[1] for line in lines)

@@ -22,7 +22,8 @@ from pipeline.errors import CorruptError, InputError, NumericError, UsageError
 from pipeline.images import ImageSet
 from pipeline.images.views import CenterViews
 from smalti.arrays import MappedArray
-from stages.encoder_weights import HubWeights, check_digest, read_weights
+from stages.encoder_weights import read_weights
+from stages.hub import HubWeights, check_digest
 from stages.passes import ImagesAt, view_passes
 from tests.stages.conformance import (
     check_every_crash,
