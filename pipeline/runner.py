@@ -113,13 +113,61 @@ def make(
         return Made(_remember_paths(store.open(request.stage, request.key), paths), reused=True)
     if declared.check is not None:
         declared.check(config, dict(inputs.items()))
+    job = _Job(store, declared, config, inputs, paths, options, request)
     if not ranks.is_first():
-        return _follow(store, declared, config, inputs, paths, options, request)
+        return job.follow()
     with store.draft(request, wait=options.wait, again=options.force) as draft:
         if draft is None:
             return Made(store.open(request.stage, request.key), reused=True)
-        _work(store, declared, config, inputs, paths, options, draft)
+        job.work(draft)
     return Made(_remember_paths(store.open(request.stage, request.key), paths), reused=False)
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One artifact that has to be made."""
+
+    store: Store
+    declared: Stage
+    config: BaseModel
+    inputs: Inputs
+    paths: Mapping[str, Path]
+    options: Options
+    request: Request
+
+    def work(self, draft: Draft) -> None:
+        """Check the inputs' data, run the stage into the draft, and commit it."""
+        for artifact in self.inputs.flat():
+            check_data(artifact)
+        runtime = self._runtime(draft, self.options.progress)
+        runtime.progress.say(_heading(draft, self.options.title))
+        log, options = draft.log / "run.json", self.options
+        with Attempt(log, device=options.device, threads=options.threads, command=options.command):
+            self.declared.function(self.config, self.inputs, draft, runtime)
+        draft.commit(self.store.path(self.declared.name, draft.request.key))
+
+    def follow(self) -> Made:
+        """In another process of a torchrun launch: take part in a training, whose artifact the first process writes."""
+        if self.declared.trains:
+            with TemporaryDirectory() as folder:
+                draft = Draft.open(Path(folder), self.request)
+                self.declared.function(self.config, self.inputs, draft, self._runtime(draft, Progress()))
+        stage, key = self.request.stage, self.request.key
+        ranks.wait_until(lambda: self.store.has(stage, key))
+        return Made(self.store.open(stage, key), reused=False)
+
+    def _runtime(self, draft: Draft, progress: Progress) -> Runtime:
+        options = self.options
+        return Runtime(
+            cluster=options.cluster,
+            progress=progress.into(draft.log),
+            log=draft.log,
+            device=options.device,
+            threads=options.threads,
+            checkpoint_seconds=options.checkpoint_seconds,
+            paths=dict(self.paths),
+            store=self.store.root,
+        )
 
 
 def make_request(declared: Stage, config: BaseModel, inputs: Inputs, paths: Mapping[str, Path]) -> Request:
@@ -144,57 +192,6 @@ def _remember_paths(artifact: Artifact, paths: Mapping[str, Path]) -> Artifact:
 def missing_sentence(step: Step) -> str:
     options = " and ".join(f"--{name} PATH" if name == "images" else f"--path {name}=PATH" for name in step.missing)
     return f"step {step.name} lacks external data: give {options}"
-
-
-def _work(
-    store: Store,
-    declared: Stage,
-    config: BaseModel,
-    inputs: Inputs,
-    paths: Mapping[str, Path],
-    options: Options,
-    draft: Draft,
-) -> None:
-    for artifact in inputs.flat():
-        check_data(artifact)
-    runtime = _runtime(store, paths, options, draft)
-    runtime.progress.say(_heading(draft, options.title))
-    with Attempt(draft.log / "run.json", device=options.device, threads=options.threads, command=options.command):
-        declared.function(config, inputs, draft, runtime)
-    draft.commit(store.path(declared.name, draft.request.key))
-
-
-def _follow(
-    store: Store,
-    declared: Stage,
-    config: BaseModel,
-    inputs: Inputs,
-    paths: Mapping[str, Path],
-    options: Options,
-    request: Request,
-) -> Made:
-    """Another process of a torchrun launch: take part in a training, whose artifact the first process writes."""
-    if declared.trains:
-        with TemporaryDirectory() as folder:
-            draft = Draft.open(Path(folder), request)
-            declared.function(
-                config, inputs, draft, _runtime(store, paths, replace(options, progress=Progress()), draft)
-            )
-    ranks.wait_until(lambda: store.has(request.stage, request.key))
-    return Made(store.open(request.stage, request.key), reused=False)
-
-
-def _runtime(store: Store, paths: Mapping[str, Path], options: Options, draft: Draft) -> Runtime:
-    return Runtime(
-        cluster=options.cluster,
-        progress=options.progress.into(draft.log),
-        log=draft.log,
-        device=options.device,
-        threads=options.threads,
-        checkpoint_seconds=options.checkpoint_seconds,
-        paths=dict(paths),
-        store=store.root,
-    )
 
 
 def _heading(draft: Draft, title: str) -> str:
