@@ -75,9 +75,9 @@ def test_page(page: Path, clone: Path) -> None:
 
 def parse(line: str, root: Path) -> None:
     """Check a command that is not run: options are known, recipes and targets exist."""
-    words = [word for word in shlex.split(line) if "=" not in word or not word.split("=")[0].isupper()]
+    words = [word for word in shlex.split(line, comments=True) if "=" not in word or not word.split("=")[0].isupper()]
     if words[0] == "make":
-        run(["make", "-n", *shlex.split(line)[1:]], root)
+        run(["make", "-n", *shlex.split(line, comments=True)[1:]], root)
     elif words[0] == "smalti":
         run([*words, "--dry-run"] if words[1] in ("run",) else [*words[:2], "--help"], root)
 
