@@ -12,10 +12,11 @@ from typing import Any
 
 import rfc8785
 from pydantic import BaseModel
+from pydantic.config import JsonDict
 
 from pipeline.errors import UsageError
 
-NEUTRAL = {"neutral": True}
+NEUTRAL: JsonDict = {"neutral": True}
 """`Field(default, json_schema_extra=NEUTRAL)`: a later field whose default leaves the keys of older configs alone."""
 
 InputKeys = Mapping[str, str | list[str]]

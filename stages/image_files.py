@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.artifact import Artifact
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError, InputError
-from pipeline.images import ImageSet
+from pipeline.images import ImageSet, ViewPolicy
 from pipeline.images.views import CenterViews
 from smalti.arrays import ArraySpec, MappedArray, encode_shard, group_metadata_bytes, metadata_bytes
 from smalti.limits import read_json
@@ -98,23 +98,26 @@ class Pictures:
             yield start, self.read(start, min(start + rows, len(self)))
 
 
-def open_pictures(artifact: Artifact, *, size: int | None, threads: int = 1) -> Pictures:
-    """The images of an artifact of kind "images", or the centre view (size x size) of every image of an image set.
+def open_pictures(
+    artifact: Artifact, *, size: int | None, views: ViewPolicy | None = None, threads: int = 1
+) -> Pictures:
+    """The images of an artifact of kind "images", or the upright view (size x size) of every image of an image set.
 
-    size: None takes what an images artifact has.  InputError if it has another size, or an image set is given none.
+    size: None takes what an images artifact has.  views: by default the ADM centre crop.
+    InputError if an images artifact has another size, or an image set is given none.
     """
     if artifact.kind == "image-set":
-        return _open_set(artifact, size, threads)
+        return _open_set(artifact, size, views, threads)
     return _open_images(artifact, size)
 
 
-def _open_set(artifact: Artifact, size: int | None, threads: int) -> Pictures:
+def _open_set(artifact: Artifact, size: int | None, views: ViewPolicy | None, threads: int) -> Pictures:
     if size is None:
         raise InputError(f"{artifact.name} is an image set, whose images have no common size: give size in the config")
-    images, views = ImageSet.open(artifact.path), CenterViews(size=size)
+    images, seen = ImageSet.open(artifact.path), views or CenterViews(size=size)
 
     def read(start: int, stop: int) -> Images_BHW3:
-        return images.chosen_views(range(start, stop), [0] * (stop - start), views=views, threads=threads)
+        return images.chosen_views(range(start, stop), [seen.upright] * (stop - start), views=seen, threads=threads)
 
     return Pictures(artifact.name, artifact.path, size, images.labels, images.classes, images.keys, read)
 

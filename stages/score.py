@@ -22,10 +22,12 @@ from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import External, Inputs, read, stage
 from smalti.tokens import open_tokens
+from stages.code_usage import CodeUsage
 from stages.devices import threads
 from stages.identity import is_same_tokenizer
 from stages.image_files import Pictures, open_pictures
-from stages.scoring.extraction import ExtractionSpec, Source, choose_extractors, extract_shard, gather
+from stages.perceptual import PERCEPTUAL, PERCEPTUAL_EXTERNAL, find_perceptual
+from stages.scoring.extraction import ExtractionSpec, Source, choose_extractors, extract_shard, gather, gather_pairs
 from stages.scoring.protocol import (
     ScoreConfig,
     check_classes,
@@ -33,6 +35,7 @@ from stages.scoring.protocol import (
     common_size,
     extractor_ids,
     feature_counts,
+    input_suffix,
 )
 
 METRICS = "metrics.json"
@@ -50,7 +53,9 @@ FORMAT = 1
             "classifier", help="judges: extractors, and of class consistency", optional=True, many=True
         ),
         "best": read("metrics", help="the same score of real against real images", optional=True),
-        "tokens": read("token-set", help="the samples' codes, to look for copies in", optional=True),
+        "tokens": read(
+            "token-set", help="the images' codes: to look for copies in, or for the codebook's usage", optional=True
+        ),
         "training": read("token-set", help="the codes that the generator was trained on", optional=True),
         "training-images": read("image-set", "images", help="training images, for signs of memory", optional=True),
     },
@@ -61,25 +66,32 @@ FORMAT = 1
             help="the published Inception weights (with extractor: inception), if they are not in torch's cache",
             identify=lambda config, path: hash_file(path),
             needed=lambda config: False,
-        )
+        ),
+        PERCEPTUAL: PERCEPTUAL_EXTERNAL,
     },
 )
 def score_images(config: ScoreConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Score images against a reference.
 
     Writes metrics.json: Frechet distance (FID with Inception), Inception score, kernel distance, precision and recall;
-    with classifiers also class consistency; PSNR of reconstructions; the share of samples that copy a training image;
-    and how many times the best possible distance this is.
+    with classifiers also class consistency; PSNR of reconstructions, if asked for also SSIM and LPIPS, and how much of
+    the codebook their codes use; the share of samples that copy a training image; and how many times the best possible
+    distance this is.
     """
     from threadpoolctl import threadpool_limits
 
     size = common_size(config, inputs)
-    images, reference = (open_pictures(inputs[name], size=size) for name in ("images", "reference"))
+    images, reference = (open_pictures(inputs[name], size=size, views=config.views) for name in ("images", "reference"))
     check_classes(images, inputs)
     check_counts(config, len(images), len(reference), feature_counts(config, inputs))
+    check_inputs(config, inputs, images, reference)
+    perceptual = None
+    if "lpips" in config.figures:
+        perceptual = find_perceptual(run.paths.get(PERCEPTUAL), otherwise="leave lpips out of figures").absolute()
     extractors = choose_extractors(config, inputs, run)
     sources = (Source.of(inputs["images"]), Source.of(inputs["reference"]))
-    spec = ExtractionSpec(extractors, sources, (len(images), len(reference)), size, config)
+    counts = (len(images), len(reference))
+    spec = ExtractionSpec(extractors, sources, counts, size, config, run.device, perceptual)
     sizes = [stop - start for _, _, start, stop in spec.blocks]
     map_shards(out, run, extract_shard, spec, sizes, label="score")
     with threads(1), threadpool_limits(1):  # the last bits of a figure depend on the number of threads
@@ -91,6 +103,20 @@ def score_images(config: ScoreConfig, inputs: Inputs, out: Draft, run: Runtime) 
         "values": metrics["values"],
         "figure": sentence(metrics["values"]),
     }
+
+
+def check_inputs(config: ScoreConfig, inputs: Inputs, images: Pictures, reference: Pictures) -> None:
+    """What was asked for has what it needs: UsageError or InputError before anything is computed."""
+    if config.pairs and (len(images) != len(reference) or (images.labels_I != reference.labels_I).any()):
+        raise InputError(
+            f"pairs: {images.name} is no reconstruction of {reference.name}, whose number or labels differ",
+            path=images.path,
+        )
+    if "usage" in config.figures and "tokens" not in inputs:
+        raise UsageError("the figure usage is counted in a token set: give --tokens", hint="or leave it out of figures")
+    given = [name for name in ("tokens", "training") if name in inputs]
+    if len(given) == 1 and "usage" not in config.figures:
+        raise UsageError(f"copies are looked for with the inputs tokens and training, found only {given[0]}")
 
 
 def measure(
@@ -117,10 +143,17 @@ def measure(
     shares = [
         {"consistency": consistency(ours.logits_NL, images.labels_I)} for ours, _ in features[len(features) - judges :]
     ]
-    values = {**mean(each), **mean(shares), **compare_pixels(config, inputs, images, reference), **find_copies(inputs)}
+    values = {
+        **mean(each),
+        **mean(shares),
+        **compare_pixels(config, inputs, images, reference),
+        **gather_pairs(spec, out),
+        **measure_usage(config, inputs),
+        **find_copies(inputs),
+    }
     return {
         "format": FORMAT,
-        "protocol": f"{config.extractor}-{features[0][0].features_NE.shape[1]}",
+        "protocol": f"{config.extractor}-{features[0][0].features_NE.shape[1]}{input_suffix(config)}",
         "images": len(images),
         "reference": len(reference),
         "extractors": extractor_ids(config, inputs),
@@ -151,29 +184,32 @@ def compare_pixels(config: ScoreConfig, inputs: Inputs, images: Pictures, refere
 
     values: dict[str, float] = {}
     if config.pairs:
-        if len(images) != len(reference) or (images.labels_I != reference.labels_I).any():
-            raise InputError(
-                f"pairs: {images.name} is no reconstruction of {reference.name}, whose number or labels differ",
-                path=images.path,
-            )
         blocks = zip(images.passes(config.shard_images), reference.passes(config.shard_images), strict=True)
         sums = [mean_psnr(ours, theirs) * len(ours) for (_, ours), (_, theirs) in blocks]
         values["psnr"] = sum(sums) / len(images)
     if "training-images" in inputs:
-        training = open_pictures(inputs["training-images"], size=images.size)
+        training = open_pictures(inputs["training-images"], size=images.size, views=config.views)
         values |= nearness(*(_pixels(pictures) for pictures in (images, reference, training)))
     return values
+
+
+def measure_usage(config: ScoreConfig, inputs: Inputs) -> dict[str, float]:
+    """The share of the codebook that the token set uses, and its perplexity, where they were asked for."""
+    if "usage" not in config.figures:
+        return {}
+    tokens = open_tokens(inputs["tokens"].path)
+    usage = CodeUsage(tokens.codes)
+    for start in range(0, tokens.n_images, config.shard_images):
+        usage.add(tokens.tokens.read_rows(start, min(start + config.shard_images, tokens.n_images)))
+    return {"usage": usage.used / tokens.codes, "perplexity": usage.perplexity}
 
 
 def find_copies(inputs: Inputs) -> dict[str, float]:
     """The share of samples whose codes are exactly those of a training image, where both token sets were given."""
     from stages.scoring.figures import copies
 
-    given = [name for name in ("tokens", "training") if name in inputs]
-    if not given:
+    if "training" not in inputs:
         return {}
-    if len(given) == 1:
-        raise UsageError(f"copies are looked for with the inputs tokens and training, found only {given[0]}")
     ours, training = (open_tokens(inputs[name].path) for name in ("tokens", "training"))
     if not is_same_tokenizer(ours.attributes.tokenizer, training.attributes.tokenizer) or ours.grid != training.grid:
         raise CorruptError(
@@ -187,9 +223,12 @@ def find_copies(inputs: Inputs) -> dict[str, float]:
 def sentence(values: Mapping[str, float]) -> str:
     """The main figures as they stand in the run's table."""
     parts = [f"PSNR {values['psnr']:.1f} dB"] if "psnr" in values else []
+    parts += [f"SSIM {values['ssim']:.3f}"] if "ssim" in values else []
+    parts += [f"LPIPS {values['lpips']:.3f}"] if "lpips" in values else []
     ratio = f" = {values['ratio']:.2f} x best possible" if "ratio" in values else ""
     parts.append(f"distance {values['distance']:.4g}{ratio}")
     parts += [f"consistency {values['consistency']:.1%}"] if "consistency" in values else []
+    parts += [f"{values['usage']:.0%} of the codes used"] if "usage" in values else []
     parts += [f"{values['copies']:.1%} copies"] if "copies" in values else []
     return ", ".join(parts)
 

@@ -1,4 +1,4 @@
-"""Features of all images under all extractors, shard by shard.
+"""Features of all images under all extractors, and what is measured pair by pair, shard by shard.
 
 They are scratch files of the draft: an interrupted extraction goes on where it was, and the artifact does not keep them.
 """
@@ -6,10 +6,11 @@ They are scratch files of the draft: an interrupted extraction goes on where it 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +18,14 @@ from numpy.typing import NDArray
 from pipeline.artifact import Artifact, read_manifest
 from pipeline.draft import SCRATCH, Draft
 from pipeline.errors import NumericError
+from pipeline.images import Views
 from pipeline.runtime import Runtime
 from pipeline.shards import unit_name
 from pipeline.stage import Inputs
 from stages.devices import threads
 from stages.image_files import Pictures, open_pictures
 from stages.networks import NetworkFile
+from stages.perceptual import load_lpips
 from stages.scoring.inception import find_weights
 from stages.scoring.protocol import ScoreConfig
 
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from stages.scoring.figures import Features
 
 CLASSIFIER, INCEPTION = "smalti-classifier", "inception-v3-compat"  # names in torch-fidelity's registry
+PYTORCH_FID = "smalti-inception-pytorch-fid"
 PARTS = ("features", "logits")
 
 
@@ -57,23 +61,30 @@ class Source:
 
 @dataclass(frozen=True)
 class ExtractionSpec:
-    """What a worker needs for any shard. Shards are numbered by extractor, then by source, then by block of images."""
+    """What a worker needs for any shard. Shards are numbered by extractor, then by source, then by block of images.
+
+    Figures of pairs come last, as those of one more extractor that looks at the first source. device: of LPIPS, whose
+    weights are `perceptual`.
+    """
 
     extractors: tuple[ExtractorFile, ...]
     sources: tuple[Source, ...]
     counts: tuple[int, ...]
     size: int
     config: ScoreConfig
+    device: str = "cpu"
+    perceptual: Path | None = None
 
     @property
     def blocks(self) -> list[tuple[int, int, int, int]]:
         """(extractor, source, first image, image after the last) of every shard."""
         step = self.config.shard_images
+        places = [(extractor, source) for extractor in range(len(self.extractors)) for source in (0, 1)]
+        pairs = [(len(self.extractors), 0)] if self.config.of_pairs else []
         return [
-            (extractor, source, start, min(start + step, count))
-            for extractor in range(len(self.extractors))
-            for source, count in enumerate(self.counts)
-            for start in range(0, count, step)
+            (extractor, source, start, min(start + step, self.counts[source]))
+            for extractor, source in places + pairs
+            for start in range(0, self.counts[source], step)
         ]
 
 
@@ -83,18 +94,31 @@ def choose_extractors(config: ScoreConfig, inputs: Inputs, run: Runtime) -> tupl
     extractors = [ExtractorFile(CLASSIFIER, run.device, classifier=judge) for judge in judges]
     if config.extractor == "inception":
         weights = find_weights(run.paths.get("weights")).absolute()
-        return (ExtractorFile(INCEPTION, run.device, weights=weights), *extractors)
+        name = INCEPTION if config.inception_input == "torch-fidelity" else PYTORCH_FID
+        return (ExtractorFile(name, run.device, weights=weights), *extractors)
     return tuple(extractors)
 
 
 def extract_shard(spec: ExtractionSpec, number: int) -> dict[str, bytes]:
-    """Features and logits of one block: passes of exactly `rows_per_pass` rows, the last padded with its first row."""
+    """Features and logits, or the figures of pairs, of one block."""
+    which, source, start, stop = spec.blocks[number]
+    found: Mapping[str, NDArray[Any]]
+    if which == len(spec.extractors):
+        found = compare_block(spec, start, stop)
+    else:
+        found = extract_block(spec, which, source, start, stop)
+    return {_scratch_file(number, name): _npy(part) for name, part in found.items()}
+
+
+def extract_block(
+    spec: ExtractionSpec, which: int, source: int, start: int, stop: int
+) -> dict[str, NDArray[np.float32]]:
+    """Features and logits: passes of exactly `rows_per_pass` rows, the last padded with its first row."""
     import torch
 
     from stages.scoring.extractors import load_extractor
 
-    which, source, start, stop = spec.blocks[number]
-    pictures = _open(spec.sources[source], spec.size)
+    pictures = _open(spec.sources[source], spec.size, spec.config.views)
     rows = spec.config.rows_per_pass
     blocks: list[list[NDArray[np.float32]]] = []
     with threads(1), torch.inference_mode():
@@ -108,7 +132,24 @@ def extract_shard(spec: ExtractionSpec, number: int) -> dict[str, bytes]:
     parts = [np.concatenate(part) for part in zip(*blocks, strict=True)]
     if not all(np.isfinite(part).all() for part in parts):
         raise NumericError(f"features of images {start} to {stop - 1} are not finite", path=pictures.path)
-    return {_scratch_file(number, name): _npy(part) for name, part in zip(PARTS, parts, strict=True)}
+    return dict(zip(PARTS, parts, strict=True))
+
+
+def compare_block(spec: ExtractionSpec, start: int, stop: int) -> dict[str, NDArray[np.float64]]:
+    """The figures of pairs, image by image: {name: (B,)}."""
+    import torch
+
+    from stages.scoring.figures import lpips_each, ssim_each
+
+    ours, theirs = (_open(source, spec.size, spec.config.views).read(start, stop) for source in spec.sources)
+    found: dict[str, NDArray[np.float64]] = {}
+    if "ssim" in spec.config.of_pairs:
+        found["ssim"] = ssim_each(ours, theirs)
+    if spec.perceptual is not None:
+        with threads(1), torch.inference_mode():
+            lpips = load_lpips(spec.perceptual, spec.device)
+            found["lpips"] = lpips_each(lpips, ours, theirs, rows=spec.config.rows_per_pass)
+    return found
 
 
 def gather(spec: ExtractionSpec, out: Draft) -> list[tuple[Features, Features]]:
@@ -117,9 +158,9 @@ def gather(spec: ExtractionSpec, out: Draft) -> list[tuple[Features, Features]]:
 
     found: dict[tuple[int, int], list[list[NDArray[np.float32]]]] = {}
     for number, (extractor, source, _, _) in enumerate(spec.blocks):
-        files = {path.name: path for path in out.files(unit_name(number))}
-        parts = [np.load(files[Path(_scratch_file(number, name)).name], allow_pickle=False) for name in PARTS]
-        found.setdefault((extractor, source), []).append(parts)
+        if extractor < len(spec.extractors):
+            parts = [_load(out, number, name) for name in PARTS]
+            found.setdefault((extractor, source), []).append(parts)
     whole = {
         place: Features(*(np.concatenate(part) for part in zip(*blocks, strict=True)))
         for place, blocks in found.items()
@@ -127,17 +168,32 @@ def gather(spec: ExtractionSpec, out: Draft) -> list[tuple[Features, Features]]:
     return [(whole[extractor, 0], whole[extractor, 1]) for extractor in range(len(spec.extractors))]
 
 
+def gather_pairs(spec: ExtractionSpec, out: Draft) -> dict[str, float]:
+    """Means over all pairs, out of the draft's scratch files."""
+    numbers = [number for number, block in enumerate(spec.blocks) if block[0] == len(spec.extractors)]
+    return {
+        name: float(np.concatenate([_load(out, number, name) for number in numbers]).mean())
+        for name in spec.config.of_pairs
+    }
+
+
 @lru_cache(2)
-def _open(source: Source, size: int) -> Pictures:
+def _open(source: Source, size: int, views: Views | None) -> Pictures:
     """The images of a source; opened once per process."""
-    return open_pictures(read_manifest(source.path), size=size)
+    return open_pictures(read_manifest(source.path), size=size, views=views)
+
+
+def _load(out: Draft, number: int, part: str) -> NDArray[Any]:
+    files = {path.name: path for path in out.files(unit_name(number))}
+    loaded: NDArray[Any] = np.load(files[Path(_scratch_file(number, part)).name], allow_pickle=False)
+    return loaded
 
 
 def _scratch_file(number: int, part: str) -> str:
     return f"{SCRATCH}/{number:06d}-{part}.npy"
 
 
-def _npy(array: NDArray[np.float32]) -> bytes:
+def _npy(array: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()

@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
+from pipeline.keys import sha256
 from stages.devices import pick_device
 from stages.networks import NetworkFile, load_classifier
-from stages.scoring.extraction import CLASSIFIER, INCEPTION, ExtractorFile
-from stages.scoring.inception import check_weights, read_weights
+from stages.scoring.extraction import CLASSIFIER, INCEPTION, PYTORCH_FID, ExtractorFile
+from stages.scoring.inception import INCEPTION as WEIGHTS
 
-LAYERS = {CLASSIFIER: ["features", "logits"], INCEPTION: ["2048", "logits_unbiased"]}
+INCEPTION_LAYERS = ["2048", "logits_unbiased"]
+LAYERS = {CLASSIFIER: ["features", "logits"], INCEPTION: INCEPTION_LAYERS, PYTORCH_FID: INCEPTION_LAYERS}
 
 
 class ClassifierExtractor(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity has no types
@@ -53,8 +57,25 @@ class ClassifierExtractor(FeatureExtractorBase):  # type: ignore[misc]  # torch-
         return tuple(found[name] for name in self.features_list)
 
 
-if CLASSIFIER not in FEATURE_EXTRACTORS_REGISTRY:
-    register_feature_extractor(CLASSIFIER, ClassifierExtractor)
+class PytorchFidExtractor(FeatureExtractorInceptionV3):  # type: ignore[misc]  # torch-fidelity has no types
+    """The same Inception under pytorch-fid's input: resized with half-pixel centres, and 255 becomes exactly 1.
+
+    (TensorFlow's resize aligns corners of pixels to the left, and 255 becomes 127/128.)
+    """
+
+    def forward(self, bytes_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """What `INCEPTION_LAYERS` names: features and, without the bias, logits."""
+        sides = (self.INPUT_IMAGE_SIZE, self.INPUT_IMAGE_SIZE)
+        x_BFhw = 2 * F.interpolate(bytes_B3HW.float() / 255, sides, mode="bilinear", align_corners=False) - 1
+        for layer in (layer for name, layer in self.named_children() if name != "fc"):  # in the order of the network
+            x_BFhw = layer(x_BFhw)
+        features_BE = x_BFhw.flatten(1)
+        return features_BE, features_BE @ self.fc.weight.T
+
+
+for name, extractor in ((CLASSIFIER, ClassifierExtractor), (PYTORCH_FID, PytorchFidExtractor)):
+    if name not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(name, extractor)
 
 
 @lru_cache(4)
@@ -70,7 +91,7 @@ def _checked_weights(path: Path) -> dict[str, Any]:
 
     It unpickles whatever it is given, so the very bytes that it gets are checked before: digest, and tensors only.
     """
-    data = read_weights(path)
-    check_weights(data, path)
+    data = path.read_bytes()
+    WEIGHTS.check(sha256(data), path)
     torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     return {"feature_extractor_weights_path": io.BytesIO(data)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,11 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
+
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from models.losses.perceptual import Lpips
 
 SEED = 2020  # torch-fidelity's, of KID subsets and of the shuffle before IS splits
 PSNR_LIMIT = 100.0  # dB; two equal images have no finite value
@@ -77,6 +82,35 @@ def mean_psnr(images_NHW3: NDArray[np.uint8], originals_NHW3: NDArray[np.uint8])
     return float((10 * np.log10(255**2 / np.maximum(errors_N, smallest))).mean())
 
 
+def ssim_each(images_NHW3: NDArray[np.uint8], originals_NHW3: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Structural similarity of each pair (N,): windows of 7x7 with equal weights, mean over channels and places.
+
+    UsageError if scikit-image is not installed.
+    """
+    try:
+        from skimage.metrics import structural_similarity
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "SSIM needs the package scikit-image, which is not installed", hint="pip install 'smalti[metrics]'"
+        ) from error
+    pairs = zip(images_NHW3 / 255, originals_NHW3 / 255, strict=True)
+    similarity: Any = structural_similarity  # without types
+    return np.array([similarity(*pair, data_range=1, channel_axis=-1) for pair in pairs])
+
+
+def lpips_each(
+    lpips: Lpips, images_NHW3: NDArray[np.uint8], originals_NHW3: NDArray[np.uint8], *, rows: int
+) -> NDArray[np.float64]:
+    """Perceptual distance of each pair (N,): passes of exactly `rows` pairs, the last padded with its first one."""
+    device = next(iter(lpips.frozen[0].parameters())).device
+    blocks: list[NDArray[np.float64]] = []
+    for start in range(0, len(images_NHW3), rows):
+        pair = [_padded(side[start : start + rows], rows) for side in (images_NHW3, originals_NHW3)]
+        distances_B = lpips(*(torch.from_numpy(side).permute(0, 3, 1, 2).to(device).float() / 255 for side in pair))
+        blocks.append(distances_B[: len(images_NHW3) - start].double().cpu().numpy())
+    return np.concatenate(blocks)
+
+
 def nearness(
     images_NP: NDArray[np.float32], unseen_MP: NDArray[np.float32], training_RP: NDArray[np.float32]
 ) -> dict[str, float]:
@@ -100,6 +134,10 @@ def copies(codes_NT: NDArray[Any], training_RT: NDArray[Any]) -> float:
 def rounded(value: float) -> float:
     """A figure without the digits that only the order of summation decides."""
     return 0.0 if value == 0 else round(value, DIGITS - 1 - math.floor(math.log10(abs(value))))
+
+
+def _padded(block_BHW3: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:
+    return np.concatenate([block_BHW3, block_BHW3[:1].repeat(rows - len(block_BHW3), axis=0)])
 
 
 def _double(values_NE: NDArray[np.float32]) -> torch.Tensor:

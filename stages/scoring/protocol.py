@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import Config
 from pipeline.errors import InputError, UsageError
+from pipeline.images import Views
+from pipeline.images.views import CenterViews
+from pipeline.keys import NEUTRAL
 from pipeline.stage import Inputs
 from stages.image_files import Pictures
 from stages.networks import read_classifier_config
 
 INCEPTION_FEATURES = 2048
+OF_PAIRS = ("ssim", "lpips")
+Figure = Literal["ssim", "lpips", "usage"]
+Resize = Literal["torch-fidelity", "pytorch-fid"]
 
 
 class ScoreConfig(Config):
@@ -30,8 +36,41 @@ class ScoreConfig(Config):
     subset_size: int = Field(default=1000, ge=2, description="images per subset, at most what there is")
     neighbours: int = Field(default=3, ge=1, description="neighbours of precision and recall")
     pairs: bool = Field(default=False, description="images are reconstructions of the reference, in order: adds PSNR")
+    figures: tuple[Figure, ...] = Field(
+        default=(),
+        strict=False,
+        json_schema_extra=NEUTRAL,
+        description="further figures: of pairs ssim and lpips (VGG16, needs weights); usage: share of the codebook that "
+        "the token set (input tokens) uses",
+    )
+    views: Views | None = Field(
+        default=None,
+        json_schema_extra=NEUTRAL,
+        description="how image sets are seen, by the upright view; null: ADM's centre crop at size",
+    )
+    inception_input: Resize = Field(
+        default="torch-fidelity",
+        json_schema_extra=NEUTRAL,
+        description="how images become Inception's 299 pixels: as in TensorFlow (torch-fidelity, ADM), or as in pytorch-fid",
+    )
     rows_per_pass: int = Field(default=64, ge=1, description="images that go through the extractor together")
     shard_images: int = Field(default=1024, ge=1, description="images per unit of work")
+
+    @model_validator(mode="after")
+    def _fits_itself(self) -> Self:
+        lonely = [figure for figure in self.figures if figure in OF_PAIRS]
+        if lonely and not self.pairs:
+            raise ValueError(f"{lonely[0]} compares reconstructions with what they were made of: set pairs to true")
+        return self
+
+    @property
+    def of_pairs(self) -> list[Figure]:
+        """The figures that are measured image by image beside PSNR."""
+        return [figure for figure in OF_PAIRS if figure in self.figures]
+
+    def seen_at(self, size: int) -> Views:
+        """The views under which image sets are seen."""
+        return self.views or CenterViews(size=size)
 
 
 def common_size(config: ScoreConfig, inputs: Inputs) -> int:
@@ -39,7 +78,8 @@ def common_size(config: ScoreConfig, inputs: Inputs) -> int:
     artifacts = [inputs[name] for name in ("images", "reference")]
     decoded = {int(artifact.facts["size"]) for artifact in artifacts if "size" in artifact.facts}
     judged = {read_classifier_config(judge).image_size for judge in inputs.all("classifiers")}
-    known = decoded | judged | ({config.size} if config.size else set())
+    asked = ({config.size} if config.size else set()) | ({config.views.size} if config.views else set())
+    known = decoded | judged | asked
     if len(known) > 1:
         raise InputError(f"images, reference, classifiers and size must agree on pixels a side, found {sorted(known)}")
     if not known:
@@ -87,5 +127,10 @@ def check_counts(config: ScoreConfig, images: int, reference: int, features: lis
 def extractor_ids(config: ScoreConfig, inputs: Inputs) -> list[str]:
     """What tells one extractor of the distances from another."""
     if config.extractor == "inception":
-        return ["inception-6726825d"]
+        return ["inception-6726825d" + input_suffix(config)]
     return [judge.digest for judge in inputs.all("classifiers")]
+
+
+def input_suffix(config: ScoreConfig) -> str:
+    """What a protocol's name says of Inception's input where it is not the usual one."""
+    return "" if config.inception_input == "torch-fidelity" else f"-{config.inception_input}"

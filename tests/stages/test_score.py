@@ -22,7 +22,7 @@ from stages.networks import NetworkFile, load_classifier
 from stages.score import score_images as score
 from stages.scoring.extraction import CLASSIFIER
 from stages.scoring.figures import copies, mean_psnr, nearness, rounded
-from stages.scoring.inception import NAME
+from stages.scoring.inception import INCEPTION
 from stages.scoring.protocol import ScoreConfig
 from tests.stages.small_artifacts import (
     CLASSES,
@@ -257,7 +257,7 @@ def test_inception_weights_are_checked_before_use(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("stages.scoring.protocol.INCEPTION_FEATURES", 8)
-    path = tmp_path / "hub" / "checkpoints" / NAME
+    path = tmp_path / "hub" / "checkpoints" / INCEPTION.name
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not the weights")
     with pytest.raises(InputError, match=r"its SHA-256 begins with .*, expected 6726825d") as refusal:
