@@ -40,20 +40,20 @@ class PublishedFile(NamedTuple):
         """The checked file in torch's cache, downloaded if need be; InputError says how to get it."""
         if not self.cached.exists():
             self._download()
-        self.check(self.read(self.cached), self.cached)
+        self.check(self.digest(self.cached), self.cached)
         return self.cached
 
-    def read(self, path: Path) -> bytes:
+    def digest(self, path: Path) -> str:
+        """SHA-256 of a file; InputError if it cannot be read."""
         try:
-            return path.read_bytes()
+            return hash_file(path)
         except OSError as error:
             raise InputError(
                 f"{self.what} {path} cannot be read: {error.strerror}", path=path, hint=self.hint
             ) from error
 
-    def check(self, data: bytes, path: Path) -> None:
-        """InputError unless this is the published file."""
-        found = hashlib.sha256(data).hexdigest()
+    def check(self, found: str, path: Path) -> None:
+        """InputError unless this is the digest of the published file."""
         if not found.startswith(self.sha256_begins):
             raise InputError(
                 f"{path} is not {self.what}: its SHA-256 begins with {found[:8]}, expected {self.sha256_begins}",
