@@ -1,16 +1,16 @@
 """A typer command for every stage, generated from its declaration: `smalti kmeans --features digits/rar/features`.
 
-Inputs are refs, keys, their beginnings, or paths of artifacts; an image set may also be a plain folder or the word
-`digits`, which is indexed first, and a network may be a published weight file, which is imported first. Simple config fields are options of their own, all others are reached with --set.
+Inputs are refs, keys, their beginnings, paths of artifacts, or what `cli.sources` brings in. Simple config fields are
+options of their own, all others are reached with --set.
 """
 
 from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 import yaml
@@ -19,27 +19,35 @@ from pydantic.fields import FieldInfo
 
 from cli.options import COMMON, SetOption, running
 from cli.output import guarded, print_json, say
-from pipeline.artifact import MANIFEST, Artifact
+from cli.sources import Unmade, bring, find_made
+from pipeline.artifact import Artifact
 from pipeline.config import parse_config
 from pipeline.errors import InputError, UsageError
 from pipeline.recipe import parse_setting, parse_yaml, put_setting
 from pipeline.runner import Made, Options, make, make_request
 from pipeline.stage import Inputs, Read, Stage
 from pipeline.store import Store
-from stages import stages
-from stages.foreign import SUFFIXES
-from stages.import_weights import config_of
 
 SCALARS = (int, float, str, bool)
+AUTO = "auto"
+
+Values = dict[str, Any]
+"""What typer read, by the names of the parameters."""
+Run = Callable[[Stage, Values], None]
 
 
-def stage_command(declared: Stage) -> Callable[..., None]:
-    """The command function of one stage, with a signature that typer turns into options."""
+def stage_command(
+    declared: Stage, *, run: Run | None = None, more: Sequence[inspect.Parameter] = ()
+) -> Callable[..., None]:
+    """The command function of one stage, with a signature that typer turns into options.
+
+    run: does the work, default `run_stage`.  more: options besides those of the declaration.
+    """
 
     def command(**values: Any) -> None:
-        _run(declared, values)
+        (run or run_stage)(declared, values)
 
-    parameters = [*_inputs(declared), *_externals(declared), *_fields(declared), *_common()]
+    parameters = [*_inputs(declared), *_externals(declared), *_fields(declared), *more, *_common()]
     command.__name__ = declared.name.replace("-", "_")
     command.__doc__ = f"{inspect.cleandoc(declared.help)}\n\nExample: {declared.example}"
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -47,45 +55,83 @@ def stage_command(declared: Stage) -> Callable[..., None]:
     return guarded(command)
 
 
-def _run(declared: Stage, values: dict[str, Any]) -> None:
+def run_stage(declared: Stage, values: Values) -> None:
+    """Make the artifact, and say where it is."""
+    settings = config_values(declared, values)
+    paths = check_asked(declared, settings, values)
     store = Store(values["store"])
-    config = parse_config(declared.config, _config_values(declared, values), where=declared.name)
+    if values["dry_run"]:
+        show_plan(declared, settings, values, paths, store)
+        return
+    with running(values) as options:
+        made = make_stage(declared, settings, values, paths, store, options)
+    _show(made, values["json"], values["quiet"])
+
+
+def check_asked(declared: Stage, settings: Mapping[str, Any], values: Values) -> dict[str, Path]:
+    """External data by name; UsageError for whatever is wrong before any work."""
+    config = parse_config(declared.config, _without_autos(declared, settings), where=declared.name)
     given = {name: values.get(_variable(name)) for name in declared.externals}
     paths = {name: path for name, path in given.items() if path is not None}
     for name, external in declared.externals.items():
         if name not in paths and external.needed(config):
             raise UsageError(f"{declared.name} lacks --{_flag(name)}: {external.help}")
     if values["ref"]:
-        store.ref_path(values["ref"])  # a name that cannot be is refused before the work
-    if values["dry_run"]:
-        _say_plan(declared, config, values, paths, store)
-        return
-    with running(values) as options:
-        inputs = Inputs(_find_inputs(declared, values, lambda text, wanted: _find(text, wanted, store, options)))
-        made = make(store, declared, config, inputs, paths, options)
-        if values["ref"]:
-            store.set_ref(values["ref"], made.artifact)
-    _show(made, values["json"], values["quiet"])
+        Store(values["store"]).ref_path(values["ref"])  # a name that cannot be is refused before the work
+    return paths
 
 
-def _config_values(declared: Stage, values: dict[str, Any]) -> dict[str, Any]:
+def make_stage(
+    declared: Stage, settings: Mapping[str, Any], values: Values, paths: dict[str, Path], store: Store, options: Options
+) -> Made:
+    """The artifact of one stage, its inputs brought into the store first where they are none yet."""
+    inputs = Inputs(_find_inputs(declared, values, lambda text, wanted: bring(text, wanted, store, options)))
+    config = _settle(declared, settings, inputs, values, options.progress.say)
+    made = make(store, declared, config, inputs, paths, options)
+    if values["ref"]:
+        store.set_ref(values["ref"], made.artifact)
+    return made
+
+
+def _settle(
+    declared: Stage, settings: Mapping[str, Any], inputs: Inputs, values: Values, say_so: Callable[[str], None]
+) -> BaseModel:
+    """The config, with a number that suits this machine in the place of every `auto`."""
+    settled = _without_autos(declared, settings)
+    config = parse_config(declared.config, settled, where=declared.name)
+    for name in sorted(settings.keys() - settled.keys()):
+        proposal = declared.proposes[name](config, inputs, values["device"], max(1, values["workers"]))
+        say_so(f"  --{_flag(name)} {proposal.value}: {proposal.reason}")
+        settled[name] = proposal.value
+    return parse_config(declared.config, settled, where=declared.name)
+
+
+def _without_autos(declared: Stage, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if not (name in declared.proposes and value == AUTO)}
+
+
+def config_values(declared: Stage, values: Values) -> dict[str, Any]:
     """Config as plain values: the file of --config, then the options, then --set."""
     found: dict[str, Any] = _read_config(values["config"], declared) if values["config"] else {}
     for name, kind, _ in _simple_fields(declared.config):
         given = values.get(_argument(name))
         if given is not None:
-            put_setting(found, name.split("."), _parse_list(name, given) if kind is list else given)
+            put_setting(found, name.split("."), _parse_value(declared, name, kind, given))
     for setting in values["set"] or []:
         keys, value = parse_setting(setting)
         put_setting(found, keys, value)
     return found
 
 
-def _parse_list(name: str, text: str) -> list[Any]:
+def _parse_value(declared: Stage, name: str, kind: Any, given: Any) -> Any:
+    """What an option says; typer has read numbers, words and switches, but neither lists nor what may be `auto`."""
     try:
-        return list(parse_yaml(f"[{text}]"))
+        if kind is list:
+            return list(parse_yaml(f"[{given}]"))
+        return parse_yaml(given) if name in declared.proposes else given
     except yaml.YAMLError as error:
-        raise UsageError(f"--{_flag(name)} {text!r}: expected values separated by commas") from error
+        wanted = "values separated by commas" if kind is list else f"a number or {AUTO}"
+        raise UsageError(f"--{_flag(name)} {given!r}: expected {wanted}") from error
 
 
 def _read_config(text: str, declared: Stage) -> dict[str, Any]:
@@ -121,66 +167,19 @@ def _find_inputs(
     return found
 
 
-def _find(text: str, wanted: Read, store: Store, options: Options) -> Artifact:
-    """The artifact that a word on the command line means; what is none yet is put into the store first."""
-    source = _source(text, wanted)
-    if source is None:
-        return store.find(text)
-    made = make(store, source.stage, source.config, Inputs({}), source.paths, options)
-    if not made.reused:
-        options.progress.say(f"put {text} into the store as {made.artifact.name}")
-    return made.artifact
-
-
-class _Source(NamedTuple):
-    """Data outside the store, and the step that brings it in."""
-
-    stage: Stage
-    config: BaseModel
-    paths: dict[str, Path]
-
-
-def _source(text: str, wanted: Read) -> _Source | None:
-    """What is to be done first for images or weight files that are no artifact; None for everything else."""
-    path = Path(text)
-    word, _, split = text.partition(":")
-    if "image-set" in wanted.kinds and word == "digits":
-        return _indexing({"kind": "digits", "split": split or "all"}, {})
-    if "image-set" in wanted.kinds and path.is_dir() and not (path / MANIFEST).exists():
-        return _indexing({"kind": "folder"}, {"images": path})
-    if {"tokenizer", "generator"} & set(wanted.kinds) and path.suffix in SUFFIXES and path.is_file():
-        return _Source(stages()["import-weights"], config_of(path), {"weights": path})
-    return None
-
-
-def _indexing(source: dict[str, Any], paths: dict[str, Path]) -> _Source:
-    index = stages()["index"]
-    return _Source(index, parse_config(index.config, {"source": source}, where=index.name), paths)
-
-
-class _Unmade(Exception):
-    """Data that would be put into the store first."""
-
-
-def _say_plan(declared: Stage, config: BaseModel, values: dict[str, Any], paths: dict[str, Path], store: Store) -> None:
+def show_plan(
+    declared: Stage, settings: Mapping[str, Any], values: Values, paths: dict[str, Path], store: Store
+) -> None:
     """What would be done; nothing is written."""
-
-    def find(text: str, wanted: Read) -> Artifact:
-        source = _source(text, wanted)
-        if source is None:
-            return store.find(text)
-        request = make_request(source.stage, source.config, Inputs({}), source.paths)
-        if not store.is_current(request):
-            raise _Unmade(text)
-        return store.open(request.stage, request.key)
-
     found: dict[str, Any] = {"stage": declared.name, "key": None, "state": "run"}
     try:
-        request = make_request(declared, config, Inputs(_find_inputs(declared, values, find)), paths)
+        inputs = Inputs(_find_inputs(declared, values, lambda text, wanted: find_made(text, wanted, store)))
+        config = _settle(declared, settings, inputs, values, lambda text: say(text, quiet=values["quiet"]))
+        request = make_request(declared, config, inputs, paths)
         state = "done" if store.is_current(request) else "run"
         found = {"stage": declared.name, "key": request.key, "state": state}
         sentence = f"{declared.name}/{request.key}: {'is there already' if state == 'done' else 'would be made'}"
-    except _Unmade as unmade:
+    except Unmade as unmade:
         sentence = f"{declared.name}: {unmade} would be put into the store, then this would be made"
     if values["json"]:
         print_json(found)
@@ -204,26 +203,28 @@ def _inputs(declared: Stage) -> list[inspect.Parameter]:
         kinds = " or ".join(item.kinds)
         text = f"{item.help or 'Input'} ({kinds}: ref, key or path{'; repeatable' if item.many else ''})"
         kind: Any = list[str] | None if item.many else str | None
-        parameters.append(_parameter(_variable(name), kind, text, flag=_flag(name)))
+        parameters.append(parameter(_variable(name), kind, text, flag=_flag(name)))
     return parameters
 
 
 def _externals(declared: Stage) -> list[inspect.Parameter]:
     return [
-        _parameter(_variable(name), Path | None, item.help, flag=_flag(name))
+        parameter(_variable(name), Path | None, item.help, flag=_flag(name))
         for name, item in declared.externals.items()
     ]
 
 
 def _fields(declared: Stage) -> list[inspect.Parameter]:
     taken = {*declared.reads, *declared.externals, *COMMON, "set", "config", "ref"}
-    return [
-        _parameter(
-            _argument(name), str | None if kind is list else kind | None, _field_help(field), flag=_switch(name, kind)
-        )
-        for name, kind, field in _simple_fields(declared.config)
-        if name not in taken
-    ]
+    found = []
+    for name, kind, field in _simple_fields(declared.config):
+        if name not in taken:
+            is_text = kind is list or name in declared.proposes
+            text = _field_help(field) + (f"; {AUTO}: what suits this machine" if name in declared.proposes else "")
+            found.append(
+                parameter(_argument(name), str | None if is_text else kind | None, text, flag=_switch(name, kind))
+            )
+    return found
 
 
 def _simple_fields(config: type[BaseModel], place: str = "") -> list[tuple[str, Any, FieldInfo]]:
@@ -250,7 +251,7 @@ def _common() -> list[inspect.Parameter]:
     ]
 
 
-def _parameter(name: str, kind: Any, text: str, *, flag: str) -> inspect.Parameter:
+def parameter(name: str, kind: Any, text: str, *, flag: str) -> inspect.Parameter:
     annotation = Annotated[kind, typer.Option(f"--{flag}", help=text, show_default=False)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 

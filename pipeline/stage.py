@@ -82,6 +82,18 @@ StageFunction = Callable[[Any, Inputs, Draft, Runtime], None]
 
 
 @dataclass(frozen=True)
+class Proposal:
+    """What the command line puts in the place of `auto`: a number that suits this machine, and a sentence of why."""
+
+    value: int
+    reason: str
+
+
+Propose = Callable[[Any, Inputs, str, int], Proposal]
+"""(config, inputs, device, processes on this machine) -> proposal."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """The declaration of a stage and its function."""
 
@@ -98,6 +110,8 @@ class Stage:
     """Optional check of (config, inputs by name) before the draft is opened."""
     trains: bool = False
     """Under torchrun, every process takes part in the work; of other stages the first one does it all."""
+    proposes: Mapping[str, Propose] = field(default_factory=dict)
+    """Config fields that may be `auto` on the command line. What is proposed goes into the key like any other number."""
 
     def kind(self, config: Any) -> str:
         """The kind of artifact that it writes; with most stages it is always the same."""
@@ -115,12 +129,26 @@ def stage(
     externals: Mapping[str, External] | None = None,
     check: Callable[[Any, Mapping[str, Any]], None] | None = None,
     trains: bool = False,
+    proposes: Mapping[str, Propose] | None = None,
 ) -> Callable[[Callable[[ConfigT, Inputs, Draft, Runtime], None]], Stage]:
     """Declare a stage. Its help is the function's docstring; raise `version` when the same config gives other bytes."""
 
     def declare(function: Callable[[ConfigT, Inputs, Draft, Runtime], None]) -> Stage:
         text = function.__doc__ or ""
-        return Stage(name, version, config, reads, writes, function, text, example, externals or {}, check, trains)
+        return Stage(
+            name,
+            version,
+            config,
+            reads,
+            writes,
+            function,
+            text,
+            example,
+            externals or {},
+            check,
+            trains,
+            proposes or {},
+        )
 
     return declare
 

@@ -16,7 +16,7 @@ from tiny_stages import RECIPE, STAGES, recipe_file
 from typer.testing import CliRunner, Result
 
 import cli.main
-from cli import doctor, inspection, recipes, single
+from cli import doctor, inspection, recipes, single, sources
 from pipeline.errors import SmaltiError
 from pipeline.recipe import load_recipe
 from pipeline.store import Store
@@ -30,7 +30,7 @@ COMMANDS = sorted(typer.main.get_command(cli.main.app).commands)  # type: ignore
 def smalti(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The command line over the tiny stages, in a folder of its own: smalti("plan x --json") -> result."""
     monkeypatch.chdir(tmp_path)
-    for module in (recipes, single):
+    for module in (recipes, sources):
         monkeypatch.setattr(module, "stages", lambda: STAGES)
     app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
     for command in (
