@@ -12,6 +12,7 @@ import typer
 
 from cli import doctor, inspection, recipes
 from cli.output import print_error
+from cli.pictures import sample_command
 from cli.single import stage_command
 from pipeline import ranks
 from pipeline.errors import UsageError
@@ -61,9 +62,8 @@ for command in (
 ):
     app.command(rich_help_panel="Recipes and stores")(command)
 for name, declared in stages().items():
-    app.command(name, short_help=inspect.cleandoc(declared.help).split("\n")[0], rich_help_panel="Stages")(
-        stage_command(declared)
-    )
+    command = sample_command(declared, stages()["decode"]) if name == "sample" else stage_command(declared)
+    app.command(name, short_help=inspect.cleandoc(declared.help).split("\n")[0], rich_help_panel="Stages")(command)
 
 
 def main() -> None:

@@ -1,0 +1,119 @@
+"""`smalti sample` with two options more: `--weights`, and `--out`, which makes one line from weight files to a picture.
+
+    smalti sample --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --classes 207,360,387 --out cats.png
+
+Samples and images are artifacts of the store like any others; the picture is a copy of the images' grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from cli.options import running
+from cli.output import print_json, say
+from cli.single import Values, check_asked, config_values, make_stage, parameter, run_stage, show_plan, stage_command
+from pipeline.artifact import Artifact
+from pipeline.config import parse_config
+from pipeline.durable import write_file
+from pipeline.errors import CannotWrite, UsageError
+from pipeline.runner import Made, Options, make
+from pipeline.stage import Inputs, Stage
+from pipeline.store import Store
+from stages.decode import GRID
+
+ROWS = {"sample": 64, "decode": 8}  # most rows of a pass where nobody says how many: few pictures need no wide ones
+DEMONSTRATION = {"guidance_scale": 4.0, "guidance_power": 0.0}  # with which RAR's authors show their weights
+
+
+def sample_command(sample: Stage, decode: Stage) -> Callable[..., None]:
+    """The command of `sample`."""
+    more = [
+        parameter(
+            "weights", str | None, "The generator as published weights: file, or name on the hub", flag="weights"
+        ),
+        parameter("out", Path | None, "Decode the samples too, and write their grid here (.png)", flag="out"),
+    ]
+    return stage_command(sample, run=partial(_run, decode), more=more)
+
+
+def _run(decode: Stage, sample: Stage, values: Values) -> None:
+    weights, out = values.pop("weights"), values.pop("out")
+    if weights and values["generator"]:
+        raise UsageError("--generator and --weights both name the generator; give one of them")
+    values["generator"] = values["generator"] or weights
+    if out is None:
+        run_stage(sample, values)
+        return
+    settings = few_pictures(config_values(sample, values), is_published=bool(weights), say_so=partial(_say, values))
+    paths = check_asked(sample, settings, values)
+    check_out(out, values["tokenizer"])
+    store = Store(values["store"])
+    if values["dry_run"]:
+        show_plan(sample, settings, values, paths, store)
+        return
+    with running(values) as options:
+        samples = make_stage(sample, settings, values, paths, store, options)
+        tokenizer = _tokenizer_of(samples.artifact, store)
+        images = make_images(decode, samples.artifact, tokenizer, store, options)
+    _copy(images.artifact.file(GRID), out)
+    _show(out, samples, images, values)
+
+
+def few_pictures(settings: dict[str, Any], *, is_published: bool, say_so: Callable[[str], None]) -> dict[str, Any]:
+    """Settings with what one expects of a picture where nothing else is said: a sample of each class that is asked for,
+    passes no wider than that, and with published weights the guidance that they are shown with."""
+    found = dict(settings)
+    if found.get("classes") and "images" not in found:
+        found["images"] = len(found["classes"])
+    if isinstance(found.get("images"), int):
+        found.setdefault("rows_per_pass", max(1, min(found["images"], ROWS["sample"])))
+    if is_published and "sampling" not in found:
+        found["sampling"] = DEMONSTRATION
+        say_so("guidance 4, constant, as the authors of RAR show their weights; another: --sampling.guidance-scale")
+    return found
+
+
+def check_out(out: Path, tokenizer: str | None) -> None:
+    """Before hours of work, what would hinder the picture at their end."""
+    if not tokenizer:
+        raise UsageError(f"--out {out} wants pictures, and codes become pictures by their tokenizer: give --tokenizer")
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out {out}: expected a name that ends in .png")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise CannotWrite(f"cannot write {out}: {'it is' if out.is_dir() else 'there is no'} folder", path=out)
+
+
+def make_images(decode: Stage, samples: Artifact, tokenizer: Artifact, store: Store, options: Options) -> Made:
+    """The samples as images, with their grid."""
+    settings = {"rows_per_pass": min(samples.facts["images"], ROWS["decode"])}
+    config = parse_config(decode.config, settings, where=decode.name)
+    return make(store, decode, config, Inputs({"tokens": samples, "tokenizer": tokenizer}), {}, options)
+
+
+def _tokenizer_of(samples: Artifact, store: Store) -> Artifact:
+    """The tokenizer that was an input of the samples."""
+    record = samples.inputs["tokenizer"]
+    return store.open(record["stage"], record["key"])
+
+
+def _copy(grid: Path, out: Path) -> None:
+    write_file(out, grid.read_bytes())
+
+
+def _show(out: Path, samples: Made, images: Made, values: Values) -> None:
+    if values["json"]:
+        named = {"samples": samples.artifact, "images": images.artifact}
+        keys = {name: {"key": one.key, "path": str(one.path), "facts": one.facts} for name, one in named.items()}
+        print_json({"out": str(out), "reused": samples.reused and images.reused, **keys})
+        return
+    typer.echo(str(out))
+    _say(values, f"{images.artifact.facts['figure']}; their codes: {samples.artifact.name}")
+
+
+def _say(values: Values, text: str) -> None:
+    say(text, quiet=values["quiet"] or values["json"])

@@ -1,0 +1,161 @@
+"""One line from published weights to a picture: imported, sampled, decoded, shown with the names of the classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from cli.main import app
+from cli.pictures import few_pictures
+from models.generators.config import RarConfig
+from models.generators.rar import Rar
+from pipeline.store import Store
+from smalti.tokens import open_tokens
+
+MASKGIT = Path(__file__).parents[1] / "golden" / "rar" / "maskgit_vqgan.safetensors"
+TOKENIZER = "maskgit-vqgan-imagenet-f16-256.bin"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small generator and a small tokenizer under the published names."""
+    folder = tmp_path_factory.mktemp("files")
+    named = load_file(MASKGIT).items()
+    torch.save({name.removeprefix("weights/"): one for name, one in named if "weights/" in name}, folder / TOKENIZER)
+    torch.manual_seed(0)
+    rar = Rar(RarConfig(width=16, layers=1, heads=2, mlp_width=16), codes=48, tokens=16, classes=1000)
+    torch.save(rar.state_dict(), folder / "rar_b.bin")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def hub(files: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
+    """A hub that holds the files; what is asked of it."""
+    asked: list[tuple[str, str, str]] = []
+
+    def find(repository: str, file: str, *, revision: str) -> str:
+        asked.append((repository, file, revision))
+        return str(files / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", find)
+    return asked
+
+
+def smalti(line: str, *words: object) -> Result:
+    return CliRunner().invoke(app, [*line.split(), *(str(word) for word in words), "--device", "cpu"])
+
+
+def answer(line: str, *words: object) -> dict[str, Any]:
+    done = smalti(line, *words, "--json")
+    assert done.exit_code == 0, done.output
+    return dict(json.loads(done.stdout))
+
+
+LINE = f"sample --weights rar_b.bin --tokenizer {TOKENIZER} --classes 207,360,387 --out cats.png"
+
+
+def test_from_names_on_the_hub_to_a_picture(here: Path, hub: list[tuple[str, str, str]]) -> None:
+    done = smalti(LINE)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == "cats.png\n"
+    assert "weights: rar_b.bin of yucornetto/RAR at main" in done.stderr
+    assert "put rar_b.bin into the store as import-weights/" in done.stderr
+    assert "guidance 4, constant" in done.stderr
+    assert hub == [("yucornetto/RAR", "rar_b.bin", "main"), ("fun-research/TiTok", TOKENIZER, "main")]
+    picture = Image.open(here / "cats.png")
+    assert json.loads(picture.text["sampled"])["classes"] == [207, 360, 387]  # type: ignore[attr-defined]
+    again = answer(LINE)
+    assert again["reused"]
+    samples = open_tokens(again["samples"]["path"])
+    assert [samples.attributes.class_names[label] for label in samples.labels] == [
+        "golden retriever",
+        "otter",
+        "lesser panda",
+    ]
+    assert samples.attributes.extra["sampled"]["sampling"]["guidance_scale"] == 4.0
+    assert Path("cats.png").read_bytes() == (Path(again["images"]["path"]) / "grid.png").read_bytes()
+
+
+def test_files_and_names_of_the_hub_give_the_same_artifacts(
+    here: Path, files: Path, hub: list[tuple[str, str, str]]
+) -> None:
+    first = answer(LINE)
+    second = answer(LINE.replace("rar_b.bin", str(files / "rar_b.bin")).replace("cats", "again"))
+    assert second["reused"]
+    assert first["samples"]["key"] == second["samples"]["key"]
+    assert Path("again.png").read_bytes() == Path("cats.png").read_bytes()
+    assert len(hub) == 3
+
+
+def test_a_revision_can_be_pinned(here: Path, hub: list[tuple[str, str, str]]) -> None:
+    answer(LINE.replace("rar_b.bin", "yucornetto/RAR/rar_b.bin@0123abc"))
+    assert hub[0] == ("yucornetto/RAR", "rar_b.bin", "0123abc")
+
+
+def test_what_is_said_wins_over_what_suits_a_picture(here: Path, hub: list[tuple[str, str, str]]) -> None:
+    said = answer(LINE, "--images", 4, "--rows-per-pass", 2, "--sampling.temperature", 0.9)
+    sampled = open_tokens(said["samples"]["path"]).attributes.extra["sampled"]
+    assert (sampled["images"], sampled["rows_per_pass"]) == (4, 2)
+    assert (sampled["sampling"]["temperature"], sampled["sampling"]["guidance_scale"]) == (0.9, 0.0)
+
+
+def test_settings_of_few_pictures() -> None:
+    def settings(**said: Any) -> dict[str, Any]:
+        return few_pictures(said, is_published=False, say_so=print)
+
+    assert settings(classes=[1, 2]) == {"classes": [1, 2], "images": 2, "rows_per_pass": 2}
+    assert settings(images=100)["rows_per_pass"] == 64
+    assert settings() == {}
+    assert "sampling" not in settings(classes=[1])
+
+
+def test_a_dry_run_downloads_and_writes_nothing(here: Path, hub: list[tuple[str, str, str]]) -> None:
+    done = smalti(LINE, "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "rar_b.bin would be put into the store" in done.stdout
+    assert hub == []
+    assert list(here.iterdir()) == []
+
+
+def test_no_network(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*place: Any, **more: Any) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    done = smalti(LINE)
+    assert done.exit_code == 3
+    assert "fetch https://huggingface.co/yucornetto/RAR/resolve/main/rar_b.bin" in done.stderr
+    assert Store(here / "store").artifacts() == []
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        (LINE.replace(f"--tokenizer {TOKENIZER}", ""), 2, "give --tokenizer"),
+        (LINE.replace("cats.png", "cats.jpg"), 2, "ends in .png"),
+        (LINE.replace("cats.png", "absent/cats.png"), 73, "there is no folder"),
+        (LINE + " --generator digits/rar/generator", 2, "give one of them"),
+        (LINE.replace("207", "cat"), 2, "classes"),
+        (LINE.replace("207", "1000"), 2, "class 1000 was asked for"),
+    ],
+)
+def test_nonsense_is_refused(line: str, code: int, said: str, here: Path, hub: list[tuple[str, str, str]]) -> None:
+    done = smalti(line)
+    assert done.exit_code == code, done.output
+    assert said in done.stderr
+    assert not list(here.glob("*.png"))
