@@ -16,7 +16,8 @@ from pipeline.artifact import Artifact
 from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError, InputError
-from pipeline.keys import canonical_bytes, config_value
+from pipeline.images import Views
+from pipeline.keys import NEUTRAL, canonical_bytes, config_value
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
@@ -41,6 +42,11 @@ class DecodeConfig(Config):
     shard_images: int = Field(default=1024, ge=1, description="images per file")
     chunk_images: int = Field(default=64, ge=1, description="images per checksum; divides shard_images")
     grid_images: int = Field(default=100, ge=1, le=1000, description="images shown in grid.png, the first ones")
+    views: Views | None = Field(
+        default=None,
+        json_schema_extra=NEUTRAL,
+        description="how originals that are an image set are shown, by the upright view; null: ADM's centre crop",
+    )
     npz: bool = Field(default=False, description="also write samples.npz (arr_0, uint8), as ADM's evaluator reads it")
 
 
@@ -172,7 +178,7 @@ def draw_grid(config: DecodeConfig, out: Draft, tokens: TokenSet, originals: Art
     names = tokens.attributes.class_names
     captions = [names[label] if names else str(label) for label in tokens.labels[:count].tolist()]
     if originals is not None:
-        images_NHW3, captions = interleave(images_NHW3, _matching(originals, tokens, images_NHW3), captions)
+        images_NHW3, captions = interleave(images_NHW3, _matching(config, originals, tokens, images_NHW3), captions)
     texts = {"smalti": out.request.key, "config": canonical_bytes(config_value(config)).decode()}
     if "sampled" in tokens.attributes.extra:
         texts["sampled"] = canonical_bytes(tokens.attributes.extra["sampled"]).decode()
@@ -206,9 +212,9 @@ def _decode_pass(spec: DecodeSpec, codes_Ihw: NDArray[np.int64]) -> Images_BHW3:
     return kept
 
 
-def _matching(originals: Artifact, tokens: TokenSet, images_NHW3: Images_BHW3) -> Images_BHW3:
+def _matching(config: DecodeConfig, originals: Artifact, tokens: TokenSet, images_NHW3: Images_BHW3) -> Images_BHW3:
     """The originals of the images of the grid; InputError unless they are the images that the codes were made of."""
-    pictures = open_pictures(originals, size=images_NHW3.shape[1])
+    pictures = open_pictures(originals, size=images_NHW3.shape[1], views=config.views)
     if len(pictures) != tokens.n_images or (pictures.keys and pictures.keys != tokens.keys):
         raise InputError(
             f"{originals.name} does not hold the images that the codes of {tokens.path} were made of: "

@@ -115,6 +115,8 @@ def _open_set(artifact: Artifact, size: int | None, views: ViewPolicy | None, th
     if size is None:
         raise InputError(f"{artifact.name} is an image set, whose images have no common size: give size in the config")
     images, seen = ImageSet.open(artifact.path), views or CenterViews(size=size)
+    if seen.size != size:
+        raise InputError(f"{artifact.name} was to be seen in views of {seen.size} pixels, expected {size}")
 
     def read(start: int, stop: int) -> Images_BHW3:
         return images.chosen_views(range(start, stop), [seen.upright] * (stop - start), views=seen, threads=threads)

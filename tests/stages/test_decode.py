@@ -15,6 +15,8 @@ from PIL import Image
 from models.tokenizer import to_bytes
 from pipeline.artifact import Artifact
 from pipeline.errors import CorruptError, InputError
+from pipeline.images import ImageSet
+from pipeline.images.views import EvalCropViews
 from pipeline.runner import Options, make
 from pipeline.stage import Inputs
 from pipeline.store import Store
@@ -23,6 +25,7 @@ from stages.decode import decode_tokens as decode
 from stages.image_files import open_pictures
 from stages.networks import NetworkFile, load_tokenizer
 from stages.pictures import grid_png, interleave
+from tests.stages.conformance import draw_folder, index_folder, run_stage
 from tests.stages.small_artifacts import (
     CODES,
     SIZE,
@@ -126,6 +129,22 @@ def test_originals_stand_above_their_reconstructions(tokens: Artifact, tokenizer
     grid = np.array(Image.open(run(store, tokens, tokenizer, originals=white).path / "grid.png"))
     rows = [grid[2 + row * 78 : 66 + row * 78, 2:66] for row in range(4)]
     assert [bool((row == 250).all()) for row in rows] == [True, False, True, False]
+
+
+def test_originals_are_shown_in_the_views_that_were_encoded(tokenizer: Artifact, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    originals = index_folder(draw_folder(tmp_path / "images", images=3, pixels=40), store.root)
+    views = EvalCropViews(size=SIZE, filter="opencv-bilinear")
+    given = {"images": originals, "tokenizer": tokenizer}
+    cut = {"shard_images": 8, "chunk_images": 4, "views": views.model_dump()}
+    tokens = run_stage("pretokenize", store.root, cut, inputs=given)
+    config = CONFIG.model_copy(update={"views": views})
+    grid = np.array(Image.open(run(store, tokens, tokenizer, config, originals=originals).path / "grid.png"))
+    shown = grid[2:66, 2:66].reshape(16, 4, 16, 4, 3)[:, 0, :, 0]
+    assert np.array_equal(shown, views.apply(ImageSet.open(originals.path).image(0), 0, index=0))
+    small = CONFIG.model_copy(update={"views": views.model_copy(update={"size": 8})})
+    with pytest.raises(InputError, match="views of 8 pixels, expected 16"):
+        run(store, tokens, tokenizer, small, originals=originals)
 
 
 def test_originals_of_something_else_are_refused(tokens: Artifact, tokenizer: Artifact, tmp_path: Path) -> None:
