@@ -27,7 +27,10 @@ class PublishedFile(NamedTuple):
 
     @property
     def hint(self) -> str:
-        return f"download {self.url} and give it with --path {self.external}=FILE, or put it into $TORCH_HOME/hub/checkpoints"
+        return (
+            f"download {self.url} and give it with --{self.external} FILE (in a recipe: "
+            f"--set STEP.paths.{self.external}=FILE), or put it into $TORCH_HOME/hub/checkpoints"
+        )
 
     @property
     def cached(self) -> Path:

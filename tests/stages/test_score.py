@@ -262,7 +262,7 @@ def test_inception_weights_are_checked_before_use(
     path.write_bytes(b"not the weights")
     with pytest.raises(InputError, match=r"its SHA-256 begins with .*, expected 6726825d") as refusal:
         run(Store(tmp_path), given, CONFIG.model_copy(update={"extractor": "inception"}))
-    assert "--path weights=FILE" in str(refusal.value.hint)
+    assert "--weights FILE" in str(refusal.value.hint)
 
 
 def test_inception_needs_more_images_than_features(given: dict[str, Any], tmp_path: Path) -> None:

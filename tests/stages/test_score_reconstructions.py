@@ -167,7 +167,7 @@ def test_lpips_without_its_weights_says_how_to_get_them(
     monkeypatch.setattr("torch.hub.download_url_to_file", fail)
     with pytest.raises(InputError, match="neither here nor could they be downloaded: no network") as refusal:
         run(store, given, figures=["lpips"])
-    assert "--path perceptual=FILE" in str(refusal.value.hint)
+    assert "--perceptual FILE" in str(refusal.value.hint)
     assert "leave lpips out of figures" in str(refusal.value.hint)
     VGG.cached.write_bytes(b"something else")
     with pytest.raises(InputError, match="expected 397923af"):
