@@ -85,7 +85,13 @@ def test_a_store_below_a_file_is_refused_before_any_compute(tmp_path: Path, monk
 def test_a_signal_leaves_a_draft_that_continues(tmp_path: Path, number: signal.Signals, code: int) -> None:
     recipe, store = recipe_file(tmp_path), tmp_path / "store"
     words = [*TINY, "run", str(recipe), "--store", str(store), "--set", "sum.seconds=20"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell starts what runs behind it deaf to SIGINT
+    )
     wait_for(lambda: list(store.glob("add/.*.partial/scratch/*")), process)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
