@@ -12,23 +12,12 @@ from torch import Tensor, nn
 
 from models.autoencoders.config import BUILDERS as AUTOENCODERS
 from models.quantizers.config import BUILDERS as QUANTIZERS
+from models.quantizers.quantized import Quantized
 from models.registry import build
 from models.tokenizer_config import Rounding, TokenizerConfig
 
 # Shapes: B images, C colour channels, H W pixels, D latent channels, h w grid of codes
-
-
-class TrainingLosses(NamedTuple):
-    """What one training batch gives.
-
-    losses: weighted, named scalars; the training loss is their sum.
-    stats: named scalars for the log, without gradient.
-    reconstruction_BCHW: in [0,1], without gradient.
-    """
-
-    losses: dict[str, Tensor]
-    stats: dict[str, Tensor]
-    reconstruction_BCHW: Tensor
+DECODING = ("autoencoder.decoder.", "autoencoder.post_quant_conv.")  # parameters that turn codes into images, by name
 
 
 class Tokenizer(nn.Module):
@@ -68,9 +57,10 @@ class Tokenizer(nn.Module):
 
 
 class Reconstructed(NamedTuple):
-    """What one pass of images through a tokenizer gives to its training with a discriminator.
+    """What one pass of images through a tokenizer gives to its training, and to a discriminator.
 
-    losses, stats: as in TrainingLosses; an adversarial term comes on top.
+    losses: weighted, named scalars; the training loss is their sum, with an adversarial term on top.
+    stats: named scalars for the log, without gradient.
     reconstruction_loss: the part of the losses that compares images, with which an adaptive weight is found.
     pixels_BCHW, output_BCHW: images and reconstructions in the network's range, the latter with gradient.
     """
@@ -83,7 +73,7 @@ class Reconstructed(NamedTuple):
 
 
 class TokenizerPass(nn.Module):
-    """A tokenizer and its loss as one module, whose forward is what replicas run beside a discriminator."""
+    """A tokenizer and its loss as one module, whose forward is what replicas run."""
 
     def __init__(self, tokenizer: Tokenizer, loss: nn.Module):
         super().__init__()
@@ -92,24 +82,32 @@ class TokenizerPass(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Reconstructed:
         """Images in [0,1]; the quantizer keeps its statistics if the module is in training mode."""
-        return self.reconstruct(images_BCHW)
-
-    def reconstruct(self, images_BCHW: Tensor) -> Reconstructed:
         pixels_BCHW = self.tokenizer.to_pixels(images_BCHW)
-        quantized = self.tokenizer.quantizer(self.tokenizer.autoencoder.encode(pixels_BCHW))
+        quantized = self.quantize(pixels_BCHW)
         output_BCHW = self.tokenizer.autoencoder.decode(quantized.z_BDhw)
         losses = self.loss(output_BCHW, pixels_BCHW)
         loss = torch.stack(list(losses.values())).sum()
         return Reconstructed(losses | quantized.losses, quantized.stats, loss, pixels_BCHW, output_BCHW)
 
+    def quantize(self, pixels_BCHW: Tensor) -> Quantized:
+        return self.tokenizer.quantizer(self.tokenizer.autoencoder.encode(pixels_BCHW))
 
-class TokenizerTraining(TokenizerPass):
-    """The same for a training without discriminator."""
 
-    def forward(self, images_BCHW: Tensor) -> TrainingLosses:  # type: ignore[override]  # a training of its own kind
-        """Images in [0,1] to losses; the quantizer keeps its statistics if the module is in training mode."""
-        done = self.reconstruct(images_BCHW)
-        return TrainingLosses(done.losses, done.stats, self.tokenizer.to_images(done.output_BCHW.detach()))
+class DecoderPass(TokenizerPass):
+    """The same where only the decoder learns: images keep their codes, and the quantizer has no losses."""
+
+    def __init__(self, tokenizer: Tokenizer, loss: nn.Module):
+        super().__init__(tokenizer, loss)
+        for name, parameter in tokenizer.named_parameters():
+            parameter.requires_grad_(name.startswith(DECODING))
+
+    @torch.no_grad()
+    def quantize(self, pixels_BCHW: Tensor) -> Quantized:
+        quantizer = self.tokenizer.quantizer
+        codes_Bhw = quantizer.encode(self.tokenizer.autoencoder.encode(pixels_BCHW))
+        health = quantizer.stats(codes_Bhw.flatten())
+        stats = {name: health[name] for name in ("usage", "perplexity")}  # of these images, the running use rests
+        return Quantized(quantizer.lookup(codes_Bhw), codes_Bhw, {}, stats)
 
 
 def to_bytes(images_BCHW: Tensor, rounding: Rounding) -> Tensor:

@@ -174,8 +174,13 @@ def _as_changes(schema: Any) -> Any:
         return [_as_changes(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    kept = {name: item for name, item in schema.items() if name not in ("required", "discriminator")}
+    kept = {name: item for name, item in schema.items() if name != "required" and not _is_tag(item)}
     return {("anyOf" if name == "oneOf" else name): _as_changes(item) for name, item in kept.items()}
+
+
+def _is_tag(item: Any) -> bool:
+    """Whether a value under "discriminator" says which property tells the kinds apart (a property may have that name)."""
+    return isinstance(item, dict) and "propertyName" in item
 
 
 def _inputs_schema(declared: Stage) -> dict[str, Any]:

@@ -13,6 +13,8 @@ MODULES = {
     "kmeans": "stages.kmeans",
     "import-weights": "stages.import_weights",
     "train-tokenizer": "stages.train_tokenizer",
+    "train-discriminator": "stages.train_discriminator",
+    "finetune-decoder": "stages.finetune_decoder",
     "pretokenize": "stages.pretokenize",
     "train-generator": "stages.train_generator",
     "sample": "stages.sample",

@@ -16,14 +16,18 @@ from pipeline.keys import canonical_bytes, sha256
 from stages.weights import CONFIG, WEIGHTS, load_config
 
 COMPARED = ("config_sha256", "weights_sha256")
+CODES_OF = "codes_of"  # the fact that names the tokenizer whose codes another one makes, too
 CODEBOOK_FAMILY = "kmeans"
 
 
 def tokenizer_identity(artifact: Artifact) -> dict[str, str]:
     """`{id, family, config_sha256, weights_sha256}` of a tokenizer or codebook artifact, read from its manifest.
 
-    id: SHA-256 of the two digests.  family: the quantizer's kind, or "kmeans" for a codebook.
+    id: SHA-256 of the two digests.  family: the quantizer's kind, or "kmeans" for a codebook. A tokenizer of which only
+    the decoder was trained makes the codes of its parent, and has its identity.
     """
+    if CODES_OF in artifact.facts:
+        return {str(name): str(value) for name, value in artifact.facts[CODES_OF].items()}
     digests = {name: _digest(artifact, file) for name, file in zip(COMPARED, (CONFIG, WEIGHTS), strict=True)}
     return {"id": sha256(canonical_bytes(digests)), "family": _family(artifact), **digests}
 

@@ -56,7 +56,7 @@ class Adversary(nn.Module):
             above_fake, below_real = F.relu(real_B1hw - self.fake_mean), F.relu(self.real_mean - fake_B1hw)
             lecam = above_fake.square().mean() + below_real.square().mean()
             losses["lecam"] = factor * self.config.lecam * lecam
-            stats["lecam"] = lecam.detach()
+            stats["lecam_unweighted"] = lecam.detach()
         return Opinion(losses, stats)
 
     def telling_apart(self, real_B1hw: Tensor, fake_B1hw: Tensor) -> Tensor:

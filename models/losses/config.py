@@ -46,19 +46,24 @@ class BlurConfig(Config):
 DiscriminatorConfig = Annotated[PatchConfig | BlurConfig, Field(discriminator="kind")]
 
 
-class AdversarialConfig(Config):
-    """A discriminator beside the tokenizer, and by how much the tokenizer minds it; the defaults are IBQ's."""
+class DiscriminationConfig(Config):
+    """A discriminator and its loss; the defaults are IBQ's."""
 
     discriminator: DiscriminatorConfig = Field(default=PatchConfig(), description="What tells images from outputs.")
     loss: Literal["hinge", "vanilla", "non-saturating"] = Field(
         default="hinge", description="The discriminator's loss."
     )
+    lecam: float = Field(default=0.05, ge=0, description="Weight of the LeCAM regulariser (arXiv 2104.03310).")
+    lecam_decay: float = Field(default=0.999, ge=0, lt=1, description="Decay per step of LeCAM's running means.")
+
+
+class AdversarialConfig(DiscriminationConfig):
+    """A discriminator beside the tokenizer, and by how much the tokenizer minds it; the defaults are IBQ's."""
+
     weight: float | None = Field(
         default=0.1, ge=0, description="Weight of the adversarial term; null: from the ratio of gradients."
     )
     adaptive_scale: float = Field(default=0.8, ge=0, description="Factor of that ratio where weight is null.")
-    lecam: float = Field(default=0.05, ge=0, description="Weight of the LeCAM regulariser (arXiv 2104.03310).")
-    lecam_decay: float = Field(default=0.999, ge=0, lt=1, description="Decay per step of LeCAM's running means.")
     start: int = Field(default=0, ge=0, description="First training step at which either side minds the other.")
     order: Literal["discriminator-first", "generator-first"] = Field(
         default="discriminator-first", description="Whose step comes first, on the same reconstruction."

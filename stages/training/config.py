@@ -7,8 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from models.losses.config import AdversarialConfig, LossConfig, ReconstructionConfig
 from models.schedules import warmup_cosine
 from pipeline.config import Config
+from pipeline.images import Views
+from pipeline.images.views import ShiftViews
+from pipeline.keys import NEUTRAL
 
 Rate = Annotated[float, Field(ge=0)]
 
@@ -113,6 +117,36 @@ class TrainingConfig(Config):
         if self.select == "best" and not self.evaluate_every:
             raise ValueError("select best needs evaluate_every")
         return self
+
+
+class AdversaryConfig(AdversarialConfig):
+    """A discriminator beside the tokenizer, and how it is trained: by the tokenizer's settings unless it has its own."""
+
+    optimizer: Optimizer | None = Field(default=None, description="optimizer of the discriminator; null: as training's")
+    schedule: Schedule | None = Field(default=None, description="its learning rate over the steps; null: as training's")
+
+
+class ReconstructionTraining(Config):
+    """What all trainings on reconstructions are told: what the images are seen as, and a budget."""
+
+    views: Views = Field(
+        default=ShiftViews(size=32, pixels=1, fill=0), description="views to train on; the upright one is judged"
+    )
+    rows_per_pass: int = Field(
+        default=64, ge=1, description="images that go through the network together when it is judged"
+    )
+    training: TrainingConfig = Field(default=TrainingConfig(), description="budget and optimizer")
+
+
+class TokenizerLearning(ReconstructionTraining):
+    """What a training of a tokenizer, or of its decoder, is told besides."""
+
+    loss: LossConfig = Field(default=ReconstructionConfig(l2=4.0), description="what a reconstruction is compared by")
+    adversarial: AdversaryConfig | None = Field(
+        default=None,
+        json_schema_extra=NEUTRAL,
+        description="a discriminator that learns beside the tokenizer, and by how much that minds it; null: none",
+    )
 
 
 def _cosine(start: float, end: float, share: float) -> float:

@@ -32,6 +32,7 @@ from stages.training.metrics import Metrics
 from stages.training.optimizers import set_rate
 from stages.training.replicas import Replicas
 from stages.training.running import Running
+from stages.training.sharing import Buffers, SharedPasses, copy_buffers, put_buffers
 from stages.training.task import Batch, Losses, Task
 
 SMOOTHING = 0.98  # of the loss that is shown and reported
@@ -84,14 +85,17 @@ def _run_steps(trainer: Trainer, config: TrainingConfig, run: Runtime, label: st
             step = trainer.step
             losses = trainer.advance(batch)
             bar.advance(config.batch, loss=trainer.loss)
+            is_late = time.monotonic() - saved >= run.checkpoint_seconds
+            leaves, saves = trainer.replicas.any(stop.requested is not None, is_late or step + 1 == config.steps)
+            if step == first or metrics.is_due(step) or leaves or saves:
+                trainer.check_replicas()
             if metrics.is_due(step):
                 figures = trainer.figures(losses)
                 metrics.write(step, figures)
                 _warn(task, step, figures, run)
             if config.evaluate_every and (step + 1) % config.evaluate_every == 0:
                 metrics.record("evaluate", step + 1, trainer.evaluate())
-            leaves = trainer.replicas.any(stop.requested is not None)
-            if leaves or step + 1 == config.steps or time.monotonic() - saved >= run.checkpoint_seconds:
+            if leaves or saves:
                 trainer.save()
                 saved = time.monotonic()
             if leaves:
@@ -107,6 +111,8 @@ class Trainer:
         self.task, self.config, self.replicas, self.out = task, config, replicas, out
         self.parts = [Running(part, config, replicas) for part in task.parts]
         self.modules = {running.part.name: running.wrapped for running in self.parts}
+        self.main = self.parts[0]
+        self.turns = sorted(self.parts, key=lambda running: not running.part.goes_first)
         self.step = self.bad_steps = self.best_step = 0
         self.loss = self.best_loss = math.inf
         self._checkpoint = "none yet"
@@ -117,24 +123,22 @@ class Trainer:
 
     def advance(self, batch: Batch) -> Losses:
         """One step of every part on this process's share of the batch; counts a bad one, or raises NumericError."""
-        self.replicas.seed(torch_seed(self.config.seed, "step", self.step, self.replicas.rank))
-        batch = tuple(tensor.to(self.replicas.device, non_blocking=True) for tensor in batch)
-        buffers = self._copy_of_buffers() if self.config.skip_bad_steps else []
+        self._seed()
+        turns = [running for running in self.turns if self.step >= running.part.first_step]
+        passes = self._passes(batch, turns)
+        buffers = self._copy_of_buffers(self.parts) if self.config.skip_bad_steps else []
         seen = Losses({}, {})
-        for place, running in enumerate(self.parts):
-            if self.step < running.part.first_step:
-                continue
-            losses = self._gradients(running, batch)
+        for running in turns:
+            losses = self._gradients(running, passes, is_last=running is turns[-1])
             loss, norm = self._clip(running, losses)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self._count_bad_step(running, losses, loss, norm)
-                for module, name, before in buffers:
-                    module.get_buffer(name).copy_(before)
+                put_buffers(buffers)
                 break
             set_rate(running.optimizer, running.rate(self.step, self.config.steps))
             running.optimizer.step()
             seen = Losses(seen.losses | losses.losses, seen.stats | losses.stats)
-            if place == 0:
+            if running is self.main:
                 self.loss = loss if math.isinf(self.loss) else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
         else:
             for running in self.parts:
@@ -155,10 +159,22 @@ class Trainer:
         }
         return {"loss": self.loss, **dict(zip(named, values, strict=True)), **rates}
 
+    def check_replicas(self) -> None:
+        """NumericError unless all processes hold the same codebook, or what else the task names."""
+        odd = self.replicas.unequal(self.task.replicated())
+        if odd:
+            raise NumericError(
+                f"after step {self.step} the processes no longer hold the same {', '.join(odd)}; "
+                f"the last good checkpoint is {self._checkpoint}",
+                path=self.out.path,
+                hint="give all processes the same version of everything and the same kind of device, and run again",
+            )
+
     def evaluate(self) -> dict[str, float]:
         """Figures on held-out data, with the weights that would be the result; keeps the best ones if asked to."""
         with ExitStack() as averaged, torch.no_grad():
             for running in self.parts:
+                self.replicas.share_buffers(running.part.module)
                 running.part.module.eval()
                 if running.average is not None:
                     averaged.enter_context(running.average.in_place())
@@ -200,6 +216,7 @@ class Trainer:
             self._load_best()
         for running in self.parts:
             self.replicas.unwrap(running.wrapped)
+            self.replicas.share_buffers(running.part.module)
             if running.average is not None and not self.best_step:
                 running.average.put()
             running.optimizer.zero_grad(set_to_none=True)
@@ -207,17 +224,40 @@ class Trainer:
         with torch.no_grad():
             return self.task.evaluate()
 
-    def _gradients(self, running: Running, batch: Batch) -> Losses:
-        """Fill the gradients of one part; losses and stats are the means over the parts of the batch."""
+    def _seed(self) -> None:
+        self.replicas.seed(torch_seed(self.config.seed, "step", self.step, self.replicas.rank))
+
+    def _passes(self, batch: Batch, turns: list[Running]) -> SharedPasses:
+        """The passes of this step over its batch, on the device."""
+        batch = tuple(tensor.to(self.replicas.device, non_blocking=True) for tensor in batch)
+        is_made_twice = self.config.accumulation > 1 and turns[0] is not self.main
+        buffers = self._copy_of_buffers([self.main]) if is_made_twice else []
+
+        def begin_again() -> None:
+            self._seed()
+            put_buffers(buffers)
+
+        return SharedPasses(
+            batch,
+            self.config.accumulation,
+            lambda piece: self.task.shared_pass(self.modules, piece, self.step),
+            begin_again=begin_again,
+        )
+
+    def _gradients(self, running: Running, passes: SharedPasses, *, is_last: bool) -> Losses:
+        """Fill the gradients of one part; losses and stats are the means over the pieces of the batch.
+
+        is_last: no part comes after it in this step.
+        """
         self._let_train(running)
-        pieces = list(zip(*(tensor.chunk(self.config.accumulation) for tensor in batch), strict=True))
         found: list[Losses] = []
-        for number, piece in enumerate(pieces):
-            is_last = number + 1 == len(pieces)
-            with nullcontext() if is_last else self.replicas.without_exchange(list(self.modules.values())):
-                losses = self.task.losses(running.part.name, self.modules, piece, self.step)
+        for number in range(len(passes)):
+            is_exchanged = number + 1 == len(passes)
+            with nullcontext() if is_exchanged else self.replicas.without_exchange(list(self.modules.values())):
+                seen = passes.take(number, is_main=running is self.main, is_kept=not is_last)
+                losses = self.task.losses(running.part.name, self.modules, seen, self.step)
                 total = torch.stack(list(losses.losses.values())).sum()
-                self.replicas.backward(total / len(pieces))
+                self.replicas.backward(total / len(passes))
             found.append(Losses(_detached(losses.losses), _detached(losses.stats)))
         return (
             found[0]
@@ -226,10 +266,10 @@ class Trainer:
         )
 
     def _let_train(self, running: Running) -> None:
-        """Clear the part's gradients; while it is trained, gradients go through the other parts but stay in none."""
+        """Clear the part's gradients; while the main part is trained, they go through the others but stay in none."""
         running.optimizer.zero_grad(set_to_none=True)
-        if len(self.parts) > 1:
-            for other in self.parts:
+        for other in self.parts:
+            if other is not self.main:
                 for parameter in other.parameters:
                     parameter.requires_grad_(other is running)
 
@@ -255,9 +295,8 @@ class Trainer:
             hint="lower training.optimizer.learning_rate or training.clip, or let training.skip_bad_steps pass some",
         )
 
-    def _copy_of_buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
-        modules = [running.part.module for running in self.parts]
-        return [(module, name, one.clone()) for module in modules for name, one in module.named_buffers()]
+    def _copy_of_buffers(self, parts: list[Running]) -> Buffers:
+        return [one for running in parts for one in copy_buffers(running.part.module)]
 
     def _state(self) -> checkpoints.State:
         return {name: tensor for running in self.parts for name, tensor in running.state().items()}

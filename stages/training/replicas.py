@@ -6,7 +6,7 @@ CUDA and by gloo on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
@@ -19,6 +19,7 @@ from stages.devices import pick_device
 
 Precision = Literal["float32", "bfloat16"]
 ACCELERATE_NAMES = {"float32": "no", "bfloat16": "bf16"}
+CHUNK = 2**22  # bytes of which a checksum is made at a time
 
 
 class Replicas:
@@ -77,9 +78,27 @@ class Replicas:
             values /= self.world
         return [float(value) for value in values.tolist()]
 
-    def any(self, flag: bool) -> bool:
-        """True everywhere if true anywhere."""
-        return flag if self.world == 1 else self.mean(torch.tensor([float(flag)], device=self.device))[0] > 0
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Each is true everywhere if it is true anywhere."""
+        if self.world == 1:
+            return flags
+        return tuple(share > 0 for share in self.mean(torch.tensor(flags, dtype=torch.float32, device=self.device)))
+
+    def unequal(self, named: Mapping[str, Tensor]) -> list[str]:
+        """Which of these tensors differ between the processes, by a checksum of their bytes."""
+        if self.world == 1 or not named:
+            return []
+        sums = torch.stack([checksum(tensor.detach()) for tensor in named.values()]).to(self.device)
+        highest, lowest = sums.clone(), sums.clone()
+        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
+        return [name for name, is_odd in zip(named, (highest != lowest).tolist(), strict=True) if is_odd]
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give all processes the buffers of the first: running statistics are each process's own while it trains."""
+        if self.world > 1:
+            for buffer in module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
     def from_first(self, text: str) -> str:
         """What rank 0 says."""
@@ -88,3 +107,13 @@ class Replicas:
         box: list[str] = [text]
         torch.distributed.broadcast_object_list(box)
         return box[0]
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """An int64 that depends on every byte and its place, of a tensor of any type; a chunk of it is copied at a time."""
+    stored = tensor.contiguous().flatten().view(torch.uint8)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for first in range(0, len(stored), CHUNK):
+        chunk = stored[first : first + CHUNK]
+        total += (chunk * torch.arange(first + 1, first + 1 + len(chunk), device=chunk.device)).sum()
+    return total

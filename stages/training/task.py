@@ -34,7 +34,7 @@ class Part:
     """A module and the optimizer that trains it. A training with a discriminator has two.
 
     module: its forward is what replicas run, so losses are computed through it.
-    is_decayed: which named parameters weight decay applies to.  first_step: before it, the part rests.
+    is_decayed: which named parameters weight decay applies to.  goes_first: within a step it comes before the main part.
     """
 
     name: str
@@ -43,12 +43,15 @@ class Part:
     schedule: Schedule
     is_decayed: Callable[[str, Tensor], bool] = field(default=is_matrix)
     first_step: int = 0
+    """Before it, the part rests."""
+    goes_first: bool = False
 
 
 class Task(ABC):
-    """One kind of training. The parts are stepped in their order, in every step."""
+    """One kind of training. All parts are stepped in every step, in their order, after those that go first."""
 
     parts: list[Part]
+    """The first is the main one: it makes the pass that all share, and its loss is the one that is shown."""
     rows: int
     """Rows of the data; a step's batch is a choice of them."""
     unit: str = "images"
@@ -59,9 +62,24 @@ class Task(ABC):
     def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
         """CPU tensors of this process's share of a step's global batch, first axis = rows; drawn by (seed, step)."""
 
+    def shared_pass(self, modules: Modules, batch: Batch, step: int) -> Any:
+        """What the losses of all parts of a step are computed from; here the batch itself.
+
+        It has the gradient of the main part, which the losses of other parts leave alone (`detach`). Called twice from
+        the same buffers and random numbers, it must give the same.
+        """
+        return batch
+
     @abstractmethod
-    def losses(self, part: str, modules: Modules, batch: Batch, step: int) -> Losses:
-        """Losses of one part, computed through `modules` (the parts' modules by name, wrapped for replicas)."""
+    def losses(self, part: str, modules: Modules, batch: Any, step: int) -> Losses:
+        """Losses of one part, from what `shared_pass` gave.
+
+        modules: the parts' modules by name, wrapped for replicas.
+        """
+
+    def replicated(self) -> Mapping[str, Tensor]:
+        """Tensors that are changed other than by their optimizer, and yet must be the same in all processes."""
+        return {}
 
     def evaluate(self) -> dict[str, float]:
         """Figures on held-out data, of the parts' modules in evaluation mode; "loss" is what `select: best` compares."""

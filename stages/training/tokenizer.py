@@ -1,81 +1,170 @@
-"""The training of a tokenizer as a task of the engine."""
+"""Trainings on reconstructions as tasks of the engine: of a tokenizer, of its decoder alone, of a discriminator alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.losses.config import BUILDERS
+from models.losses.adversarial import Adversary
 from models.metrics import psnr
-from models.registry import build
-from models.tokenizer import Tokenizer, TokenizerTraining, to_bytes
+from models.tokenizer import DecoderPass, Reconstructed, Tokenizer, TokenizerPass, to_bytes
 from stages.code_usage import CodeUsage
 from stages.passes import run_passes
+from stages.training.codebook import collapse
+from stages.training.config import AdversaryConfig, ReconstructionTraining
 from stages.training.images import TrainingImages, unit_pixels
 from stages.training.task import Batch, Losses, Modules, Part, Task
 
 if TYPE_CHECKING:
-    from stages.train_tokenizer import TrainTokenizerConfig
+    from models.quantizers.usage import CountsUse
 
 # B images, C colour channels, H W = S pixels, h w grid of codes
 
-PART = "tokenizer"
+PART, ADVERSARY = "tokenizer", "adversary"
 PATIENCE = 0.2  # share of the steps after which a codebook has to be in use
 PERFECT = 100.0  # dB that stand for an image without any error, which would have infinitely many
-COLLAPSE = 0.5  # share of dead codes that is worth a warning
+
+Learns = Literal["tokenizer", "decoder", "discriminator"]
+PASSES: dict[Learns, type[TokenizerPass]] = {
+    "tokenizer": TokenizerPass,
+    "decoder": DecoderPass,
+    "discriminator": DecoderPass,
+}
+
+
+class Players(NamedTuple):
+    """The networks of a training: a tokenizer, what its reconstructions are compared by, and perhaps a discriminator."""
+
+    tokenizer: Tokenizer
+    loss: nn.Module
+    adversary: Adversary | None
 
 
 class TokenizerTask(Task):
-    """Reconstruction of drawn views; judged by the PSNR of upright ones, as bytes."""
+    """Reconstruction of drawn views, with or without a discriminator; judged by the PSNR of upright ones, as bytes.
+
+    learns: the whole tokenizer or its decoder, with the discriminator beside it, or the discriminator alone, which is
+    then judged by how well it tells images from reconstructions.
+    """
 
     def __init__(
-        self, config: TrainTokenizerConfig, images: TrainingImages, judged: TrainingImages, device: torch.device
+        self,
+        config: ReconstructionTraining,
+        players: Players,
+        images: TrainingImages,
+        judged: TrainingImages,
+        device: torch.device,
+        *,
+        learns: Learns,
+        adversarial: AdversaryConfig | None = None,
     ):
-        self.config, self.images, self.judged, self.device = config, images, judged, device
-        self.tokenizer = Tokenizer(config.model)
-        module = TokenizerTraining(self.tokenizer, build(config.loss, BUILDERS))
-        self.parts = [Part(PART, module, config.training.optimizer, config.training.schedule)]
+        self.config, self.images, self.judged, self.device, self.learns = config, images, judged, device, learns
+        self.tokenizer, loss, self.adversary = players
+        self.seeing = PASSES[learns](self.tokenizer, loss)
+        self.parts = []
+        if learns != "discriminator":
+            self.parts.append(Part(PART, self.seeing, config.training.optimizer, config.training.schedule))
+        if self.adversary is not None:
+            self.parts.append(_beside(self.adversary, adversarial or AdversaryConfig(), config))
         self.rows = len(images)
         self.reads_ahead = not images.is_cached
         self._has_warned = False
+        self.seeing.to(device)
 
     def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
         return self.images.batch(step, rows_B, share)[:1]
 
-    def losses(self, part: str, modules: Modules, batch: Batch, step: int) -> Losses:
-        losses, stats, _ = modules[PART](unit_pixels(batch[0]))
-        return Losses(losses, stats)
+    def shared_pass(self, modules: Modules, batch: Batch, step: int) -> Reconstructed:
+        """The reconstruction that both sides see: the discriminator on its own step, the tokenizer on its."""
+        images_BCHW = unit_pixels(batch[0])
+        if PART in modules:
+            seen: Reconstructed = modules[PART](images_BCHW)
+            return seen
+        with torch.no_grad(), self._autocast():
+            seen = self.seeing(images_BCHW)
+        return seen
+
+    def losses(self, part: str, modules: Modules, batch: Any, step: int) -> Losses:
+        """Of the tokenizer with what it minds of the discriminator, or of the discriminator."""
+        seen: Reconstructed = batch
+        if part == ADVERSARY:
+            told = modules[ADVERSARY](seen.pixels_BCHW, seen.output_BCHW, step=step)
+            alone = {"reconstruction": seen.reconstruction_loss} if self.learns == "discriminator" else {}
+            return Losses(told.losses, told.stats | alone)
+        if self.adversary is None:
+            return Losses(seen.losses, seen.stats)
+        with self._autocast():  # it is not the replicas' wrapped forward that judges here, but the network itself
+            minded = self.adversary.generator_side(
+                seen.output_BCHW,
+                reconstruction_loss=seen.reconstruction_loss,
+                last_weight=self.tokenizer.autoencoder.last_weight,
+                step=step,
+            )
+        return Losses(seen.losses | minded.losses, seen.stats | minded.stats)
+
+    def replicated(self) -> Mapping[str, Tensor]:
+        """The codebook and its running use: both are also changed in the forward pass."""
+        quantizer: CountsUse = self.tokenizer.quantizer
+        return {f"codebook ({name})": tensor for name, tensor in quantizer.state_dict().items()}
 
     def evaluate(self) -> dict[str, float]:
-        """Mean PSNR in dB of the judged images."""
+        """Mean PSNR in dB of the judged images, or the share of patches that the discriminator tells apart."""
         passes = self.judged.upright_passes(self.config.rows_per_pass)
+        if self.learns == "discriminator":
+            told = float(run_passes(self._told_apart, passes, device=self.device).mean())
+            return {"told_apart": told, "loss": 1 - told}
         decibels_N = run_passes(self._psnr, passes, device=self.device)
         mean = float(np.minimum(decibels_N, PERFECT).mean())
         return {"psnr": mean, "loss": -mean}
 
     def warning(self, step: int, stats: Mapping[str, Any]) -> str | None:
         """Advice, once, if most codes of the codebook are dead."""
-        dead = stats.get("dead", 0.0)
-        if self._has_warned or dead < COLLAPSE or step < PATIENCE * self.config.training.steps:
+        training = self.config.training
+        if self._has_warned or "dead" not in stats or step < PATIENCE * training.steps:
             return None
-        self._has_warned = True
-        return (
-            f"{dead:.0%} of the {self.config.model.codebook_size} codes are hardly used after {step + 1} steps: the "
-            "codebook collapses; let the quantizer revive codes (model.quantizer.revive_every), or take fewer codes"
-        )
+        rows, columns = self.tokenizer.grid(self.config.views.size, self.config.views.size)
+        sentence = collapse(self.tokenizer.config, dead=stats["dead"], tokens=training.batch * rows * columns)
+        self._has_warned = sentence is not None
+        return sentence and f"after {step + 1} steps {sentence}"
 
     def used_codes(self) -> int:
         """Codes that occur in the upright views of the training images."""
-        usage = CodeUsage(self.config.model.codebook_size)
+        usage = CodeUsage(self.tokenizer.codebook_size)
         passes = self.images.upright_passes(self.config.rows_per_pass)
         usage.add(run_passes(self.tokenizer.encode, passes, device=self.device))
         return usage.used
 
     def _psnr(self, images_BCHW: Tensor) -> Tensor:
         decoded_BCHW = self.tokenizer.decode(self.tokenizer.encode(images_BCHW))
-        return psnr(to_bytes(decoded_BCHW, self.tokenizer.rounding).float() / 255, images_BCHW)
+        decibels_B: Tensor = psnr(to_bytes(decoded_BCHW, self.tokenizer.rounding).float() / 255, images_BCHW)
+        return decibels_B
+
+    def _told_apart(self, images_BCHW: Tensor) -> Tensor:
+        """Share of the patches of each image and of its reconstruction that are called what they are, (B,)."""
+        assert self.adversary is not None
+        seen = self.seeing(images_BCHW)
+        is_right_B1hw: Tensor = torch.cat(
+            [self.adversary.discriminator(seen.pixels_BCHW) > 0, self.adversary.discriminator(seen.output_BCHW) <= 0], 1
+        )
+        return is_right_B1hw.float().mean((1, 2, 3))
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        is_half = self.config.training.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_half)
+
+
+def _beside(adversary: Adversary, own: AdversaryConfig, config: ReconstructionTraining) -> Part:
+    """The discriminator's part: its own optimizer and schedule where it has them."""
+    return Part(
+        ADVERSARY,
+        adversary,
+        own.optimizer or config.training.optimizer,
+        own.schedule or config.training.schedule,
+        goes_first=own.order == "discriminator-first",
+    )

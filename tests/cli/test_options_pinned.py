@@ -17,8 +17,8 @@ COMMON_FLAGS = {
     "--store", "--device", "--threads", "--workers", "--scheduler", "--checkpoint-seconds", "--no-wait", "--force",
     "--dry-run", "--quiet", "--json",
 }  # fmt: skip
-STAGES = ["index", "extract", "kmeans", "import-weights", "train-tokenizer", "pretokenize", "train-generator", "sample",
-          "decode", "train-classifier", "score", "probe"]  # fmt: skip
+STAGES = ["index", "extract", "kmeans", "import-weights", "train-tokenizer", "train-discriminator", "finetune-decoder",
+          "pretokenize", "train-generator", "sample", "decode", "train-classifier", "score", "probe"]  # fmt: skip
 OTHERS = {
     "run": {"--images", "--path", "--set", *COMMON_FLAGS},
     "plan": {"--images", "--path", "--set", "--store", "--json"},

@@ -95,7 +95,7 @@ class Trace:
             "disc_loss": total(told.losses),
             "logits_real": told.stats["logits_real"],
             "logits_fake": told.stats["logits_fake"],
-            "lecam_loss": told.stats["lecam"],
+            "lecam_loss": told.stats["lecam_unweighted"],
             "total_loss": total(losses | other.losses),
             "codebook_quant_loss": losses["quantization"],
             "codebook_entropy_loss": losses["entropy"] / 0.05,

@@ -1,0 +1,76 @@
+"""Training of a tokenizer's decoder alone: the codes stay as they are, so that token sets and generators keep their worth."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipeline.draft import Draft
+from pipeline.runtime import Runtime
+from pipeline.stage import Inputs, read, stage
+from stages.discriminators import DISCRIMINATOR, build_adversary
+from stages.identity import CODES_OF, tokenizer_identity
+from stages.networks import read_tokenizer_config
+from stages.tokenizing import code_grid
+from stages.train_tokenizer import facts, where
+from stages.training.config import AdamW, TokenizerLearning, TrainingConfig, WarmupCosine
+from stages.training.inputs import IMAGES, START, WEIGHTS, check_start, given
+from stages.weights import config_json, save_weights
+
+
+class FinetuneDecoderConfig(TokenizerLearning):
+    """A loss, the views under which the images are seen, and a budget. The defaults suit 32-pixel images."""
+
+    training: TrainingConfig = Field(
+        default=TrainingConfig(
+            steps=400, batch=32, optimizer=AdamW(learning_rate=5e-4), schedule=WarmupCosine(warmup=20)
+        ),
+        description="budget and optimizer",
+    )
+
+
+@stage(
+    "finetune-decoder",
+    version=1,
+    config=FinetuneDecoderConfig,
+    reads=IMAGES | {"tokenizer": read("tokenizer", help="the tokenizer whose decoder is trained further")} | START,
+    writes="tokenizer",
+    trains=True,
+    check=check_start,
+    example="smalti finetune-decoder --images digits/rar/train-images --tokenizer digits/rar/tokenizer --training.steps 200",
+    externals=WEIGHTS,
+)
+def finetune_decoder(config: FinetuneDecoderConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
+    """Train the decoder of a tokenizer further, with its encoder and its codebook frozen.
+
+    Writes a tokenizer with the codes of the given one: token sets of either may be decoded by both.
+    An interrupted training continues from its last checkpoint.
+    """
+    from stages.training.reconstruction import build_loss, open_tokenizer, train_players
+    from stages.training.tokenizer import Players
+
+    parent = inputs["tokenizer"]
+    model = read_tokenizer_config(parent)
+    code_grid(parent, config.views.size)
+
+    def make() -> Players:
+        network, game = model.autoencoder, config.adversarial
+        return Players(
+            open_tokenizer(parent),
+            build_loss(config.loss, network.pixel_range, run),
+            build_adversary(game, channels=network.channels, start=given(inputs, DISCRIMINATOR)) if game else None,
+        )
+
+    outcome = train_players(
+        config,
+        inputs,
+        out,
+        run,
+        learns="decoder",
+        make=make,
+        adversarial=config.adversarial,
+        label="finetune-decoder",
+    )
+    if outcome.is_first:
+        save_weights(out, outcome.task.tokenizer.state_dict(), config_json(model))
+        found = facts(outcome.task, outcome.figures["psnr"], where=where(inputs))
+        out.facts = found | {CODES_OF: tokenizer_identity(parent)}

@@ -1,0 +1,77 @@
+"""Training of a discriminator against a tokenizer that does not change: for published weights that come without one."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from models.losses.config import DiscriminationConfig, ReconstructionConfig
+from pipeline.draft import Draft
+from pipeline.runtime import Runtime
+from pipeline.stage import Inputs, read, stage
+from stages.discriminators import build_adversary, save_discriminator
+from stages.networks import read_tokenizer_config
+from stages.tokenizing import code_grid
+from stages.train_tokenizer import where
+from stages.training.config import AdamW, AdversaryConfig, ReconstructionTraining, TrainingConfig
+from stages.training.inputs import IMAGES
+
+
+class TrainDiscriminatorConfig(ReconstructionTraining):
+    """A discriminator, the views under which it sees the images, and a budget. The defaults suit 32-pixel images."""
+
+    adversarial: DiscriminationConfig = Field(
+        default=DiscriminationConfig(), description="the discriminator and its loss"
+    )
+    training: TrainingConfig = Field(
+        default=TrainingConfig(steps=400, batch=32, optimizer=AdamW(learning_rate=1e-4, betas=(0.5, 0.9))),
+        description="budget and optimizer",
+    )
+
+
+@stage(
+    "train-discriminator",
+    version=1,
+    config=TrainDiscriminatorConfig,
+    reads=IMAGES
+    | {"tokenizer": read("tokenizer", help="the tokenizer whose reconstructions are to be told from images")},
+    writes="discriminator",
+    trains=True,
+    example="smalti train-discriminator --images digits/rar/train-images --tokenizer digits/rar/tokenizer --training.steps 200",
+)
+def train_discriminator(config: TrainDiscriminatorConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
+    """Train a discriminator that tells the reconstructions of a frozen tokenizer from images.
+
+    Writes config.json and weights.safetensors, from which train-tokenizer and finetune-decoder may start.
+    An interrupted training continues from its last checkpoint.
+    """
+    from stages.training.reconstruction import build_loss, open_tokenizer, train_players
+    from stages.training.tokenizer import Players
+
+    parent = inputs["tokenizer"]
+    network = read_tokenizer_config(parent).autoencoder
+    code_grid(parent, config.views.size)
+    game = AdversaryConfig(**config.adversarial.model_dump())
+    outcome = train_players(
+        config,
+        inputs,
+        out,
+        run,
+        learns="discriminator",
+        make=lambda: Players(
+            open_tokenizer(parent),
+            build_loss(ReconstructionConfig(), network.pixel_range, run),  # for the log alone
+            build_adversary(game, channels=network.channels, start=None),
+        ),
+        adversarial=game,
+        label="train-discriminator",
+    )
+    if outcome.is_first:
+        assert outcome.task.adversary is not None
+        save_discriminator(out, outcome.task.adversary, channels=network.channels)
+        told = outcome.figures["told_apart"]
+        out.facts = {
+            "figure": f"{told:.1%} of the patches told apart on {where(inputs)}",
+            "told_apart": round(told, 6),
+            "told_apart_on": where(inputs),
+            "image_size": config.views.size,
+        }

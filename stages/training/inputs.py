@@ -1,0 +1,48 @@
+"""Inputs that several trainings have, and what is wrong with them before any image is read (no torch here)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import Artifact
+from pipeline.errors import UsageError
+from pipeline.stage import External, Inputs, Read, read
+from stages.discriminators import DISCRIMINATOR
+from stages.perceptual import PERCEPTUAL, PERCEPTUAL_EXTERNAL, identify_perceptual
+from stages.training.config import TokenizerLearning
+
+HELD_OUT = "held-out"
+IMAGES: dict[str, Read] = {
+    "images": read("image-set", help="images to train on"),
+    HELD_OUT: read("image-set", help="images to measure reconstructions on", optional=True),
+}
+START: dict[str, Read] = {
+    DISCRIMINATOR: read("discriminator", help="a trained discriminator to start from", optional=True),
+}
+
+
+def identify_weights(config: TokenizerLearning, path: Path) -> str:
+    """SHA-256 of the file; UsageError where the loss has no use for it."""
+    if not config.loss.perceptual:
+        raise UsageError(f"the weights {path} are given, but loss.perceptual is 0", hint="give it a weight")
+    return identify_perceptual(config, path)
+
+
+WEIGHTS: dict[str, External] = {PERCEPTUAL: replace(PERCEPTUAL_EXTERNAL, identify=identify_weights)}
+
+
+def given(inputs: Inputs, name: str) -> Artifact | None:
+    """An optional input."""
+    return next(iter(inputs.all(name)), None)
+
+
+def check_start(config: TokenizerLearning, inputs: Mapping[str, Any]) -> None:
+    """UsageError where a discriminator is given to a training that has none."""
+    if DISCRIMINATOR in inputs and config.adversarial is None:
+        raise UsageError(
+            f"a discriminator is given, but adversarial is null: the training would not use {inputs[DISCRIMINATOR].name}",
+            hint="say with adversarial by how much the tokenizer minds it, or leave the discriminator out",
+        )

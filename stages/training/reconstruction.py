@@ -1,0 +1,67 @@
+"""What the stages that train on reconstructions share: images, networks out of configs and artifacts, and the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from models.autoencoders.config import PixelRange
+from models.losses.config import BUILDERS, LossConfig
+from models.registry import build
+from models.tokenizer import Tokenizer
+from pipeline.artifact import Artifact
+from pipeline.draft import Draft
+from pipeline.runtime import Runtime
+from pipeline.stage import Inputs
+from stages.networks import read_tokenizer_config
+from stages.perceptual import PERCEPTUAL, find_perceptual, load_lpips
+from stages.training.config import AdversaryConfig, ReconstructionTraining
+from stages.training.engine import Outcome, train
+from stages.training.images import TrainingImages
+from stages.training.inputs import HELD_OUT
+from stages.training.tokenizer import Learns, Players, TokenizerTask
+from stages.weights import fill, load_weights
+
+
+def train_players(
+    config: ReconstructionTraining,
+    inputs: Inputs,
+    out: Draft,
+    run: Runtime,
+    *,
+    learns: Learns,
+    make: Callable[[], Players],
+    adversarial: AdversaryConfig | None,
+    label: str,
+) -> Outcome[TokenizerTask]:
+    """Train what `make` builds on the images of the inputs, judged on the held-out ones, if they are given."""
+    images = TrainingImages(inputs["images"], views=config.views, seed=config.training.seed)
+    judged = images
+    if HELD_OUT in inputs:
+        judged = TrainingImages(inputs[HELD_OUT], views=config.views, seed=config.training.seed)
+    return train(
+        lambda device: TokenizerTask(config, make(), images, judged, device, learns=learns, adversarial=adversarial),
+        config.training,
+        out,
+        run,
+        label=label,
+    )
+
+
+def build_loss(config: LossConfig, pixel_range: PixelRange, run: Runtime) -> nn.Module:
+    """The loss of a reconstruction; with LPIPS, InputError says how to get its weights or how to do without."""
+    parts: dict[str, Any] = {}
+    if config.perceptual:
+        path = find_perceptual(run.paths.get(PERCEPTUAL), otherwise="set loss.perceptual to 0")
+        parts["perceptual"] = load_lpips(path, "cpu", pixel_range)
+    loss: nn.Module = build(config, BUILDERS, **parts)
+    return loss
+
+
+def open_tokenizer(artifact: Artifact) -> Tokenizer:
+    """A tokenizer with its weights, ready to be trained further."""
+    tokenizer = Tokenizer(read_tokenizer_config(artifact))
+    fill(tokenizer, load_weights(artifact), artifact)
+    return tokenizer
