@@ -61,7 +61,7 @@ class Bar:
 
     def __init__(self, progress: Progress, label: str, total: int, unit: str):
         self.progress, self.label, self.total, self.unit = progress, label, total, unit
-        self.done = self.skipped = 0
+        self.done = self.skipped = self.told = 0
         self.figures = ""
         self.started = self.said = time.monotonic()
         self._rich: tuple[RichProgress, TaskID] | None = None
@@ -73,6 +73,7 @@ class Bar:
         """Count units that an earlier attempt finished: they do not enter the rate."""
         self.done += units
         self.skipped += units
+        self.told += units
         self._show()
 
     def advance(self, units: int, **figures: float) -> None:
@@ -106,9 +107,10 @@ class Bar:
             )
 
     def _say(self) -> None:
-        self.said = time.monotonic()
-        left = (self.total - self.done) / self.rate if self.rate > 0 else 0.0
-        ending = f", {left:.0f} s left" if self.done < self.total else ""
+        now = time.monotonic()
+        recent = (self.done - self.told) / max(now - self.said, 1e-9)  # since the last line: a machine may grow busy
+        ending = f", {(self.total - self.done) / recent:.0f} s left" if self.done < self.total and recent else ""
+        self.said, self.told = now, self.done
         self.progress.say(
             f"  {self.label}: {self.done}/{self.total} {self.unit}, {self.rate:.1f}/s{ending} {self.figures}".rstrip()
         )
