@@ -83,5 +83,7 @@ def test_without_network_it_says_where_to_fetch(failure: Exception, monkeypatch:
         raise failure
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(InputError, match=r"fetch https://huggingface.co/yucornetto/RAR/resolve/v1/rar_b.bin.*--weights"):
+    with pytest.raises(
+        InputError, match=r"fetch https://huggingface.co/yucornetto/RAR/resolve/v1/rar_b.bin.*--weights"
+    ):
         download(HubWeights(repository="yucornetto/RAR", file="rar_b.bin", revision="v1"), Progress())

@@ -48,15 +48,18 @@ class Network(nn.Module):
 class SmallTask(Task):
     """Regression on rows that are functions of their number; `poison(step)` multiplies the loss."""
 
-    def __init__(self, *, dropout: float, parts: int, poison: Poison):
+    def __init__(self, *, dropout: float, parts: int, poison: Poison, critic_first: bool = False):
         self.rows = ROWS
         self.poison = poison
         self.network, self.critic = Network(dropout), nn.Linear(1, 1)
         self.parts = [Part("main", self.network, AdamW(learning_rate=0.05, weight_decay=0.1), SCHEDULE)]
         if parts == 2:
-            self.parts.append(Part("critic", self.critic, AdamW(learning_rate=0.02), SCHEDULE, first_step=3))
+            self.parts.append(
+                Part("critic", self.critic, AdamW(learning_rate=0.02), SCHEDULE, first_step=3, goes_first=critic_first)
+            )
         self.seen: list[list[int]] = []
         self.evaluations = 0
+        self.passes: list[tuple[float, bool]] = []
 
     def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
         self.seen.append(rows_B[share].tolist())
@@ -64,13 +67,19 @@ class SmallTask(Task):
         x_BI = np.stack([np.random.default_rng(row).normal(size=INPUTS) for row in rows_B]) + noise_BI
         return torch.from_numpy(x_BI[share]).float(), torch.from_numpy(x_BI[share].sum(1)).float()
 
-    def losses(self, part: str, modules: Modules, batch: Batch, step: int) -> Losses:
+    def shared_pass(self, modules: Modules, batch: Batch, step: int) -> Batch:
+        """Guesses of the main part, and targets."""
         guess_B = modules["main"](batch[0])
+        self.passes.append((float(guess_B.sum()), guess_B.requires_grad))
+        return guess_B, batch[1]
+
+    def losses(self, part: str, modules: Modules, batch: Batch, step: int) -> Losses:
+        guess_B, target_B = batch
         if part == "critic":
             return Losses(
-                {"critic": (modules["critic"](guess_B.detach()[:, None])[:, 0] - batch[1]).square().mean()}, {}
+                {"critic": (modules["critic"](guess_B.detach()[:, None])[:, 0] - target_B).square().mean()}, {}
             )
-        error = (guess_B - batch[1]).square().mean() * self.poison(step)
+        error = (guess_B - target_B).square().mean() * self.poison(step)
         judged = {"judged": 0.1 * modules["critic"](guess_B[:, None]).square().mean()} if len(self.parts) == 2 else {}
         return Losses({"error": error, **judged}, {"guess": guess_B.detach().mean()})
 
@@ -102,12 +111,13 @@ def train_in(
     dropout: float = 0.3,
     parts: int = 1,
     poison: Poison = lambda step: 1.0,
+    critic_first: bool = False,
     **runtime: Any,
 ) -> Outcome[SmallTask]:
     """Train, or continue to train, in the draft of this folder."""
 
     def make_task(device: torch.device) -> SmallTask:
-        return SmallTask(dropout=dropout, parts=parts, poison=poison)
+        return SmallTask(dropout=dropout, parts=parts, poison=poison, critic_first=critic_first)
 
     return train(make_task, config, draft_in(folder), runtime_in(folder, **runtime), label="small")
 

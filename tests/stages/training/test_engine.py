@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +20,7 @@ from pipeline.runtime import Terminated
 from stages.training import checkpoints
 from stages.training.draws import rows_of_step
 from tests.stages.training.small_task import SmallTask, draft_in, first_gradients, tiny, train_in, weights_of
+from tests.stages.training.two_processes import die, run_two
 
 KINDS = {
     "plain": {},
@@ -52,16 +51,16 @@ def killed_at(call: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("parts", [1, 2])
-def test_resumed_equals_undisturbed(tmp_path: Path, kind: str, parts: int) -> None:
+@pytest.mark.parametrize("parts", [{"parts": 1}, {"parts": 2}, {"parts": 2, "critic_first": True}])
+def test_resumed_equals_undisturbed(tmp_path: Path, kind: str, parts: dict[str, Any]) -> None:
     config = tiny(**KINDS[kind])
-    whole = train_in(tmp_path / "whole", config, parts=parts, checkpoint_seconds=1e9)
+    whole = train_in(tmp_path / "whole", config, **parts, checkpoint_seconds=1e9)
     folder, kills = tmp_path / "killed", 0
     for call in (9, 14, 17, 20):
         with killed_at(call), pytest.raises(Killed):
-            train_in(folder, config, parts=parts)
+            train_in(folder, config, **parts)
         kills += 1
-    resumed = train_in(folder, config, parts=parts)
+    resumed = train_in(folder, config, **parts)
     assert kills == 4
     assert weights_of(resumed) == weights_of(whole)
     assert (resumed.loss, resumed.figures) == (whole.loss, whole.figures)
@@ -194,6 +193,25 @@ def test_accumulated_parts_make_one_batch(tmp_path: Path) -> None:
     assert torch.allclose(one.linear.weight, four.linear.weight, atol=1e-3)
 
 
+@pytest.mark.parametrize("critic_first", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_parts_share_one_pass(tmp_path: Path, critic_first: bool, accumulation: int) -> None:
+    """All parts see what the main part makes; a pass that comes twice, since two graphs would not fit, is the same."""
+    config = tiny(steps=5, accumulation=accumulation)
+    task = train_in(tmp_path, config, parts=2, critic_first=critic_first).task
+    with_critic = task.passes[3 * accumulation :]  # it rests for three steps
+    if not critic_first or accumulation == 1:
+        assert len(task.passes) == 5 * accumulation
+        assert all(has_gradient for _, has_gradient in task.passes)
+        return
+    assert len(with_critic) == 2 * 2 * accumulation
+    for step in (with_critic[:4], with_critic[4:]):
+        assert [has_gradient for _, has_gradient in step] == [False, False, True, True]
+        assert [value for value, _ in step[:2]] == [value for value, _ in step[2:]]
+    alone = train_in(tmp_path / "alone", config, parts=2).task
+    assert torch.equal(task.network.mean_I, alone.network.mean_I), "a pass was counted twice"
+
+
 def test_another_trainings_checkpoint_is_refused_with_a_table(tmp_path: Path) -> None:
     train_in(tmp_path, tiny(steps=2))
     out = draft_in(tmp_path)
@@ -262,48 +280,28 @@ def test_metrics_have_every_loss_and_rate(tmp_path: Path) -> None:
     assert "critic" in steps[3]
 
 
-def run_two(folder: Path, *, stop_at: int = -1) -> list[dict[str, Any]]:
-    """The small training in two processes, as torchrun tells them; what each saw and ended with.
-
-    stop_at: a step in which both die, with exit code 9.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [os.fork() or replica(folder, rank, port, stop_at) for rank in range(2)]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == ([0, 0] if stop_at < 0 else [9, 9])
-    return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(2)] if stop_at < 0 else []
-
-
-def replica(folder: Path, rank: int, port: int, stop_at: int) -> NoReturn:
-    """One of two processes: trains, reports, and leaves."""
+def train_two(folder: Path, *, stop_at: int = -1) -> list[dict[str, Any]]:
+    """The small training in two processes; what each saw and ended with. stop_at: a step in which both die."""
 
     def poison(step: int) -> float:
         if step == stop_at:
-            os._exit(9)
+            die()
         return 1.0
 
-    try:
-        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in told.items()})
+    def work(own: Path, rank: int) -> dict[str, Any]:
         with first_gradients() as gradients:
-            outcome = train_in(folder / f"rank-{rank}", tiny(), dropout=0.0, poison=poison)
-        weights = {name: value.hex() for name, value in weights_of(outcome).items() if name != "mean_I"}
-        report = {"seen": outcome.task.seen, "weights": weights, "first": gradients}
-        (folder / f"report-{rank}.json").write_text(json.dumps(report))
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(1)
+            outcome = train_in(own, tiny(), dropout=0.0, poison=poison)
+        weights = {name: value.hex() for name, value in weights_of(outcome).items()}
+        return {"seen": outcome.task.seen, "weights": weights, "first": gradients}
+
+    return run_two(folder, work, dies=stop_at >= 0)
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """The same rows, the same first gradient; stopped and continued, the same bytes as undisturbed."""
     with first_gradients() as alone:
         one = train_in(tmp_path / "one", tiny(), dropout=0.0)
-    two = run_two(tmp_path / "two")
+    two = train_two(tmp_path / "two")
     for step in range(12):
         together = two[0]["seen"][step] + two[1]["seen"][step]
         assert together == one.task.seen[step] == rows_of_step(step, rows=24, batch=8, seed=0).tolist()
@@ -312,8 +310,8 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         assert torch.allclose(torch.tensor(own), torch.tensor(shared), atol=1e-5)
     assert two[0]["weights"] == two[1]["weights"]
     assert not (tmp_path / "two/rank-1/scratch").exists()
-    run_two(tmp_path / "stopped", stop_at=6)
-    continued = run_two(tmp_path / "stopped")
+    train_two(tmp_path / "stopped", stop_at=6)
+    continued = train_two(tmp_path / "stopped")
     assert continued[0]["weights"] == two[0]["weights"]
     assert len(continued[0]["seen"]) == 6
 
