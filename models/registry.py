@@ -8,7 +8,12 @@ from typing import Any
 from models.config import Config
 
 
-def build(config: Config, builders: dict[str, str], **parts: Any) -> Any:
-    """Build what `config.kind` names: `builders` maps a kind to "module:Class", which is called with (config, **parts)."""
+def load_class(config: Config, builders: dict[str, str]) -> Any:
+    """The class that `config.kind` names: `builders` maps a kind to "module:Class"."""
     module, name = builders[config.kind].split(":")  # type: ignore[attr-defined]  # every union member has a kind
-    return getattr(import_module(module), name)(config, **parts)
+    return getattr(import_module(module), name)
+
+
+def build(config: Config, builders: dict[str, str], **parts: Any) -> Any:
+    """Build what `config.kind` names, by calling its class with (config, **parts)."""
+    return load_class(config, builders)(config, **parts)

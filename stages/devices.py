@@ -26,6 +26,18 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from error
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free: of the device, or of this machine, or what a container's limit leaves of it."""
+    import psutil
+    import torch
+    from distributed.system import MEMORY_LIMIT
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    own = psutil.Process().memory_info().rss
+    return int(min(psutil.virtual_memory().available, MEMORY_LIMIT - own))
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Run with exactly `count` torch threads: float sums depend on the number, so shards fix it (1)."""

@@ -28,6 +28,7 @@ from smalti.attributes import TokenAttributes
 from smalti.tokens import open_tokens
 from stages.devices import threads
 from stages.networks import GeneratorCard, NetworkFile, join_tokenizer, load_generator, read_card
+from stages.pass_rows import propose_rows
 from stages.token_files import TokenLayout, write_labels_and_cards
 
 LABELS = "labels"
@@ -83,6 +84,7 @@ class SampleSpec:
     },
     writes="token-set",
     example="smalti sample --generator digits/rar/generator --images 100 --sampling.guidance-scale 0.3",
+    proposes={"rows_per_pass": propose_rows},
 )
 def draw_samples(config: SampleConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Draw codes for given classes from a generator.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from models.generators.config import BUILDERS, GeneratorConfig, RarConfig, RarInit
-from models.registry import build
+from models.registry import build, load_class
 from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.errors import InputError
@@ -96,7 +95,8 @@ def train_generator(config: TrainGeneratorConfig, inputs: Inputs, out: Draft, ru
     first = inputs.all("tokens")[0]
     tokens = TrainingTokens(inputs.all("tokens"), like=first)
     card = make_card(config, tokens.attributes)
-    if getattr(network_class(config.model), "trained_by", "gradient") == "counting":
+    # Those with a `fit` instead of a loss say so.
+    if getattr(load_class(config.model, BUILDERS), "trained_by", "gradient") == "counting":
         count(config, card, tokens, out)
         return
     held_out = TrainingTokens([inputs[HELD_OUT]], like=first) if HELD_OUT in inputs else None
@@ -114,12 +114,6 @@ def make_card(config: TrainGeneratorConfig, attributes: TokenAttributes) -> Gene
         tokenizer={name: str(value) for name, value in attributes.tokenizer.items()},
         resolution=attributes.resolution,
     )
-
-
-def network_class(model: GeneratorConfig) -> Any:
-    """The class of the network; `trained_by = "counting"` marks those with a `fit` instead of a loss."""
-    module, name = BUILDERS[model.kind].split(":")
-    return getattr(import_module(module), name)
 
 
 def count(config: TrainGeneratorConfig, card: GeneratorCard, tokens: TrainingTokens, out: Draft) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from models.adapters.layout import ANY, Difference, LayoutError, Shape, compare, shapes
-from models.generators.config import SIZES, RarConfig
-from models.generators.rar import SPARE_POSITIONS, Rar
+from models.generators.config import SIZES, SPARE_POSITIONS, RarConfig
+from models.generators.rar import Rar
 
 # Rank of each tensor that the sizes are read from.
 TELLING = {

@@ -21,6 +21,9 @@ SIZES: dict[str, dict[str, int]] = {
     "xxl": {"width": 1408, "layers": 40, "heads": 16, "mlp_width": 6144},
 }
 
+SPARE_POSITIONS = 1024  # rows of RAR's position tables that nothing reads; published files carry them
+SPARE_STEPS = 100
+
 
 class RarInit(Config):
     """Standard deviations of the truncated normals at initialisation; the defaults are the published ones.

@@ -8,6 +8,8 @@ N images, T tokens, K codes, C classes
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,3 +48,10 @@ class Histogram(nn.Module):
         counts_CTK = torch.cat([self.counts_CTK, self.counts_CTK.sum(0, keepdim=True)])
         logits_CTK = counts_CTK.double().log().clamp_min(NEVER).float()
         return TableDecoder(logits_CTK, rows=rows, guided=guided, orders=orders)
+
+    @staticmethod
+    def sampling_bytes(
+        config: HistogramConfig, *, codes: int, tokens: int, classes: int, rows: int, **asked: Any
+    ) -> int:
+        """Memory that sampling takes: the counts, the table of logits while it is made, and work per row; numbers are float32 whatever is asked."""
+        return 24 * (classes + 1) * tokens * codes + rows * 32 * codes

@@ -11,20 +11,20 @@ Ids of the one embedding table: 0..K-1 codes, K unused, K+1+c class c, K+1+C no 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.generators.config import RarConfig
-from models.generators.rar_decoder import RarDecoder
+from models.generators.config import SPARE_POSITIONS, SPARE_STEPS, RarConfig
+from models.generators.rar_decoder import RarDecoder, sampling_bytes
 from models.layers.attention import CausalSelfAttention
 from models.layers.mlp import Mlp
 from models.layers.modulation import modulate, modulation
 
 EPS = 1e-6
-SPARE_POSITIONS = 1024  # rows of the position tables that nothing reads; published files carry them
-SPARE_STEPS = 100
 UNDECAYED = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
 
 
@@ -173,6 +173,11 @@ class Rar(nn.Module):
     ) -> RarDecoder:
         """A sampler's view of these weights as they are now, for passes of `rows` samples (see `RarDecoder`)."""
         return RarDecoder(self, rows=rows, guided=guided, orders=orders, dtype=dtype)
+
+    @staticmethod
+    def sampling_bytes(config: RarConfig, **asked: Any) -> int:
+        """Memory that sampling takes (see `rar_decoder.sampling_bytes`)."""
+        return sampling_bytes(config, **asked)
 
     @staticmethod
     def decayed(name: str, parameter: Tensor) -> bool:

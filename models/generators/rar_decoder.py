@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.generators.config import SPARE_POSITIONS, RarConfig
+
 if TYPE_CHECKING:
     from models.generators.rar import Block, Rar
 
@@ -152,6 +154,34 @@ class RarDecoder:
         longest = min(STRETCH, max(SHORTEST_STRETCH, TABLE_BYTES[self.device.type] // bytes_per_step))
         positions = self.tokens + 1
         return -(-positions // -(-positions // longest))
+
+
+def sampling_bytes(
+    config: RarConfig,
+    *,
+    codes: int,
+    tokens: int,
+    classes: int,
+    rows: int,
+    guided: bool,
+    bytes_per_number: int,
+    device_type: str,
+) -> int:
+    """About how much memory a decoder and its network take; the network's own weights are float32."""
+    width, layers, streams, positions = config.width, config.layers, rows * (1 + guided), tokens + 1
+    modulations = (6 * layers + 2) * width
+    block = 4 * width * width + 2 * width * config.mlp_width
+    own = layers * block + modulations * width + (2 * codes + classes + 3 * (positions + SPARE_POSITIONS)) * width
+    # On the CPU the weights lie transposed beside the network's; on a device of the same precision only modulations do.
+    is_copied = device_type == "cpu" or bytes_per_number != 4
+    weights = 4 * own + bytes_per_number * (own if is_copied else modulations * width)
+    cache = 2 * layers * streams * max(positions, SHORTEST_PRODUCT) * width
+    table = min(rows, classes + 1) * min(STRETCH, positions) * modulations
+    largest_table = max(TABLE_BYTES[device_type], SHORTEST_STRETCH * rows * modulations * bytes_per_number)
+    work = streams * (modulations + 12 * width + config.mlp_width + 8 * codes + 2 * positions * config.heads)
+    passes = bytes_per_number * (cache + work) + min(bytes_per_number * table, largest_table)
+    joining = 3 * 4 * modulations * width  # modulations as they are, in pieces and joined, before there is a cache
+    return weights + max(passes, joining)
 
 
 class _BlockWeights:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,3 +32,8 @@ class Uniform(nn.Module):
         """A sampler's view: all logits 0, without memory for them."""
         logits_CTK = self.zero.expand(self.classes + 1, self.tokens, self.codes)
         return TableDecoder(logits_CTK, rows=rows, guided=guided, orders=orders)
+
+    @staticmethod
+    def sampling_bytes(config: UniformConfig, *, codes: int, tokens: int, classes: int, rows: int, **asked: Any) -> int:
+        """Memory that sampling takes: work per row alone; numbers are float32 whatever is asked."""
+        return rows * 32 * codes
