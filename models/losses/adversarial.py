@@ -108,6 +108,23 @@ def gradient_ratio(reconstruction_loss: Tensor, adversarial_loss: Tensor, weight
 
 
 @contextmanager
+def as_in_training(module: nn.Module) -> Iterator[None]:
+    """Batch normalisation by the batch at hand, as in the game, without a trace in the running statistics.
+
+    Those are of images and reconstructions mixed: with them a network may call all the same that tells them apart.
+    """
+    norms = [one for one in module.modules() if isinstance(one, nn.BatchNorm2d)]
+    before = [(one.training, one.track_running_stats) for one in norms]
+    for one in norms:
+        one.training, one.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for one, (training, track) in zip(norms, before, strict=True):
+            one.training, one.track_running_stats = training, track
+
+
+@contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """What is computed meanwhile gives the module's parameters no gradient."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -78,13 +78,13 @@ def train(
 def _run_steps(trainer: Trainer, config: TrainingConfig, run: Runtime, label: str) -> None:
     task, first = trainer.task, trainer.step
     metrics = Metrics(run, steps=config.steps, batch=config.batch, first_step=first, has_board=trainer.is_first)
-    saved = time.monotonic()
+    saved, shown = time.monotonic(), dict[str, float]()
     with run.deferred() as stop, run.progress.bar(label, total=config.steps * config.batch, unit=task.unit) as bar:
         bar.skip(first * config.batch)
         for batch in read_batches(task, config, trainer.replicas, first):
             step = trainer.step
             losses = trainer.advance(batch)
-            bar.advance(config.batch, loss=trainer.loss)
+            bar.advance(config.batch, loss=trainer.loss, **shown)
             is_late = time.monotonic() - saved >= run.checkpoint_seconds
             leaves, saves = trainer.replicas.any(stop.requested is not None, is_late or step + 1 == config.steps)
             if step == first or metrics.is_due(step) or leaves or saves:
@@ -92,6 +92,7 @@ def _run_steps(trainer: Trainer, config: TrainingConfig, run: Runtime, label: st
             if metrics.is_due(step):
                 figures = trainer.figures(losses)
                 metrics.write(step, figures)
+                shown = {name: figures[name] for name in task.shown if name in figures}
                 _warn(task, step, figures, run)
             if config.evaluate_every and (step + 1) % config.evaluate_every == 0:
                 metrics.record("evaluate", step + 1, trainer.evaluate())

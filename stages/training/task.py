@@ -57,6 +57,8 @@ class Task(ABC):
     unit: str = "images"
     reads_ahead: bool = False
     """True if a batch takes time to read (decoding): a thread then reads the next ones meanwhile."""
+    shown: tuple[str, ...] = ()
+    """Losses and stats that progress shows beside the loss, as they were when last logged."""
 
     @abstractmethod
     def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.losses.adversarial import Adversary
+from models.losses.adversarial import Adversary, as_in_training
 from models.metrics import psnr
 from models.tokenizer import DecoderPass, Reconstructed, Tokenizer, TokenizerPass, to_bytes
 from stages.code_usage import CodeUsage
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PART, ADVERSARY = "tokenizer", "adversary"
 PATIENCE = 0.2  # share of the steps after which a codebook has to be in use
+HEALTH = ("usage", "perplexity", "dead", "sample_entropy", "codebook_entropy")  # of the codebook, where it has them
 PERFECT = 100.0  # dB that stand for an image without any error, which would have infinitely many
 
 Learns = Literal["tokenizer", "decoder", "discriminator"]
@@ -52,6 +53,8 @@ class TokenizerTask(Task):
     learns: the whole tokenizer or its decoder, with the discriminator beside it, or the discriminator alone, which is
     then judged by how well it tells images from reconstructions.
     """
+
+    shown = HEALTH
 
     def __init__(
         self,
@@ -148,10 +151,9 @@ class TokenizerTask(Task):
     def _told_apart(self, images_BCHW: Tensor) -> Tensor:
         """Share of the patches of each image and of its reconstruction that are called what they are, (B,)."""
         assert self.adversary is not None
-        seen = self.seeing(images_BCHW)
-        is_right_B1hw: Tensor = torch.cat(
-            [self.adversary.discriminator(seen.pixels_BCHW) > 0, self.adversary.discriminator(seen.output_BCHW) <= 0], 1
-        )
+        seen, judge = self.seeing(images_BCHW), self.adversary.discriminator
+        with as_in_training(judge):
+            is_right_B1hw: Tensor = torch.cat([judge(seen.pixels_BCHW) > 0, judge(seen.output_BCHW) <= 0], 1)
         return is_right_B1hw.float().mean((1, 2, 3))
 
     def _autocast(self) -> AbstractContextManager[Any]:

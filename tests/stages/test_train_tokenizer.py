@@ -1,7 +1,8 @@
-"""train-tokenizer: it learns to reconstruct, continues after any crash with the same bytes, warns of a dead codebook."""
+"""train-tokenizer: it learns to reconstruct, with or without a discriminator, whole after any crash; health of the codebook."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.artifact import Artifact
-from pipeline.errors import UsageError
+from pipeline.errors import InputError, UsageError
 from pipeline.progress import Progress
 from stages.networks import NetworkFile, load_tokenizer
 from tests.stages.conformance import check_every_crash, draw_folder, index_folder, run_stage
@@ -22,6 +23,10 @@ TINY: dict[str, Any] = {
     "rows_per_pass": 6,
     "training": {"steps": 4, "batch": 8},
 }
+GAME: dict[str, Any] = {"discriminator": {"kind": "patch", "width": 4, "layers": 1}, "start": 1, "weight": None}
+BESIDE_A_DISCRIMINATOR = {**TINY, "adversarial": GAME, "training": {**TINY["training"], "ema": 0.9}}
+USE, ENTROPIES = {"usage", "perplexity", "dead"}, {"sample_entropy", "codebook_entropy"}
+HEALTH = {"vector": USE, "lookup-free": USE | ENTROPIES, "index-backpropagation": USE | ENTROPIES}
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +56,122 @@ def test_whole_after_any_crash(tmp_path: Path, images: Artifact) -> None:
     )
 
 
-def test_codebook_health_is_in_every_line_and_a_collapse_is_told(tmp_path: Path, images: Artifact) -> None:
+@pytest.mark.crash
+def test_whole_after_a_crash_at_every_call_beside_a_discriminator(tmp_path: Path, images: Artifact) -> None:
+    """The discriminator, LeCAM's means, the averages and both optimizers come back, wherever it was killed."""
+    config = {**BESIDE_A_DISCRIMINATOR, "training": {"steps": 2, "batch": 8, "ema": 0.9}}
+    calls = check_every_crash(
+        lambda store: run_stage("train-tokenizer", store, config, inputs={"images": images}, checkpoint_seconds=0.0),
+        tmp_path,
+    )
+    assert calls > 20
+
+
+def lines_of(made: Artifact, event: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (made.path / "log/metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def test_a_discriminator_counts_from_its_start(tmp_path: Path, images: Artifact) -> None:
+    """Before it, the tokenizer is that of a training without one; from it on, both sides mind each other."""
+
+    def train(name: str, start: int | None, steps: int = 3) -> Artifact:
+        game = None if start is None else {**GAME, "start": start}
+        config = {**TINY, "adversarial": game, "training": {"steps": steps, "batch": 8}}
+        return run_stage("train-tokenizer", tmp_path / name, config, inputs={"images": images}, progress=Progress())
+
+    alone, later, second = train("alone", None), train("later", 3), train("second", 2)
+    assert later.files["weights.safetensors"].sha256 == alone.files["weights.safetensors"].sha256
+    assert second.files["weights.safetensors"].sha256 != alone.files["weights.safetensors"].sha256
+    steps = lines_of(second, "train")
+    assert ["adversarial" in line for line in steps] == [False, False, True]
+    assert [line["adversarial_weight"] > 0 for line in steps] == [False, False, True]
+    assert [line["discriminator"] + line["lecam"] > 0 for line in steps] == [False, False, True]
+
+
+def test_the_weight_is_fixed_or_adaptive(tmp_path: Path, images: Artifact) -> None:
+    def weights(**game: Any) -> list[float]:
+        config = {**TINY, "adversarial": {**GAME, "start": 0, **game}}
+        made = run_stage("train-tokenizer", tmp_path, config, inputs={"images": images}, progress=Progress())
+        return [line["adversarial_weight"] for line in lines_of(made, "train")]
+
+    assert weights(weight=0.25) == [0.25] * 4
+    adaptive, doubled = weights(weight=None, adaptive_scale=0.4), weights(weight=None, adaptive_scale=0.8)
+    assert doubled[0] == pytest.approx(2 * adaptive[0])
+    assert len(set(adaptive)) == 4
+
+
+def test_two_optimizers_with_schedules_of_their_own(tmp_path: Path, images: Artifact) -> None:
+    own = {
+        "optimizer": {"learning_rate": 0.01},
+        "schedule": {"kind": "constant", "drops": [2, 3], "factor": 0.5},
+    }
+    config = {
+        **TINY,
+        "adversarial": {**GAME, **own},
+        "training": {
+            "steps": 4,
+            "batch": 8,
+            "optimizer": {"learning_rate": 0.1},
+            "schedule": {"kind": "constant", "drops": [1]},
+        },
+    }
+    made = run_stage("train-tokenizer", tmp_path, config, inputs={"images": images}, progress=Progress())
+    steps = lines_of(made, "train")
+    assert [line["learning_rate"] for line in steps] == pytest.approx([0.1, 0.01, 0.01, 0.01])
+    assert [line["learning_rate_adversary"] for line in steps] == pytest.approx([0.01, 0.01, 0.005, 0.0025])
+
+
+@pytest.mark.parametrize("quantizer", HEALTH)
+def test_codebook_health_is_in_every_line(tmp_path: Path, images: Artifact, quantizer: str) -> None:
+    """In the log, and in what progress says."""
+    codes = {} if quantizer == "lookup-free" else {"codes": 16}
+    config = {**TINY, "model": {"autoencoder": AUTOENCODER, "quantizer": {"kind": quantizer, **codes}}}
+    said = io.StringIO()
+    made = run_stage("train-tokenizer", tmp_path, config, inputs={"images": images}, progress=Progress(said))
+    assert len(lines_of(made, "train")) == 4
+    for line in lines_of(made, "train"):
+        assert line.keys() >= HEALTH[quantizer]
+    last = next(line for line in said.getvalue().splitlines() if "32/32 images" in line)
+    assert all(f" {name} " in last for name in HEALTH[quantizer])
+
+
+def test_a_collapse_is_told_with_advice(tmp_path: Path, images: Artifact) -> None:
     quantizer = {"kind": "vector", "codes": 256, "init": "uniform", "usage_decay": 0.5}
     config = {**TINY, "model": {"autoencoder": AUTOENCODER, "quantizer": quantizer}}
-    made = run_stage("train-tokenizer", tmp_path, config, inputs={"images": images}, progress=Progress())
-    lines = [json.loads(line) for line in (made.path / "log/metrics.jsonl").read_text().splitlines()]
-    assert all({"usage", "perplexity", "dead"} <= line.keys() for line in lines if line["event"] == "train")
-    warnings = [line["text"] for line in lines if line["event"] == "warning"]
-    assert len(warnings) == 1
-    assert "revive_every" in warnings[0]
+    said = io.StringIO()
+    made = run_stage("train-tokenizer", tmp_path, config, inputs={"images": images}, progress=Progress(said))
+    (warning,) = lines_of(made, "warning")
+    assert "revive_every" in warning["text"]
+    assert f"warning: {warning['text']}" in said.getvalue()
+
+
+def test_lpips_without_its_weights_says_how_to_get_them_or_to_do_without(
+    tmp_path: Path, images: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    config = {**TINY, "loss": {"kind": "reconstruction", "perceptual": 1.0}}
+    with pytest.raises(InputError, match="neither here nor could they be downloaded: no network") as refusal:
+        run_stage("train-tokenizer", tmp_path / "store", config, inputs={"images": images})
+    assert refusal.value.exit_code == 3
+    assert "--perceptual FILE" in str(refusal.value.hint)
+    assert "set loss.perceptual to 0" in str(refusal.value.hint)
+
+
+def test_weights_that_the_loss_does_not_use_are_refused(tmp_path: Path, images: Artifact) -> None:
+    (tmp_path / "vgg16.pth").write_bytes(b"whatever")
+    with pytest.raises(UsageError, match=r"loss\.perceptual is 0"):
+        run_stage(
+            "train-tokenizer",
+            tmp_path / "store",
+            TINY,
+            inputs={"images": images},
+            paths={"perceptual": tmp_path / "vgg16.pth"},
+        )
 
 
 def test_views_that_do_not_divide_into_codes_are_refused(tmp_path: Path, images: Artifact) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.losses.adversarial import Adversary
+from models.losses.adversarial import Adversary, as_in_training
 from models.losses.blur_discriminator import BlurDiscriminator
 from models.losses.config import AdversarialConfig, BlurConfig, PatchConfig, ReconstructionConfig
 from models.losses.reconstruction import ReconstructionLoss
@@ -237,3 +238,16 @@ def test_the_tokenizers_side_leaves_the_discriminator_alone() -> None:
     total(told.losses).backward()
     assert all(parameter.grad is None and parameter.requires_grad for parameter in game.parameters())
     assert float(output.grad.abs().sum()) > 0
+
+
+def test_judging_as_in_training_leaves_no_trace() -> None:
+    patch = adversary(IBQ).discriminator
+    trained = copy.deepcopy(patch).train()(IBQ["in/x0"])
+    before = copy.deepcopy(patch.eval().state_dict())
+    mixed = patch(IBQ["in/x0"])
+    with as_in_training(patch):
+        judged = patch(IBQ["in/x0"])
+    assert torch.equal(judged, trained)
+    assert not torch.allclose(judged, mixed)
+    assert all(torch.equal(before[name], tensor) for name, tensor in patch.state_dict().items())
+    assert torch.equal(patch(IBQ["in/x0"]), mixed)
