@@ -24,7 +24,7 @@ from pipeline.errors import CannotWrite, UsageError
 from pipeline.runner import Made, Options, make
 from pipeline.stage import Inputs, Stage
 from pipeline.store import Store
-from stages.decode import GRID
+from stages.decoding import GRID
 
 ROWS = {"sample": 64, "decode": 8}  # most rows of a pass where nobody says how many: few pictures need no wide ones
 DEMONSTRATION = {"guidance_scale": 4.0, "guidance_power": 0.0}  # with which RAR's authors show their weights

@@ -19,6 +19,7 @@ MODULES = {
     "train-generator": "stages.train_generator",
     "sample": "stages.sample",
     "decode": "stages.decode",
+    "generate": "stages.generate",
     "train-classifier": "stages.train_classifier",
     "score": "stages.score",
     "probe": "stages.probe",

@@ -6,7 +6,7 @@ always the same number of rows. So workers, retries and interruptions leave no t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -95,11 +95,10 @@ def draw_samples(config: SampleConfig, inputs: Inputs, out: Draft, run: Runtime)
     card = known_card(inputs)
     check_order(config.order, card)
     labels_I = choose_labels(config, card.classes, next(iter(inputs.all(LABELS)), None))
-    digits = max(KEY_DIGITS, len(str(config.images - 1)))
-    layout = TokenLayout(describe(config, card, out.request.key), digits, config.shard_images, config.chunk_images)
+    layout = plan_codes(config, card, out.request.key)
     spec = SampleSpec(NetworkFile.of(inputs["generator"], run.device), config, layout, labels_I)
     map_shards(out, run, sample_shard, spec, layout.sizes, label="sample")
-    write_labels_and_cards(out, layout, labels_I, [f"{number:0{digits}d}" for number in range(config.images)])
+    write_labels_and_cards(out, layout, labels_I, [f"{number:0{layout.key_bytes}d}" for number in range(config.images)])
     out.facts = {
         "images": config.images,
         "crops": 1,
@@ -162,6 +161,12 @@ def spread(counts_C: NDArray[np.int64]) -> Labels_I:
     return labels_I[np.argsort(times_I, kind="stable")]
 
 
+def plan_codes(config: SampleConfig, card: GeneratorCard, key: str) -> TokenLayout:
+    """How the codes lie in shards; a key is the sample's number."""
+    digits = max(KEY_DIGITS, len(str(config.images - 1)))
+    return TokenLayout(describe(config, card, key), digits, config.shard_images, config.chunk_images)
+
+
 def describe(config: SampleConfig, card: GeneratorCard, key: str) -> TokenAttributes:
     """What the token set says about itself."""
     return TokenAttributes(
@@ -180,30 +185,38 @@ def describe(config: SampleConfig, card: GeneratorCard, key: str) -> TokenAttrib
 
 
 def sample_shard(spec: SampleSpec, number: int) -> dict[str, bytes]:
-    """The file of one shard: passes of exactly `rows_per_pass` rows, the last one padded with its first row."""
+    """The file of one shard."""
+    with threads(1):
+        drawn = list(sampled_passes(spec.generator, spec.config, spec.labels_I, *spec.layout.shard_range(number)))
+    return spec.layout.shard(number, np.concatenate(drawn)[:, None])
+
+
+def sampled_passes(
+    generator: NetworkFile, config: SampleConfig, labels_I: Labels_I, start: int, stop: int
+) -> Iterator[NDArray[np.int64]]:
+    """Codes (rows, tokens) of samples start to stop (excluded), a pass at a time.
+
+    A pass has exactly `rows_per_pass` rows; the last one is padded with its first row, and given without the padding.
+    """
     import torch
 
     from models.sampling.loop import sample
 
-    config = spec.config
-    start, stop = spec.layout.shard_range(number)
-    drawn: list[NDArray[Any]] = []
-    with threads(1):
-        decoder = _decoder(spec.generator, config.rows_per_pass, config.sampling.guided, config.order, config.precision)
-        for first in range(start, stop, config.rows_per_pass):
-            ids_B = np.arange(first, first + config.rows_per_pass)
-            ids_B[ids_B >= stop] = first
-            labels_B = torch.from_numpy(spec.labels_I[ids_B].astype(np.int64))
-            try:
-                codes_BT = sample(decoder, labels_B, torch.from_numpy(ids_B), config=config.sampling, seed=config.seed)
-            except FloatingPointError as error:
-                raise NumericError(
-                    f"samples {first} to {min(first + config.rows_per_pass, stop) - 1} cannot be drawn: {error}",
-                    path=spec.generator.path,
-                    hint="train the generator again with a lower learning rate",
-                ) from error
-            drawn.append(codes_BT[: stop - first].cpu().numpy())
-    return spec.layout.shard(number, np.concatenate(drawn)[:, None])
+    rows = config.rows_per_pass
+    decoder = _decoder(generator, rows, config.sampling.guided, config.order, config.precision)
+    for first in range(start, stop, rows):
+        ids_B = np.arange(first, first + rows)
+        ids_B[ids_B >= stop] = first
+        labels_B = torch.from_numpy(labels_I[ids_B].astype(np.int64))
+        try:
+            codes_BT = sample(decoder, labels_B, torch.from_numpy(ids_B), config=config.sampling, seed=config.seed)
+        except FloatingPointError as error:
+            raise NumericError(
+                f"samples {first} to {min(first + rows, stop) - 1} cannot be drawn: {error}",
+                path=generator.path,
+                hint="train the generator again with a lower learning rate",
+            ) from error
+        yield codes_BT[: stop - first].cpu().numpy()
 
 
 @lru_cache(2)

@@ -107,7 +107,7 @@ def test_rar_recipes_have_the_published_settings(size: str) -> None:
 
     recipe = load(ROOT / "recipes" / "imagenet256" / f"rar-{size}.yaml")
     configs = named(recipe)
-    sampling = configs["samples"]["sampling"]
+    sampling = configs["images"]["sampling"]
     assert (sampling["guidance_scale"], sampling["guidance_power"], sampling["temperature"]) == RAR[size]
     assert f"FID {FID[size]}" in recipe.title
     model = configs["generator"]["model"]
@@ -119,9 +119,9 @@ def test_rar_recipes_differ_in_size_and_sampling_alone() -> None:
     for size in RAR:
         other = named(load(ROOT / "recipes" / "imagenet256" / f"rar-{size}.yaml"))
         assert other.keys() == base.keys()
-        assert {name for name in base if other[name] != base[name]} <= {"generator", "samples"}
+        assert {name for name in base if other[name] != base[name]} <= {"generator", "images"}
         assert {**other["generator"], "model": 0} == {**base["generator"], "model": 0}
-        assert {**other["samples"], "sampling": 0} == {**base["samples"], "sampling": 0}
+        assert {**other["images"], "sampling": 0} == {**base["images"], "sampling": 0}
 
 
 def test_rar_training_is_the_published_one() -> None:
@@ -141,4 +141,4 @@ def test_rar_training_is_the_published_one() -> None:
     ]
     assert rate == pytest.approx([0, 4e-4, 1e-5])
     assert steps["tokens"].views.count == 10
-    assert (steps["samples"].images, steps["samples"].labels) == (50_000, "balanced")
+    assert (steps["images"].images, steps["images"].labels, steps["images"].npz) == (50_000, "balanced", True)

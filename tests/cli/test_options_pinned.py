@@ -18,7 +18,7 @@ COMMON_FLAGS = {
     "--dry-run", "--quiet", "--json",
 }  # fmt: skip
 STAGES = ["index", "extract", "kmeans", "import-weights", "train-tokenizer", "train-discriminator", "finetune-decoder",
-          "pretokenize", "train-generator", "sample", "decode", "train-classifier", "score", "probe"]  # fmt: skip
+          "pretokenize", "train-generator", "sample", "decode", "generate", "train-classifier", "score", "probe"]  # fmt: skip
 OTHERS = {
     "run": {"--images", "--path", "--set", *COMMON_FLAGS},
     "plan": {"--images", "--path", "--set", "--store", "--json"},
