@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -27,7 +27,7 @@ def parse_config(model: type[ModelT], values: Mapping[str, Any], *, where: str) 
     UsageError (exit code 2) names the place, what was found and what is expected.
     """
     try:
-        text = json.dumps(merge(defaults(model), values), allow_nan=False)
+        text = json.dumps(merge(defaults(model, values), values), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{where} holds a value that is no plain number, text, list or mapping: {error}") from error
     try:
@@ -36,10 +36,18 @@ def parse_config(model: type[ModelT], values: Mapping[str, Any], *, where: str) 
         raise UsageError(explain(error, model, where)) from error
 
 
-def defaults(model: type[BaseModel]) -> dict[str, Any]:
-    """The defaults of a config as plain JSON values; required fields are left out."""
+def defaults(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a config as plain JSON values; required fields are left out.
+
+    A part that is null unless asked for has its own defaults as soon as `values` ask for it by some settings.
+    """
     fields = {name: field for name, field in model.model_fields.items() if not field.is_required()}
-    return {name: _plain(field.get_default(call_default_factory=True)) for name, field in fields.items()}
+    found = {name: _plain(field.get_default(call_default_factory=True)) for name, field in fields.items()}
+    for name, field in fields.items():
+        asked, part = values.get(name), _optional_part(field.annotation)
+        if found[name] is None and part is not None and isinstance(asked, Mapping):
+            found[name] = defaults(part, asked)
+    return found
 
 
 def merge(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,6 +88,12 @@ def known_fields(model: type[BaseModel]) -> list[str]:
     schema = model.model_json_schema()
     parts = [schema, *schema.get("$defs", {}).values()]
     return sorted({name for part in parts for name in part.get("properties", {})})
+
+
+def _optional_part(annotation: Any) -> type[BaseModel] | None:
+    """The config that an annotation `config | None` names, if it is one."""
+    named = [kind for kind in get_args(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return named[0] if len(named) == 1 else None
 
 
 def _plain(value: Any) -> Any:

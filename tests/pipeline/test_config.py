@@ -26,9 +26,15 @@ class Pen(Config):
     colour: str = "black"
 
 
+class Frame(Config):
+    pen: Pen = Pen(width=9)
+    depth: int = 2
+
+
 class Drawing(Config):
     pen: Pen = Pen(width=3, colour="red")
     shape: Annotated[Circle | Square, Field(discriminator="kind")] = Circle(radius=2.0)
+    frame: Frame | None = None
 
 
 def test_a_change_leaves_its_neighbours_alone() -> None:
@@ -39,6 +45,12 @@ def test_a_change_leaves_its_neighbours_alone() -> None:
 def test_naming_the_kind_starts_afresh() -> None:
     assert parse_config(Drawing, {"shape": {"kind": "circle"}}, where="here").shape == Circle(radius=1.0)
     assert parse_config(Drawing, {"shape": {"kind": "square", "side": 2.0}}, where="here").shape == Square(side=2.0)
+
+
+def test_a_part_that_is_null_has_defaults_once_it_is_asked_for() -> None:
+    assert parse_config(Drawing, {}, where="here").frame is None
+    framed = parse_config(Drawing, {"frame": {"pen": {"colour": "blue"}}}, where="here")
+    assert framed.frame == Frame(pen=Pen(width=9, colour="blue"))
 
 
 def test_merge_alters_nothing() -> None:
