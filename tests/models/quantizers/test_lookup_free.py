@@ -18,6 +18,11 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "open_magvit2"
 ARRAYS = load_file(GOLDEN / "quantizer_training.safetensors")
 SPEC = json.loads((GOLDEN / "quantizer_training.json").read_text())
 TOLERANCES = SPEC["tolerances"]
+STATED = TOLERANCES["grad_rel_to_max_abs"]
+# Distances from the dense softmax in float64: published float32 values 0.00238 (rounding of one saturated token, where
+# the true gradient is below 1e-14), ours 0.00095. None of 30 factorised forms came nearer to the published ones than
+# 0.00238 (plain sigmoids 0.00276, their complements 0.0083, a softmax per half 0.03), nor does float64 itself.
+OFF_FLOAT64 = {("z14_saturated", "entropy")}
 BITS = {case["name"]: case["z"] for case in SPEC["config"]["cases"]}
 
 every_case = pytest.mark.parametrize("case", BITS)
@@ -56,12 +61,15 @@ def test_gradients(case: str, part: str) -> None:
     }[part]
     (gradient,) = torch.autograd.grad(objective, z_BDhw)
     theirs = ARRAYS[f"out/{case}/grad_{part}"]
-    tolerance = TOLERANCES["grad_rel_to_max_abs"]
-    if (case, part) == ("z14_saturated", "entropy"):
-        tolerance = (
-            0.0024  # the published float32 values are this far from float64; ours are within 0.002 of it, see below
-        )
-    assert float((gradient - theirs).abs().max() / theirs.abs().max()) < tolerance
+    close_gradients(gradient, theirs, tolerance=0.0024 if (case, part) in OFF_FLOAT64 else STATED)
+
+
+def close_gradients(ours: Tensor, theirs: Tensor, *, tolerance: float) -> None:
+    """Within the stated tolerance of the largest gradient, but for the worst of all tokens, which may use `tolerance`."""
+    errors_N = (ours - theirs).abs().movedim(1, -1).flatten(0, 2).amax(1) / theirs.abs().max()
+    worst, *others = errors_N.sort(descending=True).values.tolist()
+    assert worst < tolerance
+    assert max(others) < STATED
 
 
 @pytest.mark.parametrize("case", ["z10", "z14_saturated"])
@@ -72,7 +80,7 @@ def test_entropy_gradient_is_exact(case: str) -> None:
     exact_BDhw = z_BDhw.detach().double().requires_grad_()
     sample, codebook = dense_entropies(exact_BDhw.movedim(1, -1).flatten(0, 2), temperature=0.01)
     (exact,) = torch.autograd.grad(sample - codebook, exact_BDhw)
-    assert float((ours - exact).abs().max() / exact.abs().max()) < TOLERANCES["grad_rel_to_max_abs"]
+    assert float((ours - exact).abs().max() / exact.abs().max()) < STATED
 
 
 def dense_entropies(z_ND: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
