@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import Field
 
 from pipeline.draft import Draft
@@ -28,6 +31,12 @@ class FinetuneDecoderConfig(TokenizerLearning):
     )
 
 
+def check_inputs(config: FinetuneDecoderConfig, inputs: Mapping[str, Any]) -> None:
+    """UsageError, before any image is read, where the views or a discriminator do not fit."""
+    check_start(config, inputs)
+    code_grid(inputs["tokenizer"], config.views.size)
+
+
 @stage(
     "finetune-decoder",
     version=1,
@@ -35,7 +44,7 @@ class FinetuneDecoderConfig(TokenizerLearning):
     reads=IMAGES | {"tokenizer": read("tokenizer", help="the tokenizer whose decoder is trained further")} | START,
     writes="tokenizer",
     trains=True,
-    check=check_start,
+    check=check_inputs,
     example="smalti finetune-decoder --images digits/rar/train-images --tokenizer digits/rar/tokenizer --training.steps 200",
     externals=WEIGHTS,
 )
@@ -50,7 +59,6 @@ def finetune_decoder(config: FinetuneDecoderConfig, inputs: Inputs, out: Draft, 
 
     parent = inputs["tokenizer"]
     model = read_tokenizer_config(parent)
-    code_grid(parent, config.views.size)
 
     def make() -> Players:
         network, game = model.autoencoder, config.adversarial

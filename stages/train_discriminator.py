@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, model_validator
 
 from models.losses.config import DiscriminationConfig, ReconstructionConfig
 from pipeline.draft import Draft
@@ -12,7 +15,7 @@ from stages.discriminators import build_adversary, save_discriminator
 from stages.networks import read_tokenizer_config
 from stages.tokenizing import code_grid
 from stages.train_tokenizer import where
-from stages.training.config import AdamW, AdversaryConfig, ReconstructionTraining, TrainingConfig
+from stages.training.config import AdamW, AdversaryConfig, ReconstructionTraining, TrainingConfig, check_sees
 from stages.training.inputs import IMAGES
 
 
@@ -27,6 +30,16 @@ class TrainDiscriminatorConfig(ReconstructionTraining):
         description="budget and optimizer",
     )
 
+    @model_validator(mode="after")
+    def _discriminator_sees_the_views(self) -> TrainDiscriminatorConfig:
+        check_sees(self.adversarial.discriminator, self.views.size)
+        return self
+
+
+def check_views(config: TrainDiscriminatorConfig, inputs: Mapping[str, Any]) -> None:
+    """UsageError, before any image is read, where the tokenizer cannot see images of this size."""
+    code_grid(inputs["tokenizer"], config.views.size)
+
 
 @stage(
     "train-discriminator",
@@ -36,6 +49,7 @@ class TrainDiscriminatorConfig(ReconstructionTraining):
     | {"tokenizer": read("tokenizer", help="the tokenizer whose reconstructions are to be told from images")},
     writes="discriminator",
     trains=True,
+    check=check_views,
     example="smalti train-discriminator --images digits/rar/train-images --tokenizer digits/rar/tokenizer --training.steps 200",
 )
 def train_discriminator(config: TrainDiscriminatorConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
@@ -49,7 +63,6 @@ def train_discriminator(config: TrainDiscriminatorConfig, inputs: Inputs, out: D
 
     parent = inputs["tokenizer"]
     network = read_tokenizer_config(parent).autoencoder
-    code_grid(parent, config.views.size)
     game = AdversaryConfig(**config.adversarial.model_dump())
     outcome = train_players(
         config,

@@ -33,6 +33,11 @@ class PatchConfig(Config):
     width: int = Field(default=64, ge=1, description="Channels of the first layer.")
     layers: int = Field(default=3, ge=1, description="Layers that halve the resolution.")
 
+    @property
+    def least_pixels(self) -> int:
+        """Side of the smallest image that has a patch: two more layers take a pixel each, and one must be left."""
+        return 3 * 2**self.layers
+
 
 class BlurConfig(Config):
     """Discriminator with blurred downsampling, of Open-MAGVIT2's 16,384-code tokenizer."""
@@ -41,6 +46,11 @@ class BlurConfig(Config):
     width: int = Field(default=128, ge=32, multiple_of=32, description="Channels of the first layer.")
     stages: int = Field(default=3, ge=1, description="Stages that halve the resolution.")
     resample: Literal["blur", "average"] = Field(default="blur", description="Fixed blur, or 2x2 averages.")
+
+    @property
+    def least_pixels(self) -> int:
+        """Side of the smallest image that can be halved so often."""
+        return 2**self.stages
 
 
 DiscriminatorConfig = Annotated[PatchConfig | BlurConfig, Field(discriminator="kind")]

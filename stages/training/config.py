@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from models.losses.config import AdversarialConfig, LossConfig, ReconstructionConfig
+from models.losses.config import AdversarialConfig, DiscriminatorConfig, LossConfig, ReconstructionConfig
 from models.schedules import warmup_cosine
 from pipeline.config import Config
 from pipeline.images import Views
@@ -138,6 +138,16 @@ class ReconstructionTraining(Config):
     training: TrainingConfig = Field(default=TrainingConfig(), description="budget and optimizer")
 
 
+def check_sees(discriminator: DiscriminatorConfig, pixels: int) -> None:
+    """ValueError where the views are smaller than a patch of the discriminator."""
+    if pixels < discriminator.least_pixels:
+        knob = "layers" if discriminator.kind == "patch" else "stages"
+        raise ValueError(
+            f"the discriminator needs images of at least {discriminator.least_pixels} pixels, but views.size is {pixels}; "
+            f"lower adversarial.discriminator.{knob}"
+        )
+
+
 class TokenizerLearning(ReconstructionTraining):
     """What a training of a tokenizer, or of its decoder, is told besides."""
 
@@ -147,6 +157,12 @@ class TokenizerLearning(ReconstructionTraining):
         json_schema_extra=NEUTRAL,
         description="a discriminator that learns beside the tokenizer, and by how much that minds it; null: none",
     )
+
+    @model_validator(mode="after")
+    def _discriminator_sees_the_views(self) -> TokenizerLearning:
+        if self.adversarial is not None:
+            check_sees(self.adversarial.discriminator, self.views.size)
+        return self
 
 
 def _cosine(start: float, end: float, share: float) -> float:

@@ -118,6 +118,20 @@ def test_views_that_the_tokenizer_cannot_see_are_refused(tmp_path: Path, images:
         run_stage("train-discriminator", tmp_path, config, inputs={"images": images, "tokenizer": tokenizer})
 
 
+@pytest.mark.parametrize("stage", ["train-tokenizer", "train-discriminator", "finetune-decoder"])
+@pytest.mark.parametrize(
+    ("discriminator", "least", "knob"),
+    [({"kind": "patch", "layers": 3}, 24, "layers"), ({"kind": "blur", "width": 32, "stages": 5}, 32, "stages")],
+)
+def test_views_smaller_than_a_patch_are_refused(
+    tmp_path: Path, stage: str, discriminator: dict[str, Any], least: int, knob: str
+) -> None:
+    config = {"views": VIEWS, "adversarial": {"discriminator": discriminator}}
+    wanted = rf"at least {least} pixels, but views.size is 16; lower adversarial\.discriminator\.{knob}"
+    with pytest.raises(UsageError, match=wanted):
+        run_stage(stage, tmp_path, config)
+
+
 @pytest.mark.crash
 def test_whole_after_any_crash(tmp_path: Path, images: Artifact, tokenizer: Artifact) -> None:
     torch.set_num_threads(1)

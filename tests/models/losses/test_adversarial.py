@@ -15,9 +15,10 @@ from torch import Tensor
 
 from models.losses.adversarial import Adversary, as_in_training
 from models.losses.blur_discriminator import BlurDiscriminator
-from models.losses.config import AdversarialConfig, BlurConfig, PatchConfig, ReconstructionConfig
+from models.losses.config import DISCRIMINATORS, AdversarialConfig, BlurConfig, PatchConfig, ReconstructionConfig
 from models.losses.reconstruction import ReconstructionLoss
 from models.quantizers.config import LookupFreeConfig
+from models.registry import build
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 IBQ, IBQ_SPEC = (
@@ -229,6 +230,14 @@ def test_published_sizes() -> None:
     with torch.device("meta"):
         sizes = [Adversary(AdversarialConfig(discriminator=d), channels=3) for d in (PatchConfig(), BlurConfig())]
     assert [sum(p.numel() for p in game.parameters()) for game in sizes] == [2_765_633, 1_909_889]
+
+
+@pytest.mark.parametrize("config", [PatchConfig(width=4, layers=2), BlurConfig(width=32, stages=2, resample="average")])
+def test_the_smallest_images(config: PatchConfig | BlurConfig) -> None:
+    network = build(config, DISCRIMINATORS, channels=3)
+    assert network(torch.zeros(2, 3, config.least_pixels, config.least_pixels)).shape == (2, 1, 1, 1)
+    with pytest.raises(RuntimeError):
+        network(torch.zeros(2, 3, config.least_pixels - 1, config.least_pixels - 1))
 
 
 def test_the_tokenizers_side_leaves_the_discriminator_alone() -> None:
