@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from models.generators.config import BUILDERS, GeneratorConfig, RarConfig, RarInit
 from models.registry import build, load_class
+from models.sampling.config import SamplingConfig
+from pipeline.artifact import Artifact
 from pipeline.config import Config
 from pipeline.draft import Draft
-from pipeline.errors import InputError
-from pipeline.keys import config_value
+from pipeline.errors import CorruptError, InputError, UsageError
+from pipeline.keys import NEUTRAL, config_value
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.attributes import TokenAttributes
-from stages.networks import GeneratorCard
+from stages.networks import GeneratorCard, NetworkFile, join_tokenizer
 from stages.training.config import AdamW, TrainingConfig, WarmupCosine
 from stages.weights import save_weights
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
     from stages.training.tokens import TrainingTokens
 
-HELD_OUT = "held-out"
+HELD_OUT, TOKENIZER = "held-out", "tokenizer"
 SMALL_RAR = RarConfig(
     width=128,
     layers=4,
@@ -53,6 +56,19 @@ class OrdersConfig(Config):
         return self
 
 
+class SamplesConfig(Config):
+    """Samples to look at on the way, as grids of images in the log. They leave no trace in the weights."""
+
+    every: int = Field(default=5000, ge=1, description="steps between two grids")
+    images: int = Field(default=20, ge=1, le=100, description="samples of a grid, the same ones each time")
+    classes: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, strict=False, min_length=1, description="their classes, in turn; null: all classes in turn"
+    )
+    sampling: SamplingConfig = Field(
+        default=SamplingConfig.model_validate({}), description="guidance, temperature, top-k, top-p, greedy"
+    )
+
+
 class TrainGeneratorConfig(Config):
     """A network, the annealing of its orders, and a budget. The defaults suit 16 codes of a small codebook."""
 
@@ -69,6 +85,53 @@ class TrainGeneratorConfig(Config):
         ),
         description="budget and optimizer; generators that only count ignore it",
     )
+    checkpoints_activations: bool = Field(
+        default=False,
+        json_schema_extra=NEUTRAL,
+        description="compute each block again in the backward pass instead of keeping its activations: less memory",
+    )
+    compiles: bool = Field(
+        default=False,
+        json_schema_extra=NEUTRAL,
+        description="compile the blocks by torch.compile, which needs a C++ compiler on the CPU: faster, later",
+    )
+    samples: SamplesConfig | None = Field(
+        default=None,
+        json_schema_extra=NEUTRAL,
+        description="grids of samples in log/ on the way, by the input tokenizer; null: none",
+    )
+
+
+COMPARED = {"codes": "a vocabulary of {}", "grid": "a grid of {} codes", "classes": "{} classes"}
+
+
+def check_inputs(config: TrainGeneratorConfig, inputs: Mapping[str, Artifact | list[Artifact]]) -> None:
+    """Before any data is read: all token sets have one vocabulary, length and number of classes, and samples can be drawn."""
+    sets = [one for name in ("tokens", HELD_OUT) for one in listed(inputs.get(name, []))]
+    if not listed(inputs.get("tokens", [])):
+        raise InputError("train-generator needs at least one token set", hint="give --tokens")
+    for other in sets[1:]:
+        for name, words in COMPARED.items():
+            found, wanted = other.facts.get(name), sets[0].facts.get(name)
+            if found != wanted:
+                raise CorruptError(
+                    f"{other.name} has {words.format(found)}, but {sets[0].name} has {wanted}: one generator cannot "
+                    "learn from both",
+                    path=other.path,
+                )
+    if (config.samples is None) != (TOKENIZER not in inputs):
+        lacking = f"the input {TOKENIZER}" if config.samples else "samples.every"
+        raise UsageError(
+            f"samples on the way need both a {TOKENIZER} and samples.every: give {lacking} too, or neither"
+        )
+    classes = sets[0].facts.get("classes")
+    for label in (config.samples and config.samples.classes) or ():
+        if classes is not None and label >= classes:
+            raise UsageError(f"samples.classes names class {label}, but {sets[0].name} knows 0 to {classes - 1}")
+
+
+def listed(value: Artifact | list[Artifact]) -> list[Artifact]:
+    return value if isinstance(value, list) else [value]
 
 
 @stage(
@@ -78,20 +141,21 @@ class TrainGeneratorConfig(Config):
     reads={
         "tokens": read("token-set", help="codes to learn, of one or several token sets", many=True),
         HELD_OUT: read("token-set", help="codes to measure the loss on", optional=True),
+        TOKENIZER: read("tokenizer", help="what makes images of samples on the way (samples)", optional=True),
     },
     writes="generator",
+    check=check_inputs,
     trains=True,
     example="smalti train-generator --tokens digits/rar/tokens --training.steps 800",
 )
 def train_generator(config: TrainGeneratorConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Train a generator on token sets; codebook, length and classes are those of the data.
 
-    Writes config.json and weights.safetensors. An interrupted training continues from its last checkpoint.
+    Writes config.json and weights.safetensors. An interrupted training continues from its last checkpoint. With a
+    tokenizer and `samples`, grids of samples appear in the artifact's log/ on the way.
     """
     from stages.training.tokens import TrainingTokens
 
-    if not inputs.all("tokens"):
-        raise InputError("train-generator needs at least one token set", hint="give --tokens")
     first = inputs.all("tokens")[0]
     tokens = TrainingTokens(inputs.all("tokens"), like=first)
     card = make_card(config, tokens.attributes)
@@ -100,7 +164,18 @@ def train_generator(config: TrainGeneratorConfig, inputs: Inputs, out: Draft, ru
         count(config, card, tokens, out)
         return
     held_out = TrainingTokens([inputs[HELD_OUT]], like=first) if HELD_OUT in inputs else None
-    learn(config, card, tokens, held_out, out, run)
+    tokenizer = known_tokenizer(card, first, next(iter(inputs.all(TOKENIZER)), None), run)
+    learn(config, card, tokens, held_out, tokenizer, out, run)
+
+
+def known_tokenizer(
+    card: GeneratorCard, first: Artifact, tokenizer: Artifact | None, run: Runtime
+) -> NetworkFile | None:
+    """Where the tokenizer lies, if there is one; CorruptError if the codes are another's."""
+    if tokenizer is None:
+        return None
+    join_tokenizer(card, tokenizer, what=first.name, path=first.path)
+    return NetworkFile.of(tokenizer, run.device)
 
 
 def make_card(config: TrainGeneratorConfig, attributes: TokenAttributes) -> GeneratorCard:
@@ -134,6 +209,7 @@ def learn(
     card: GeneratorCard,
     tokens: TrainingTokens,
     held_out: TrainingTokens | None,
+    tokenizer: NetworkFile | None,
     out: Draft,
     run: Runtime,
 ) -> None:
@@ -142,7 +218,7 @@ def learn(
     from stages.training.generator import GeneratorTask
 
     outcome = train(
-        lambda device: GeneratorTask(config, card, tokens, held_out, device),
+        lambda device: GeneratorTask(config, card, tokens, held_out, device, tokenizer=tokenizer),
         config.training,
         out,
         run,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.draft import Draft
+from pipeline.durable import write_file
 from pipeline.errors import NumericError
 from pipeline.progress import Progress
 from pipeline.runtime import Runtime, Terminated
@@ -69,6 +70,7 @@ def train(
         around.enter_context(memory_in_words(config, replicas.world))
         replicas.seed(torch_seed(config.seed, "first weights", 0))
         task = make_task(replicas.device)
+        task.replicas = replicas
         trainer = Trainer(task, config, replicas, out)
         trainer.resume()
         _run_steps(trainer, config, run if trainer.is_first else _silent(run), label)
@@ -77,7 +79,14 @@ def train(
 
 def _run_steps(trainer: Trainer, config: TrainingConfig, run: Runtime, label: str) -> None:
     task, first = trainer.task, trainer.step
-    metrics = Metrics(run, steps=config.steps, batch=config.batch, first_step=first, has_board=trainer.is_first)
+    metrics = Metrics(
+        run,
+        steps=config.steps,
+        batch=config.batch,
+        images=task.epoch_images or task.rows,
+        first_step=first,
+        has_board=trainer.is_first,
+    )
     saved, shown = time.monotonic(), dict[str, float]()
     with run.deferred() as stop, run.progress.bar(label, total=config.steps * config.batch, unit=task.unit) as bar:
         bar.skip(first * config.batch)
@@ -96,6 +105,8 @@ def _run_steps(trainer: Trainer, config: TrainingConfig, run: Runtime, label: st
                 _warn(task, step, figures, run)
             if config.evaluate_every and (step + 1) % config.evaluate_every == 0:
                 metrics.record("evaluate", step + 1, trainer.evaluate())
+            if task.draws_every and (step + 1) % task.draws_every == 0:
+                trainer.draw(run.log)
             if leaves or saves:
                 trainer.save()
                 saved = time.monotonic()
@@ -173,18 +184,19 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Figures on held-out data, with the weights that would be the result; keeps the best ones if asked to."""
-        with ExitStack() as averaged, torch.no_grad():
-            for running in self.parts:
-                self.replicas.share_buffers(running.part.module)
-                running.part.module.eval()
-                if running.average is not None:
-                    averaged.enter_context(running.average.in_place())
+        with self._judging():
             figures = self.task.evaluate()
             if self.config.select == "best" and figures.get("loss", math.inf) < self.best_loss:
                 self._keep_best(figures["loss"])
-        for running in self.parts:
-            running.part.module.train()
         return figures
+
+    def draw(self, folder: Path) -> None:
+        """Put the task's drawings into a folder (the first process alone), made with the weights that would be the result."""
+        with self._judging():
+            drawings = self.task.draw(self.step)
+        if self.is_first:
+            for name, data in drawings.items():
+                write_file(folder / name, data)
 
     def save(self) -> None:
         """Write a checkpoint (the first process alone)."""
@@ -224,6 +236,19 @@ class Trainer:
             running.part.module.eval()
         with torch.no_grad():
             return self.task.evaluate()
+
+    @contextmanager
+    def _judging(self) -> Iterator[None]:
+        """Within this block the modules are in evaluation mode, with the weights that would be the result."""
+        with ExitStack() as averaged, torch.no_grad():
+            for running in self.parts:
+                self.replicas.share_buffers(running.part.module)
+                running.part.module.eval()
+                if running.average is not None:
+                    averaged.enter_context(running.average.in_place())
+            yield
+        for running in self.parts:
+            running.part.module.train()
 
     def _seed(self) -> None:
         self.replicas.seed(torch_seed(self.config.seed, "step", self.step, self.replicas.rank))

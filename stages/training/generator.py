@@ -13,8 +13,9 @@ from models.generators.config import BUILDERS
 from models.generators.orders import draw_drops, draw_orders, raster
 from models.registry import build
 from models.schedules import random_ratio
-from stages.networks import GeneratorCard
+from stages.networks import GeneratorCard, NetworkFile
 from stages.training.draws import rows_of_step, stream
+from stages.training.samples import draw_samples
 from stages.training.task import Batch, Losses, Modules, Part, Task, is_matrix
 from stages.training.tokens import TrainingTokens
 
@@ -51,8 +52,12 @@ class GeneratorTask(Task):
         tokens: TrainingTokens,
         held_out: TrainingTokens | None,
         device: torch.device,
+        *,
+        tokenizer: NetworkFile | None = None,
     ):
-        self.config, self.tokens, self.held_out, self.device = config, tokens, held_out, device
+        """tokenizer: what makes images of the samples that are drawn on the way, if some are."""
+        self.config, self.card, self.tokens, self.held_out, self.device = config, card, tokens, held_out, device
+        self.tokenizer = tokenizer
         self.network = build(card.model, BUILDERS, codes=card.codes, tokens=card.tokens, classes=card.classes)
         training = config.training
         decayed = getattr(self.network, "decayed", is_matrix)
@@ -65,7 +70,11 @@ class GeneratorTask(Task):
                 is_decayed=lambda name, parameter: decayed(name.removeprefix("generator."), parameter),
             )
         ]
-        self.rows = len(tokens)
+        self.network.checkpoint_blocks = config.checkpoints_activations
+        if config.compiles:
+            compile_blocks(self.network)
+        self.draws_every = config.samples.every if config.samples else 0
+        self.rows, self.epoch_images = len(tokens), tokens.images
         self.reads_ahead = not tokens.are_loaded
         self._window: tuple[int, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = (-1, [])
 
@@ -83,19 +92,27 @@ class GeneratorTask(Task):
         return Losses({"cross_entropy": loss}, stats)
 
     def evaluate(self) -> dict[str, float]:
-        """Mean loss and share of right guesses on the held-out token set, if there is one."""
+        """Mean loss and share of right guesses on the held-out token set, if there is one; each process takes passes."""
         if self.held_out is None:
             return {}
-        sums = {"loss": 0.0, "correct": 0.0}
-        for first in range(0, len(self.held_out), self.config.rows_per_pass):
-            rows_P = np.arange(first, min(first + self.config.rows_per_pass, len(self.held_out)))
+        rows, count = self.config.rows_per_pass, len(self.held_out)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for first in range(rows * self.replicas.rank, count, rows * self.replicas.world):
+            rows_P = np.arange(first, min(first + rows, count))
             codes_PT, labels_P = self.held_out.read(rows_P)
             orders_PT, dropped_P = raster(*codes_PT.shape), np.zeros(len(rows_P), bool)
             tensors = (torch.from_numpy(one).to(self.device) for one in (codes_PT, labels_P, orders_PT, dropped_P))
             loss, stats = self.network.loss(*tensors)
-            sums["loss"] += float(loss) * len(rows_P)
-            sums["correct"] += float(stats["correct"]) * len(rows_P)
-        return {name: total / len(self.held_out) for name, total in sums.items()}
+            sums += len(rows_P) * torch.tensor([float(loss), float(stats["correct"])], dtype=torch.float64)
+        means = self.replicas.mean(sums.to(self.device))
+        return {name: mean * self.replicas.world / count for name, mean in zip(("loss", "correct"), means, strict=True)}
+
+    def draw(self, step: int) -> dict[str, bytes]:
+        """A grid of samples; every process draws and decodes its share."""
+        assert self.config.samples is not None
+        assert self.tokenizer is not None
+        grid = draw_samples(self.config.samples, self.card, self.network, self.tokenizer, self.replicas, step)
+        return {f"samples-{step:08d}.png": grid} if grid else {}
 
     def _read(self, step: int, rows_B: NDArray[np.int64], share: slice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Codes and labels of this process's share; of mapped sets a window of steps is read at once."""
@@ -112,3 +129,9 @@ class GeneratorTask(Task):
         rows = [rows_of_step(step, rows=self.rows, batch=training.batch, seed=training.seed)[share] for step in steps]
         codes_WT, labels_W = self.tokens.read(np.concatenate(rows))
         return list(zip(np.split(codes_WT, len(rows)), np.split(labels_W, len(rows)), strict=True))
+
+
+def compile_blocks(network: Any) -> None:
+    """Compile each block of a network in place: alike as they are, they share what the first one took."""
+    for block in network.blocks:
+        block.compile()

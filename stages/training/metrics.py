@@ -14,8 +14,9 @@ TENSORBOARD_STEPS = 2000  # shorter trainings are over before anybody opens it
 class Metrics:
     """Says when a step is logged, and where its figures go."""
 
-    def __init__(self, run: Runtime, *, steps: int, batch: int, first_step: int, has_board: bool):
-        self._run = run
+    def __init__(self, run: Runtime, *, steps: int, batch: int, images: int, first_step: int, has_board: bool):
+        """images: of the data, in which epochs are counted."""
+        self._run, self._images = run, images
         self._every = max(1, steps // LINES)
         self._steps, self._batch = steps, batch
         self._since, self._at = first_step, time.monotonic()
@@ -29,11 +30,12 @@ class Metrics:
         return (step + 1) % self._every == 0 or step + 1 == self._steps
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        """Log the figures of a finished step, with the rate since the last line."""
+        """Log the figures of a finished step, with the rate since the last line and the epochs since the first step."""
         now = time.monotonic()
         rate = (step + 1 - self._since) * self._batch / max(now - self._at, 1e-9)
         self._since, self._at = step + 1, now
-        self.record("train", step + 1, {**figures, "rows_per_second": round(rate, 2)})
+        epochs = round((step + 1) * self._batch / self._images, 4)
+        self.record("train", step + 1, {**figures, "rows_per_second": round(rate, 2), "epochs": epochs})
 
     def record(self, event: str, step: int, figures: dict[str, float]) -> None:
         self._run.progress.record(event, step=step, **figures)

@@ -78,6 +78,14 @@ class Replicas:
             values /= self.world
         return [float(value) for value in values.tolist()]
 
+    def gather(self, values: Tensor) -> Tensor:
+        """Tensors of equal shape of all processes, joined along the first axis in the order of ranks."""
+        if self.world == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world)]
+        torch.distributed.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Each is true everywhere if it is true anywhere."""
         if self.world == 1:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stages.training.config import Optimizer, Schedule
+from stages.training.replicas import Replicas
 
 Batch = tuple[Tensor, ...]
 Modules = Mapping[str, nn.Module]
@@ -54,11 +55,17 @@ class Task(ABC):
     """The first is the main one: it makes the pass that all share, and its loss is the one that is shown."""
     rows: int
     """Rows of the data; a step's batch is a choice of them."""
+    epoch_images: int = 0
+    """Images of the data, in which epochs are counted, where they are other than rows."""
     unit: str = "images"
     reads_ahead: bool = False
     """True if a batch takes time to read (decoding): a thread then reads the next ones meanwhile."""
     shown: tuple[str, ...] = ()
     """Losses and stats that progress shows beside the loss, as they were when last logged."""
+    draws_every: int = 0
+    """Steps between drawings; 0: none."""
+    replicas: Replicas
+    """All processes of the training, which the engine sets: evaluations and drawings are shared between them."""
 
     @abstractmethod
     def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
@@ -85,6 +92,13 @@ class Task(ABC):
 
     def evaluate(self) -> dict[str, float]:
         """Figures on held-out data, of the parts' modules in evaluation mode; "loss" is what `select: best` compares."""
+        return {}
+
+    def draw(self, step: int) -> Mapping[str, bytes]:
+        """Files for the log that show what the modules, in evaluation mode, have learned; the first process writes them.
+
+        step: steps that are done.  Every process is asked, and does its share, so that none waits for another.
+        """
         return {}
 
     def warning(self, step: int, stats: Mapping[str, Any]) -> str | None:

@@ -44,6 +44,11 @@ class TrainingTokens:
     def are_loaded(self) -> bool:
         return all(_bytes(token_set) <= LOADED_BYTES for token_set in self.sets)
 
+    @property
+    def images(self) -> int:
+        """Images of all sets; each may be several rows."""
+        return sum(token_set.n_images for token_set in self.sets)
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 
