@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.generators.config import SPARE_POSITIONS, RarConfig
+from models.generators.step_graphs import Capture, GraphPool, StepGraphs
 
 if TYPE_CHECKING:
     from models.generators.rar import Block, Rar
@@ -48,6 +49,9 @@ class RarDecoder:
             self.places_JBD = _places(model, orders).to(self.dtype)
             self._read_weights(model)
             self._allocate_cache()
+            self.graphs: StepGraphs | None = None
+            if self.device.type == "cuda":
+                self.use_graphs(GraphPool(self.device))
 
     def _read_weights(self, model: Rar) -> None:
         self.width, self.heads, self.eps = model.config.width, model.config.heads, model.adaln_before_head.norm.eps
@@ -58,7 +62,7 @@ class RarDecoder:
         self.class_embeddings_CD = model.embeddings.weight[model.codes + 1 :].float()
         self.steps_JD = model.timesteps_embeddings[0, : self.tokens + 1].float()
         self.blocks = [_BlockWeights(block, self.dtype) for block in model.blocks]
-        self.head = _Affine(model.lm_head, self.dtype)
+        self.head = _Affine(model.lm_head, torch.float32)  # guidance multiplies what rounding takes from logits
         self.modulations = [part.to(self.dtype) for part in _join_modulations(model)]
 
     def _allocate_cache(self) -> None:
@@ -68,6 +72,14 @@ class RarDecoder:
         self.values_RHJE = torch.zeros(shape, dtype=self.dtype, device=self.device).unbind()
         ahead = torch.full((SHORTEST_PRODUCT, SHORTEST_PRODUCT), -torch.inf, dtype=self.dtype, device=self.device)
         self.unseen_11J = ahead.triu(1)[:, None, None].unbind()
+
+    @torch.inference_mode()
+    def use_graphs(self, capture: Capture) -> None:
+        """From now on steps run by graphs, between buffers that never move."""
+        self.x_RD = self.places_JBD.new_empty(self.streams, self.width)
+        self.picked_RM = self.places_JBD.new_empty(self.streams, len(self.modulations[1]))
+        self.logits_RK = torch.empty(self.streams, self.codes, device=self.device)
+        self.graphs = StepGraphs(self._feed_buffers, capture)
 
     @torch.inference_mode()
     def prefill(self, labels_B: Tensor) -> Tensor:
@@ -94,7 +106,18 @@ class RarDecoder:
 
     def _feed(self, x_RD: Tensor, position: int) -> Tensor:
         """One position through all blocks and the head; its keys and values join the cache."""
-        parts = self._pick_modulations(position)
+        if self.graphs is None:
+            return self._compute(x_RD, self._pick_modulations(position), position)
+        self.x_RD.copy_(x_RD)
+        self._pick_modulations(position, out=self.picked_RM)
+        self.graphs(position)
+        return self.logits_RK.clone()
+
+    def _feed_buffers(self, position: int) -> None:
+        self.logits_RK.copy_(self._compute(self.x_RD, self.picked_RM, position))
+
+    def _compute(self, x_RD: Tensor, picked_RM: Tensor, position: int) -> Tensor:
+        parts = picked_RM.view(self.streams, -1, self.width).unbind(1)
         for index, block in enumerate(self.blocks):
             shift1, scale1, gate1, shift2, scale2, gate2 = parts[6 * index : 6 * index + 6]
             h_RD = block.qkv(self._norm(x_RD, scale1, shift1))
@@ -102,7 +125,7 @@ class RarDecoder:
             x_RD = torch.addcmul(x_RD, gate1, h_RD)
             h_RD = F.gelu(block.fc1(self._norm(x_RD, scale2, shift2)))
             x_RD = torch.addcmul(x_RD, gate2, block.fc2(h_RD))
-        return self.head(self._norm(x_RD, parts[-2], parts[-1])).float()
+        return self.head(self._norm(x_RD, parts[-2], parts[-1]).float())
 
     def _norm(self, x_RD: Tensor, scale_RD: Tensor, shift_RD: Tensor) -> Tensor:
         return torch.addcmul(shift_RD, F.layer_norm(x_RD, (self.width,), *self.no_affine, eps=self.eps), scale_RD)
@@ -129,12 +152,12 @@ class RarDecoder:
         keys, values = (part[:, :, :SHORTEST_PRODUCT].flatten(0, 1) for part in (keys_RHJE, values_RHJE))
         return torch.bmm(torch.baddbmm(self.unseen_11J[position], q, keys.mT).softmax(-1), values)
 
-    def _pick_modulations(self, position: int) -> tuple[Tensor, ...]:
-        """M tensors (R, D) for this position."""
+    def _pick_modulations(self, position: int, *, out: Tensor | None = None) -> Tensor:
+        """The modulations of each stream at this position, (R, M D)."""
         if position not in self.stretch:
             self._modulate_stretch(position)
         table_UM = self.table_USM[:, position - self.stretch.start]
-        return table_UM.index_select(0, self.picks_R).view(self.streams, -1, self.width).unbind(1)
+        return torch.index_select(table_UM, 0, self.picks_R, out=out)
 
     def _modulate_stretch(self, position: int) -> None:
         """Compute the modulations of the distinct classes for the stretch of steps that holds this position."""

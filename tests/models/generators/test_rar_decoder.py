@@ -9,7 +9,9 @@ from torch import Tensor
 from models.generators import rar_decoder
 from models.generators.config import RarConfig, RarInit
 from models.generators.rar import Rar
+from models.generators.step_graphs import Work
 from models.sampling.config import SamplingConfig
+from models.sampling.loop import sample
 
 from .conformance import GeneratorConformance
 
@@ -85,6 +87,45 @@ class TestRar(GeneratorConformance):
         logits = near.prefill(labels_B)
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, exact.prefill(labels_B), atol=0.1, rtol=0.05)
+        assert (logits != logits.bfloat16()).any(), "guidance would multiply what is rounded away"
+
+    @pytest.mark.parametrize("guided", [False, True])
+    def test_buffers_that_never_move_change_nothing(self, model: Rar, guided: bool) -> None:
+        """What graphs replay, here by running it again: passes before, while and after it is recorded are the same."""
+        recorded: list[Work] = []
+
+        def record(work: Work) -> Work:
+            recorded.append(work)
+            return work
+
+        settings, ids_B = SamplingConfig(guidance_scale=3.0 * guided), torch.arange(2)
+        buffered, plain = (model.decoder(rows=2, guided=guided) for _ in range(2))
+        buffered.use_graphs(record)
+        for labels in ([0, 2], [1, 1], [2, 0], [0, 2]):
+            found, expected = (
+                sample(one, torch.tensor(labels), ids_B, config=settings, seed=3) for one in (buffered, plain)
+            )
+            assert torch.equal(found, expected)
+        assert len(recorded) == model.tokens + 1
+        first = buffered.prefill(torch.tensor([0, 1]))
+        kept = first.clone()
+        buffered.step(torch.tensor([0, 1]))
+        assert torch.equal(first, kept), "logits that were given stay as they are"
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("guided", [False, True])
+    def test_graphs_draw_the_codes_of_single_kernels(self, model: Rar, dtype: torch.dtype, guided: bool) -> None:
+        model = model.cuda()
+        settings, ids_B = SamplingConfig(guidance_scale=3.0 * guided), torch.arange(4)
+        graphs, plain = (model.decoder(rows=4, guided=guided, dtype=dtype) for _ in range(2))
+        assert graphs.graphs is not None
+        plain.graphs = None
+        for labels in ([0, 1, 2, 0], [1, 1, 1, 1], [2, 0, 0, 1], [0, 1, 2, 0]):
+            found, expected = (
+                sample(one, torch.tensor(labels), ids_B, config=settings, seed=3) for one in (graphs, plain)
+            )
+            assert torch.equal(found, expected)
 
 
 def test_a_fresh_published_network_is_its_input_and_its_head() -> None:
