@@ -18,6 +18,7 @@ from pipeline.runner import plan as plan_recipe
 from pipeline.runner import run as run_recipe
 from pipeline.store import Store
 from stages import stages
+from stages.foresight import check_recipe
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe, such as recipes/digits/rar.yaml.")]
 ImagesOption = Annotated[
@@ -89,7 +90,8 @@ def schema(json: options.JsonOption = False) -> None:
 
 
 def _load(recipe: Path, settings: list[str] | None, pairs: list[str] | None, images: Path | None) -> Recipe:
-    return load_recipe(recipe, stages(), settings=settings or [], paths=options.parse_paths(pairs, images))
+    loaded = load_recipe(recipe, stages(), settings=settings or [], paths=options.parse_paths(pairs, images))
+    return check_recipe(loaded)
 
 
 def _show_plan(recipe: Recipe, planned: list[Planned], as_json: bool) -> None:

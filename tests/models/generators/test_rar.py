@@ -136,6 +136,26 @@ def test_modulations_of_the_distinct_classes_are_those_of_each_row(model: Rar) -
     torch.testing.assert_close(logits_BTK[:4], torch.cat(alone), atol=1e-5, rtol=0)
 
 
+def test_modulations_that_rows_share_are_those_of_each_row(model: Rar) -> None:
+    """In a pass of nine rows of three classes, and where every row is a pass of its own."""
+    codes_BT = ARRAYS["in/tf_tokens"][:1].repeat(9, 1)
+    codes_BT = (codes_BT + torch.arange(9)[:, None]) % CODES
+    labels_B = torch.arange(9) % 3
+
+    def logits(rows: slice) -> torch.Tensor:
+        decoder = model.decoder(rows=len(labels_B[rows]), guided=True)
+        found = [decoder.prefill(labels_B[rows]), *(decoder.step(codes_B) for codes_B in codes_BT[rows, :-1].T)]
+        return torch.stack(found, dim=1)
+
+    shared = logits(slice(None)).unflatten(0, (2, 9))
+    own = torch.stack([logits(slice(row, row + 1)) for row in range(9)], dim=1)
+    torch.testing.assert_close(shared, own, atol=SPEC["tolerances"]["logits"], rtol=0)
+    top_B = own.topk(2, dim=-1).values
+    is_clear = top_B[..., 0] - top_B[..., 1] > 2 * SPEC["tolerances"]["logits"]
+    assert torch.equal(shared.argmax(-1)[is_clear], own.argmax(-1)[is_clear])
+    assert is_clear.float().mean() > 0.9
+
+
 def test_weight_decay_is_split_as_published(model: Rar) -> None:
     split = {kind: set(SPEC["weight_decay"][kind]) for kind in ("decayed", "not_decayed")}
     decayed = {name for name, parameter in model.named_parameters() if model.decayed(name, parameter)}
