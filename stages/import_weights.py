@@ -18,6 +18,7 @@ from pipeline.errors import CorruptError, InputError, UsageError
 from pipeline.keys import config_value
 from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, read, stage
+from stages.discriminators import DiscriminatorCard
 from stages.foreign import read_state
 from stages.hub import HubWeights, download
 from stages.networks import GeneratorCard, join_tokenizer
@@ -33,23 +34,27 @@ Values = Literal["auto", "ema", "raw"]
 class Layout(NamedTuple):
     """Whose names a file uses: what kind of artifact it becomes, and the module whose `recognise` knows them."""
 
-    kind: Literal["tokenizer", "generator"]
+    kind: Literal["tokenizer", "generator", "discriminator"]
     adapter: str
 
 
-LayoutName = Literal["rar", "maskgit-vqgan", "ibq", "open-magvit2"]
+LayoutName = Literal["rar", "maskgit-vqgan", "ibq", "open-magvit2", "discriminator"]
 LAYOUTS: dict[LayoutName, Layout] = {
     "rar": Layout("generator", "models.adapters.rar"),
     "maskgit-vqgan": Layout("tokenizer", "models.adapters.maskgit_vqgan"),
     "ibq": Layout("tokenizer", "models.adapters.ibq"),
     "open-magvit2": Layout("tokenizer", "models.adapters.open_magvit2"),
+    "discriminator": Layout("discriminator", "models.adapters.discriminators"),
 }
 
 
 class ImportConfig(Config):
     """Which file, and how to read it."""
 
-    layout: LayoutName = Field(description="whose names and shapes the file has; its size is read off the shapes")
+    layout: LayoutName = Field(
+        description="whose names and shapes the file has; its size is read off the shapes (discriminator: the one in a "
+        "training checkpoint of ibq or open-magvit2)"
+    )
     hub: HubWeights | None = Field(default=None, description="where the file comes from when --weights is not given")
     values: Values = Field(
         default="auto",
@@ -66,9 +71,10 @@ class ImportConfig(Config):
     @model_validator(mode="after")
     def _suits_its_layout(self) -> ImportConfig:
         kind = LAYOUTS[self.layout].kind
-        wrong = {"tokenizer": ("class_names", self.class_names), "generator": ("resolution", self.resolution)}[kind]
-        if wrong[1] is not None:
-            raise ValueError(f"{wrong[0]} says nothing about a {kind}")
+        fields = {"generator": ("class_names", self.class_names), "tokenizer": ("resolution", self.resolution)}
+        for owner, (name, value) in fields.items():
+            if owner != kind and value is not None:
+                raise ValueError(f"{name} says nothing about a {kind}")
         return self
 
 
@@ -98,7 +104,7 @@ def identify_weights(config: ImportConfig, path: Path) -> str:
     },
 )
 def import_weights(config: ImportConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
-    """Turn a published weight file into a tokenizer or a generator.
+    """Turn a published weight file into a tokenizer, a generator or a discriminator.
 
     reads: a file or the hub, and for a generator its tokenizer: only then can its samples be decoded.  writes:
     config.json and weights.safetensors.  resumes: from the start. No code in the file is run, and every missing, surplus
@@ -109,7 +115,9 @@ def import_weights(config: ImportConfig, inputs: Inputs, out: Draft, run: Runtim
     if LAYOUTS[config.layout].kind == "generator":
         import_generator(config, inputs, out, state, path)
     elif "tokenizer" in inputs:
-        raise UsageError(f"layout {config.layout} is a tokenizer itself, and takes none as input")
+        raise UsageError(f"layout {config.layout} is no generator, and takes no tokenizer as input")
+    elif LAYOUTS[config.layout].kind == "discriminator":
+        import_discriminator(config, out, state, path)
     else:
         import_tokenizer(config, out, state, path)
 
@@ -174,6 +182,22 @@ def import_tokenizer(config: ImportConfig, out: Draft, state: Mapping[str, torch
     }
 
 
+def import_discriminator(config: ImportConfig, out: Draft, state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a discriminator. LeCAM's running means are in no published file, and start at 0."""
+    import torch
+
+    found = recognise(config, state, path)
+    card = DiscriminatorCard(discriminator=found.config, channels=found.channels)
+    means = {"real_mean": torch.zeros(()), "fake_mean": torch.zeros(())}
+    weights = {f"discriminator.{name}": tensor for name, tensor in found.state.items()}
+    parameters = save(out, weights | means, config_value(card), path)
+    out.facts = {
+        "figure": f"{found.config.kind} discriminator, {parameters:,} parameters",
+        "parameters": parameters,
+        "weights": hash_file(path),
+    }
+
+
 def recognise(config: ImportConfig, state: Mapping[str, torch.Tensor], path: Path) -> Any:
     """What the adapter makes of the tensors; CorruptError (exit code 4) with a table of all that does not fit."""
     from models.adapters.layout import LayoutError
@@ -194,7 +218,9 @@ def config_of(path: Path) -> ImportConfig:
     from models.adapters.layout import LayoutError
 
     state = read_state(path)
-    for layout in LAYOUTS:
+    for layout, (kind, _) in LAYOUTS.items():
+        if kind == "discriminator":
+            continue
         try:
             found = import_module(LAYOUTS[layout].adapter).recognise(state)
         except LayoutError:

@@ -12,15 +12,18 @@ from safetensors.torch import load_file
 
 from models.generators.config import RarConfig
 from models.generators.rar import Rar
+from models.losses.config import AdversarialConfig, PatchConfig
 from pipeline.artifact import Artifact
 from pipeline.durable import hash_file
 from pipeline.errors import CorruptError, InputError, UsageError
 from smalti.tokens import open_tokens
 from stages import stages
+from stages.discriminators import build_adversary
 from stages.identity import tokenizer_identity
 from stages.image_files import open_pictures
 from stages.import_weights import LAYOUTS, ImportConfig
 from stages.networks import NetworkFile, load_generator, load_tokenizer, read_card
+from stages.weights import load_config, load_weights
 from tests.stages.conformance import check_every_crash, draw_folder, index_folder, run_stage
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -137,6 +140,39 @@ def test_averaged_or_raw_weights_of_a_lightning_file(tmp_path: Path, layout: str
         assert network.decode(codes_Bhw).shape == (1, 3, 32, 32)
 
 
+@pytest.mark.parametrize("name", ["ibq/tokenizer_ckpt", "open_magvit2/tokenizer_checkpoint"])
+def test_the_discriminator_of_a_lightning_file(tmp_path: Path, name: str) -> None:
+    """A training beside a discriminator starts from it; averaged weights are the default, running statistics have none."""
+    state = published(name)
+    file = saved(tmp_path, {"state_dict": state, "epoch": 1}, "w.ckpt")
+    key = "loss.discriminator.main.3.weight"
+    wanted = {"auto": state[f"model_ema.{key.replace('.', '')}"], "raw": state[key]}
+    for values, tensor in wanted.items():
+        artifact = imported(tmp_path / "store", file, {"layout": "discriminator", "values": values})
+        weights = load_weights(artifact)
+        assert torch.equal(weights["discriminator.main.3.weight"], tensor.float())
+        running = state["loss.discriminator.main.3.running_var"].float()
+        assert torch.equal(weights["discriminator.main.3.running_var"], running)
+    card = load_config(artifact)
+    config = AdversarialConfig(discriminator=PatchConfig.model_validate(card["discriminator"]))
+    adversary = build_adversary(config, channels=card["channels"], start=artifact)
+    assert torch.equal(adversary.discriminator.main[3].weight, wanted["raw"].float())
+
+
+def test_a_discriminator_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    state = published("ibq/tokenizer_ckpt")
+    del state["loss.discriminator.main.5.weight"], state["model_ema.lossdiscriminatormain8weight"]
+    state["loss.discriminator.main.2.extra"] = torch.zeros(2)
+    with pytest.raises(CorruptError) as caught:
+        imported(tmp_path / "store", saved(tmp_path, state), {"layout": "discriminator"})
+    lines = [line.split() for line in str(caught.value).splitlines()]
+    assert ["missing", "loss.discriminator.main.5.weight"] in [line[:2] for line in lines]
+    assert ["missing", "model_ema.lossdiscriminatormain8weight"] in [line[:2] for line in lines]
+    assert ["surplus", "loss.discriminator.main.2.extra", "2", "-"] in lines
+    with pytest.raises(CorruptError, match=r"not of layout discriminator.*\n.*\n.*missing +loss\.discriminator\.main"):
+        imported(tmp_path / "store", saved(tmp_path, published("rar/maskgit_vqgan")), {"layout": "discriminator"})
+
+
 def test_averages_that_are_not_there_are_refused(tmp_path: Path) -> None:
     file = saved(tmp_path, published("rar/maskgit_vqgan"))
     with pytest.raises(CorruptError, match="holds no averaged weights"):
@@ -196,7 +232,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, tokenizer: Artifact) -> 
     ):
         with pytest.raises(UsageError, match=said):
             imported(tmp_path / "store", file, config)
-    with pytest.raises(UsageError, match="takes none as input"):
+    with pytest.raises(UsageError, match="takes no tokenizer as input"):
         imported(tmp_path / "store", file, {"layout": "ibq"}, tokenizer=tokenizer)
     with pytest.raises(CorruptError, match="no square grid"):
         imported(tmp_path / "store", saved(tmp_path, rar_state(tokens=6)), {"layout": "rar"})
@@ -242,4 +278,5 @@ def test_the_kind_follows_from_the_layout() -> None:
     declared = stages()["import-weights"]
     kinds = {layout: declared.kind(ImportConfig(layout=layout)) for layout in LAYOUTS}
     assert kinds.pop("rar") == "generator"
+    assert kinds.pop("discriminator") == "discriminator"
     assert set(kinds.values()) == {"tokenizer"}
