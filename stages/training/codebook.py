@@ -8,7 +8,7 @@ from models.tokenizer_config import TokenizerConfig
 
 COLLAPSE = 0.5  # share of the codes which could be in use and are not that is worth a warning
 ADVICE = {
-    "vector": "let the quantizer revive codes (model.quantizer.revive_every and revive_until), start from latents "
+    "vector": "revive codes, more often or for longer (model.quantizer.revive_every and revive_until), start from latents "
     "(model.quantizer.init), or take fewer codes (model.quantizer.codes)",
     "lookup-free": "raise model.quantizer.entropy_weight, batch_weight or enlarge_ratio, lower "
     "training.optimizer.learning_rate, or take fewer bits (model.autoencoder.latent)",

@@ -32,18 +32,31 @@ ADVERSARIAL: dict[str, Any] = {
     "lecam_decay": 0.9,
 }
 STEPS = 6
+KINDS: dict[str, dict[str, Any]] = {
+    "accumulated": {"training": {"accumulation": 2}},
+    "half": {"training": {"precision": "bfloat16"}},
+    "best": {"training": {"evaluate_every": 2, "select": "best"}},
+    "generator first": {"adversarial": {"order": "generator-first"}},
+    "generator first, accumulated": {"adversarial": {"order": "generator-first"}, "training": {"accumulation": 2}},
+    "blur": {"adversarial": {"discriminator": {"kind": "blur", "width": 32, "stages": 1}}},
+}
 
 BeforeBatch = Callable[[TokenizerTask, int], None]
 
 
-def config_of(quantizer: str, **training: Any) -> dict[str, Any]:
+class Killed(BaseException):
+    """Stands for a process that dies: nothing catches it."""
+
+
+def config_of(quantizer: str, **changes: dict[str, Any]) -> dict[str, Any]:
     """A training with everything that has to survive an interruption: discriminator, LeCAM, averages, running use."""
     autoencoder = {"kind": "convolutional", "widths": [8, 8], "latent": 4}
     return {
         "model": {"autoencoder": autoencoder, "quantizer": QUANTIZERS[quantizer]},
         "views": {"kind": "shifts", "size": 16, "pixels": 1},
-        "adversarial": ADVERSARIAL,
-        "training": {"steps": STEPS, "batch": 8, "ema": 0.9, **training},
+        "rows_per_pass": 10,
+        "adversarial": {**ADVERSARIAL, **changes.get("adversarial", {})},
+        "training": {"steps": STEPS, "batch": 8, "ema": 0.9, **changes.get("training", {})},
     }
 
 
@@ -81,6 +94,23 @@ def train_two(store: Path, images: Artifact, quantizer: str, *, stop_at: int = -
     store.mkdir(exist_ok=True)
     reports = run_two(store, work, dies=stop_at >= 0)
     return Store(store).open("train-tokenizer", reports[0]["key"]) if reports else None
+
+
+@pytest.mark.parametrize(("quantizer", "kind"), zip([*QUANTIZERS, *QUANTIZERS], KINDS, strict=True))
+def test_killed_and_resumed_is_the_same_bytes(tmp_path: Path, images: Artifact, quantizer: str, kind: str) -> None:
+    config, steps = config_of(quantizer, **KINDS[kind]), list[int]()
+    whole = train_in(tmp_path / "whole", images, config)
+
+    def kill(task: TokenizerTask, step: int) -> None:
+        steps.append(step)
+        if step in (1, 4) and steps.count(step) == 1:
+            raise Killed
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            train_in(tmp_path / "killed", images, config, before=kill)
+    check_same_bytes(whole, train_in(tmp_path / "killed", images, config, before=kill))
+    assert steps == [0, 1, 1, 2, 3, 4, 4, 5], "it began anew instead of continuing"
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
