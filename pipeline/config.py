@@ -71,9 +71,10 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
         return unknown_key(str(complaint["loc"][-1]), place.rpartition(".")[0], known_fields(model))
     if complaint["type"] == "missing":
         return f"{place} is missing"
-    found = json.dumps(complaint.get("input"), default=str)
+    found = complaint.get("input")
     message = complaint["msg"].removeprefix("Value error, ")
-    return f"{place}: {message[0].lower()}{message[1:]} (found {found[:80]})"
+    of_one_value = "" if isinstance(found, Mapping) else f" (found {json.dumps(found, default=str)[:80]})"
+    return f"{place}: {message[0].lower()}{message[1:]}{of_one_value}"
 
 
 def unknown_key(key: str, where: str, known: list[str]) -> str:

@@ -31,7 +31,7 @@ class LayoutError(ValueError):
 
     def __init__(self, subject: str, differences: Sequence[Difference]):
         super().__init__(
-            f"the weights are not those of {subject}: {len(differences)} tensors differ\n{table(differences)}"
+            f"the weights are not those of {subject}: {len(differences)} tensors that differ\n{table(differences)}"
         )
         self.subject = subject
         self.differences = tuple(differences)

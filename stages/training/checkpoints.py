@@ -77,7 +77,7 @@ def check_fits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: 
     differences = compare(shapes(found), shapes(wanted))
     if differences:
         raise CorruptError(
-            f"the checkpoint {path} belongs to another training: {len(differences)} tensors differ\n"
+            f"the checkpoint {path} belongs to another training: {len(differences)} tensors that differ\n"
             + table(differences),
             path=path,
             hint="remove the draft folder to begin anew",
