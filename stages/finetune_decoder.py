@@ -10,13 +10,12 @@ from pydantic import Field
 from pipeline.draft import Draft
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
-from stages.discriminators import DISCRIMINATOR, build_adversary
 from stages.identity import CODES_OF, tokenizer_identity
 from stages.networks import read_tokenizer_config
 from stages.tokenizing import code_grid
 from stages.train_tokenizer import facts, where
 from stages.training.config import AdamW, TokenizerLearning, TrainingConfig, WarmupCosine
-from stages.training.inputs import IMAGES, START, WEIGHTS, check_start, given
+from stages.training.inputs import IMAGES, START, WEIGHTS, check_start
 from stages.weights import config_json, save_weights
 
 
@@ -54,28 +53,17 @@ def finetune_decoder(config: FinetuneDecoderConfig, inputs: Inputs, out: Draft, 
     Writes a tokenizer with the codes of the given one: token sets of either may be decoded by both.
     An interrupted training continues from its last checkpoint.
     """
-    from stages.training.reconstruction import build_loss, open_tokenizer, train_players
-    from stages.training.tokenizer import Players
+    from stages.training.reconstruction import open_tokenizer, train_with_loss
 
     parent = inputs["tokenizer"]
     model = read_tokenizer_config(parent)
-
-    def make() -> Players:
-        network, game = model.autoencoder, config.adversarial
-        return Players(
-            open_tokenizer(parent),
-            build_loss(config.loss, network.pixel_range, run),
-            build_adversary(game, channels=network.channels, start=given(inputs, DISCRIMINATOR)) if game else None,
-        )
-
-    outcome = train_players(
+    outcome = train_with_loss(
         config,
         inputs,
         out,
         run,
         learns="decoder",
-        make=make,
-        adversarial=config.adversarial,
+        make=lambda: open_tokenizer(parent),
         label="finetune-decoder",
     )
     if outcome.is_first:

@@ -12,9 +12,8 @@ from models.tokenizer_config import TokenizerConfig
 from pipeline.draft import Draft
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, stage
-from stages.discriminators import DISCRIMINATOR, build_adversary
 from stages.training.config import AdamW, OneCycle, TokenizerLearning, TrainingConfig
-from stages.training.inputs import HELD_OUT, IMAGES, START, WEIGHTS, check_start, given
+from stages.training.inputs import HELD_OUT, IMAGES, START, WEIGHTS, check_start
 from stages.weights import config_json, save_weights
 
 if TYPE_CHECKING:
@@ -64,25 +63,15 @@ def train_tokenizer(config: TrainTokenizerConfig, inputs: Inputs, out: Draft, ru
     An interrupted training continues from its last checkpoint.
     """
     from models.tokenizer import Tokenizer
-    from stages.training.reconstruction import build_loss, train_players
-    from stages.training.tokenizer import Players
+    from stages.training.reconstruction import train_with_loss
 
-    def make() -> Players:
-        network, game = config.model.autoencoder, config.adversarial
-        return Players(
-            Tokenizer(config.model),
-            build_loss(config.loss, network.pixel_range, run),
-            build_adversary(game, channels=network.channels, start=given(inputs, DISCRIMINATOR)) if game else None,
-        )
-
-    outcome = train_players(
+    outcome = train_with_loss(
         config,
         inputs,
         out,
         run,
         learns="tokenizer",
-        make=make,
-        adversarial=config.adversarial,
+        make=lambda: Tokenizer(config.model),
         label="train-tokenizer",
     )
     if outcome.is_first:

@@ -15,14 +15,42 @@ from pipeline.artifact import Artifact
 from pipeline.draft import Draft
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs
+from stages.discriminators import DISCRIMINATOR, build_adversary
 from stages.networks import read_tokenizer_config
 from stages.perceptual import PERCEPTUAL, find_perceptual, load_lpips
-from stages.training.config import AdversaryConfig, ReconstructionTraining
+from stages.training.config import AdversaryConfig, ReconstructionTraining, TokenizerLearning
 from stages.training.engine import Outcome, train
 from stages.training.images import TrainingImages
-from stages.training.inputs import HELD_OUT
+from stages.training.inputs import HELD_OUT, given
 from stages.training.tokenizer import Learns, Players, TokenizerTask
 from stages.weights import fill, load_weights
+
+
+def train_with_loss(
+    config: TokenizerLearning,
+    inputs: Inputs,
+    out: Draft,
+    run: Runtime,
+    *,
+    learns: Learns,
+    make: Callable[[], Tokenizer],
+    label: str,
+) -> Outcome[TokenizerTask]:
+    """Train the tokenizer that `make` gives, or its decoder, by the config's loss and beside its discriminator, if any."""
+
+    def players() -> Players:
+        tokenizer, game = make(), config.adversarial
+        network = tokenizer.config.autoencoder
+        start = given(inputs, DISCRIMINATOR)
+        return Players(
+            tokenizer,
+            build_loss(config.loss, network.pixel_range, run),
+            build_adversary(game, channels=network.channels, start=start) if game else None,
+        )
+
+    return train_players(
+        config, inputs, out, run, learns=learns, make=players, adversarial=config.adversarial, label=label
+    )
 
 
 def train_players(
