@@ -159,6 +159,6 @@ def check_kinds(declared: Stage, inputs: Inputs) -> None:
         for artifact in inputs.all(name):
             if artifact.kind not in wanted.kinds:
                 raise CorruptError(
-                    f"{declared.name} reads a {' or '.join(wanted.kinds)} as {name}, but {artifact.name} is a {artifact.kind}",
+                    f"{declared.name} reads a {' or '.join(wanted.kinds)} as {name}, but {artifact.name} is of kind {artifact.kind}",
                     path=artifact.path,
                 )

@@ -14,7 +14,6 @@ from pydantic import Field
 
 from models.tokenizer_config import TokenizerConfig
 from pipeline.artifact import Artifact
-from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError
 from pipeline.keys import canonical_bytes, config_value
@@ -22,16 +21,17 @@ from smalti.arrays import MappedArray
 from smalti.attributes import TokenAttributes
 from stages.image_files import ImageLayout, Images_BHW3, write_labels_and_metadata
 from stages.networks import NetworkFile, load_tokenizer
+from stages.shard_sizes import ShardSizes
 
 GRID = "grid.png"
 NPZ = "samples.npz"
 
 
-class ImagesConfig(Config):
+class ImagesConfig(ShardSizes):
     """How images are stored and shown."""
 
-    shard_images: int = Field(default=1024, ge=1, description="images per file")
-    chunk_images: int = Field(default=64, ge=1, description="images per checksum; divides shard_images")
+    shard_images: int = Field(default=1024, ge=1, description="images per file, a multiple of chunk_images")
+    chunk_images: int = Field(default=64, ge=1, description="images per chunk, the unit of checking")
     grid_images: int = Field(default=100, ge=1, le=1000, description="images shown in grid.png, the first ones")
     npz: bool = Field(default=False, description="also write samples.npz (arr_0, uint8), as ADM's evaluator reads it")
 

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from models.encoders.config import Dinov2Config, EncoderConfig, WhitenedPatchesConfig
-from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.durable import hash_file
 from pipeline.errors import InputError, NumericError, UsageError
@@ -27,6 +26,7 @@ from stages.encoder_weights import published_weights
 from stages.encoding import ENCODER, ENCODER_WEIGHTS, load_encoder
 from stages.hub import HubWeights
 from stages.passes import ImagesAt, run_passes, to_images, view_passes
+from stages.shard_sizes import ShardSizes
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # N rows (views of images), h w grid of features, D values of a feature
 
 
-class ExtractConfig(Config):
+class ExtractConfig(ShardSizes):
     """Which encoder sees the images, and how its features are stored."""
 
     encoder: EncoderConfig = Field(
@@ -46,15 +46,13 @@ class ExtractConfig(Config):
     views: Views | None = Field(default=None, description="views of each image; null: the centre view")
     rows_per_pass: int = Field(default=64, ge=1, description="views per forward pass; float results depend on it")
     dtype: Literal["float32", "float16"] = Field(default="float32", description="type of the stored features")
-    shard_images: int = Field(default=1024, ge=1, description="images per shard, a multiple of chunk_images")
+    shard_images: int = Field(default=1024, ge=1, description="images per file, a multiple of chunk_images")
     chunk_images: int = Field(default=16, ge=1, description="images per chunk, the unit of checking")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.views is not None and self.views.size != self.encoder.image_size:
             raise ValueError(f"views.size {self.views.size} must be the encoder's image_size {self.encoder.image_size}")
-        if self.shard_images % self.chunk_images:
-            raise ValueError(f"shard_images {self.shard_images} must be a multiple of chunk_images {self.chunk_images}")
         if self.hub is not None and self.encoder.needs_fit:
             raise ValueError(f"hub is for published weights, but {self.encoder.kind} is fitted on the images")
         return self

@@ -26,6 +26,7 @@ from stages.devices import pick_device, threads
 from stages.identity import tokenizer_identity
 from stages.networks import NetworkFile
 from stages.passes import ImagesAt, run_passes, view_passes
+from stages.shard_sizes import ShardSizes
 from stages.token_files import TokenLayout, write_labels_and_cards
 from stages.tokenizing import code_count, code_grid, load_encodes, native_pixels
 
@@ -47,7 +48,7 @@ class Provenance(Config):
     licence: str | None = Field(default=None, description="licence of the token set")
 
 
-class PretokenizeConfig(Config):
+class PretokenizeConfig(ShardSizes):
     """Which views become codes, and how the token set is cut."""
 
     views: Views | None = Field(
@@ -56,8 +57,6 @@ class PretokenizeConfig(Config):
     name: str | None = Field(default=None, description="name of the token set; null: that of the images' source")
     provenance: Provenance = Field(default=Provenance(), description="what the card says about the images")
     rows_per_pass: int = Field(default=64, ge=1, description="views per forward pass")
-    shard_images: int = Field(default=16_384, ge=1, description="images per shard, a multiple of chunk_images")
-    chunk_images: int = Field(default=128, ge=1, description="images per chunk, the unit of checking")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from pydantic import Field
 
 from models.sampling.config import SamplingConfig
 from pipeline.artifact import Artifact
-from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.errors import NumericError, UsageError
 from pipeline.keys import config_value
@@ -29,6 +28,7 @@ from smalti.tokens import open_tokens
 from stages.devices import threads
 from stages.networks import GeneratorCard, NetworkFile, join_tokenizer, load_generator, read_card
 from stages.pass_rows import propose_rows
+from stages.shard_sizes import ShardSizes
 from stages.token_files import TokenLayout, write_labels_and_cards
 
 LABELS = "labels"
@@ -38,7 +38,7 @@ KEY_DIGITS = 6
 Labels_I = NDArray[np.int32]
 
 
-class SampleConfig(Config):
+class SampleConfig(ShardSizes):
     """What to ask of the generator."""
 
     images: int = Field(default=64, ge=1, description="how many samples")
@@ -59,8 +59,6 @@ class SampleConfig(Config):
         default="float32", description="of weights and cache; logits are float32"
     )
     rows_per_pass: int = Field(default=64, ge=1, description="samples that go through the network together")
-    shard_images: int = Field(default=16_384, ge=1, description="images per file of codes")
-    chunk_images: int = Field(default=128, ge=1, description="images per checksum; divides shard_images")
 
 
 @dataclass(frozen=True, eq=False)
