@@ -194,7 +194,7 @@ def test_options_do_not_change_what_comes_out(tmp_path: Path) -> None:
 def test_an_artifact_of_another_kind_is_refused(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     wrong = run_all(load(tmp_path), store.root)["sum"]
-    with pytest.raises(CorruptError, match=r"add reads a numbers as numbers, but add/\w+ is a sum"):
+    with pytest.raises(CorruptError, match=r"add reads a numbers as numbers, but add/\w+ is of kind sum"):
         make(store, tiny_stages.add, tiny_stages.AddConfig(), Inputs({"numbers": wrong}), {}, Options())
 
 

@@ -153,7 +153,7 @@ def test_damaged_features_are_refused(tmp_path: Path) -> None:
 
 def test_refuses_another_kind_and_nonsense(features: Artifact, tmp_path: Path) -> None:
     codebook = run_stage("kmeans", tmp_path, TINY, inputs={"features": features})
-    with pytest.raises(CorruptError, match=r"kmeans reads a features as features, but kmeans/.* is a codebook"):
+    with pytest.raises(CorruptError, match=r"kmeans reads a features as features, but kmeans/.* is of kind codebook"):
         run_stage("kmeans", tmp_path, TINY, inputs={"features": codebook})
     with pytest.raises(UsageError, match="clusters"):
         run_stage("kmeans", tmp_path, {"clusters": 0}, inputs={"features": features})

@@ -221,7 +221,7 @@ def test_refuses_a_codebook_that_does_not_fit(
 def test_refuses_another_kind_and_nonsense(images: Artifact, codebook: Artifact, tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match="tokenizer or codebook as tokenizer"):
         make(tmp_path, images, images)
-    with pytest.raises(UsageError, match="shard_rows is 64"):
+    with pytest.raises(UsageError, match="shard_images 64 must be a multiple of chunk_images 128"):
         make(tmp_path, images, codebook, {"shard_images": 64})
 
 
