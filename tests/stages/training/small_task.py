@@ -70,7 +70,7 @@ class SmallTask(Task):
     def shared_pass(self, modules: Modules, batch: Batch, step: int) -> Batch:
         """Guesses of the main part, and targets."""
         guess_B = modules["main"](batch[0])
-        self.passes.append((float(guess_B.sum()), guess_B.requires_grad))
+        self.passes.append((float(guess_B.detach().sum()), guess_B.requires_grad))
         return guess_B, batch[1]
 
     def losses(self, part: str, modules: Modules, batch: Batch, step: int) -> Losses:
