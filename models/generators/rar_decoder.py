@@ -5,8 +5,8 @@ steps at a time and for all blocks at once; a step only picks rows. Each class i
 fixed shape, so no bit of a sample depends on which other samples are drawn with it.
 
 B rows, R streams (B, or 2B with guidance: the conditional half first), T tokens, J = T + 1 positions that are fed,
-D width, H heads, E = D / H, K codes, C classes, U distinct classes of the pass ("no class" is one), S steps of a
-stretch, N blocks, M = 6N + 2 modulations
+D width, K codes, C classes, U distinct classes of the pass ("no class" is one), S steps of a stretch, N blocks,
+M = 6N + 2 modulations (of D numbers each)
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.generators.config import SPARE_POSITIONS, RarConfig
+from models.generators.rar_step import SHORTEST_PRODUCT, RarStep
 from models.generators.step_graphs import Capture, GraphPool, StepGraphs
 
 if TYPE_CHECKING:
-    from models.generators.rar import Block, Rar
+    from models.generators.rar import Rar
 
 STRETCH = 64  # steps of modulations that are kept at a time, if that many fit
 SHORTEST_STRETCH = 16  # shorter ones would read the weights too often
 TABLE_BYTES = {"cpu": 2**30, "cuda": 2**33}
-SHORTEST_PRODUCT = 16  # keys: batched products of fewer take a slow path on the CPU
 
 
 class RarDecoder:
@@ -48,35 +48,22 @@ class RarDecoder:
         with torch.inference_mode():
             self.places_JBD = _places(model, orders).to(self.dtype)
             self._read_weights(model)
-            self._allocate_cache()
+            self.run = RarStep(model, streams=self.streams, dtype=self.dtype)
             self.graphs: StepGraphs | None = None
             if self.device.type == "cuda":
                 self.use_graphs(GraphPool(self.device))
 
     def _read_weights(self, model: Rar) -> None:
-        self.width, self.heads, self.eps = model.config.width, model.config.heads, model.adaln_before_head.norm.eps
-        # With a gain of ones the kernel of the CPU takes two thirds of the time that it takes without one.
-        self.no_affine = [self.places_JBD.new_ones(self.width), self.places_JBD.new_zeros(self.width)]
         self.embeddings = model.embeddings.weight.to(self.dtype)
         self.cls_D = model.cls_token[0, 0].to(self.dtype)
         self.class_embeddings_CD = model.embeddings.weight[model.codes + 1 :].float()
         self.steps_JD = model.timesteps_embeddings[0, : self.tokens + 1].float()
-        self.blocks = [_BlockWeights(block, self.dtype) for block in model.blocks]
-        self.head = _Affine(model.lm_head, torch.float32)  # guidance multiplies what rounding takes from logits
         self.modulations = [part.to(self.dtype) for part in _join_modulations(model)]
-
-    def _allocate_cache(self) -> None:
-        length = max(self.tokens + 1, SHORTEST_PRODUCT)
-        shape = (len(self.blocks), self.streams, self.heads, length, self.width // self.heads)
-        self.keys_RHJE = torch.zeros(shape, dtype=self.dtype, device=self.device).unbind()
-        self.values_RHJE = torch.zeros(shape, dtype=self.dtype, device=self.device).unbind()
-        ahead = torch.full((SHORTEST_PRODUCT, SHORTEST_PRODUCT), -torch.inf, dtype=self.dtype, device=self.device)
-        self.unseen_11J = ahead.triu(1)[:, None, None].unbind()
 
     @torch.inference_mode()
     def use_graphs(self, capture: Capture) -> None:
         """From now on steps run by graphs, between buffers that never move."""
-        self.x_RD = self.places_JBD.new_empty(self.streams, self.width)
+        self.x_RD = self.places_JBD.new_empty(self.streams, len(self.cls_D))
         self.picked_RM = self.places_JBD.new_empty(self.streams, len(self.modulations[1]))
         self.logits_RK = torch.empty(self.streams, self.codes, device=self.device)
         self.graphs = StepGraphs(self._feed_buffers, capture)
@@ -117,40 +104,8 @@ class RarDecoder:
         self.logits_RK.copy_(self._compute(self.x_RD, self.picked_RM, position))
 
     def _compute(self, x_RD: Tensor, picked_RM: Tensor, position: int) -> Tensor:
-        parts = picked_RM.view(self.streams, -1, self.width).unbind(1)
-        for index, block in enumerate(self.blocks):
-            shift1, scale1, gate1, shift2, scale2, gate2 = parts[6 * index : 6 * index + 6]
-            h_RD = block.qkv(self._norm(x_RD, scale1, shift1))
-            h_RD = block.proj(self._attend(h_RD, index, position))
-            x_RD = torch.addcmul(x_RD, gate1, h_RD)
-            h_RD = F.gelu(block.fc1(self._norm(x_RD, scale2, shift2)))
-            x_RD = torch.addcmul(x_RD, gate2, block.fc2(h_RD))
-        return self.head(self._norm(x_RD, parts[-2], parts[-1]).float())
-
-    def _norm(self, x_RD: Tensor, scale_RD: Tensor, shift_RD: Tensor) -> Tensor:
-        return torch.addcmul(shift_RD, F.layer_norm(x_RD, (self.width,), *self.no_affine, eps=self.eps), scale_RD)
-
-    def _attend(self, qkv_RD: Tensor, index: int, position: int) -> Tensor:
-        block, keys_RHJE, values_RHJE = self.blocks[index], self.keys_RHJE[index], self.values_RHJE[index]
-        q_RHE, k_RHE, v_RHE = qkv_RD.view(self.streams, 3, self.heads, -1).unbind(1)
-        keys_RHJE[:, :, position] = F.layer_norm(k_RHE, k_RHE.shape[-1:], *block.k_norm, eps=self.eps)
-        values_RHJE[:, :, position] = v_RHE
-        q_RHE = F.layer_norm(q_RHE, q_RHE.shape[-1:], *block.q_norm, eps=self.eps)
-        return self._attention(q_RHE, keys_RHJE, values_RHJE, position).view(self.streams, self.width)
-
-    def _attention(self, q_RHE: Tensor, keys_RHJE: Tensor, values_RHJE: Tensor, position: int) -> Tensor:
-        """One query per stream and head over the keys up to this position; (R, H, E)."""
-        used = slice(position + 1)
-        if q_RHE.is_cuda:
-            keys_RHJE, values_RHJE = keys_RHJE[:, :, used], values_RHJE[:, :, used]
-            return F.scaled_dot_product_attention(q_RHE[:, :, None], keys_RHJE, values_RHJE, scale=1.0)[:, :, 0]
-        # On a core, batched products take half to two thirds of the time of the fused kernel, made for many queries.
-        q = q_RHE.view(-1, 1, q_RHE.shape[-1])
-        if position + 1 >= SHORTEST_PRODUCT:
-            keys, values = keys_RHJE[:, :, used].flatten(0, 1), values_RHJE[:, :, used].flatten(0, 1)
-            return torch.bmm(torch.bmm(q, keys.mT).softmax(-1), values)
-        keys, values = (part[:, :, :SHORTEST_PRODUCT].flatten(0, 1) for part in (keys_RHJE, values_RHJE))
-        return torch.bmm(torch.baddbmm(self.unseen_11J[position], q, keys.mT).softmax(-1), values)
+        modulations_RMD = picked_RM.view(self.streams, -1, x_RD.shape[1])
+        return self.run(x_RD, modulations_RMD, position)
 
     def _pick_modulations(self, position: int, *, out: Tensor | None = None) -> Tensor:
         """The modulations of each stream at this position, (R, M D)."""
@@ -205,35 +160,6 @@ def sampling_bytes(
     passes = bytes_per_number * (cache + work) + min(bytes_per_number * table, largest_table)
     joining = 3 * 4 * modulations * width  # modulations as they are, in pieces and joined, before there is a cache
     return weights + max(passes, joining)
-
-
-class _BlockWeights:
-    """The weights of one block as the decoder reads them."""
-
-    def __init__(self, block: Block, dtype: torch.dtype):
-        self.qkv, self.proj = _Affine(block.attn.qkv, dtype), _Affine(block.attn.proj, dtype)
-        self.fc1, self.fc2 = _Affine(block.mlp.fc1, dtype), _Affine(block.mlp.fc2, dtype)
-        self.k_norm = _norm_weights(block.attn.k_norm, dtype)
-        # The softmax scale moves into the queries.
-        self.q_norm = [
-            part * block.attn.q_norm.weight.numel() ** -0.5 for part in _norm_weights(block.attn.q_norm, dtype)
-        ]
-
-
-class _Affine:
-    """A linear layer whose weight lies transposed in memory on the CPU, where few rows then take a fifth less time."""
-
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
-        weight_IO = linear.weight.to(dtype).T
-        self.weight_IO = weight_IO if weight_IO.is_cuda else weight_IO.contiguous()
-        self.bias_O = linear.bias.to(dtype)
-
-    def __call__(self, x_RI: Tensor) -> Tensor:
-        return torch.addmm(self.bias_O, x_RI, self.weight_IO)
-
-
-def _norm_weights(norm: nn.LayerNorm, dtype: torch.dtype) -> list[Tensor]:
-    return [norm.weight.to(dtype), norm.bias.to(dtype)]
 
 
 def _join_modulations(model: Rar) -> list[Tensor]:
