@@ -64,7 +64,7 @@ class GenerateSpec:
 
 @stage(
     "generate",
-    version=1,
+    version=2,
     config=GenerateConfig,
     reads={
         "generator": read("generator", help="the generator to sample from"),

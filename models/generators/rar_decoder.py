@@ -11,6 +11,7 @@ M = 6N + 2 modulations (of D numbers each)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 STRETCH = 64  # steps of modulations that are kept at a time, if that many fit
 SHORTEST_STRETCH = 16  # shorter ones would read the weights too often
 TABLE_BYTES = {"cpu": 2**30, "cuda": 2**33}
+FEW_STREAMS = 8  # up to here the compiled step is faster on the CPU, at every published width (docs/results.md)
+Step = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class RarDecoder:
@@ -48,7 +51,7 @@ class RarDecoder:
         with torch.inference_mode():
             self.places_JBD = _places(model, orders).to(self.dtype)
             self._read_weights(model)
-            self.run = RarStep(model, streams=self.streams, dtype=self.dtype)
+            self.run = self._choose_step(model)
             self.graphs: StepGraphs | None = None
             if self.device.type == "cuda":
                 self.use_graphs(GraphPool(self.device))
@@ -59,6 +62,14 @@ class RarDecoder:
         self.class_embeddings_CD = model.embeddings.weight[model.codes + 1 :].float()
         self.steps_JD = model.timesteps_embeddings[0, : self.tokens + 1].float()
         self.modulations = [part.to(self.dtype) for part in _join_modulations(model)]
+
+    def _choose_step(self, model: Rar) -> Step:
+        """By the shape of a pass and the device alone, so that a sample's bytes depend on nothing else."""
+        if self.device.type == "cpu" and self.dtype == torch.float32 and self.streams <= FEW_STREAMS:
+            from models.generators.rar_core_step import RarCoreStep  # numba, which only this needs
+
+            return RarCoreStep(model, streams=self.streams)
+        return RarStep(model, streams=self.streams, dtype=self.dtype)
 
     @torch.inference_mode()
     def use_graphs(self, capture: Capture) -> None:
@@ -150,8 +161,8 @@ def sampling_bytes(
     modulations = (6 * layers + 2) * width
     block = 4 * width * width + 2 * width * config.mlp_width
     own = layers * block + modulations * width + (2 * codes + classes + 3 * (positions + SPARE_POSITIONS)) * width
-    # On the CPU the weights lie transposed beside the network's; on a device of the same precision only modulations do.
-    is_copied = device_type == "cpu" or bytes_per_number != 4
+    # On the CPU many rows read transposed weights; where nothing is copied, modulations lie beside the network's.
+    is_copied = (device_type == "cpu" and streams > FEW_STREAMS) or bytes_per_number != 4
     weights = 4 * own + bytes_per_number * (own if is_copied else modulations * width)
     cache = 2 * layers * streams * max(positions, SHORTEST_PRODUCT) * width
     table = min(rows, classes + 1) * min(STRETCH, positions) * modulations

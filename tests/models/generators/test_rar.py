@@ -93,6 +93,7 @@ def teacher_forced(model: Rar, *, guided: bool, orders: torch.Tensor | None = No
     return torch.stack(logits, dim=1)
 
 
+@pytest.mark.usefixtures("each_step")
 def test_cached_logits(model: Rar) -> None:
     conditional, unconditional = teacher_forced(model, guided=True).chunk(2)
     close(conditional, "out/tf_cond_logits", "logits")
@@ -100,12 +101,14 @@ def test_cached_logits(model: Rar) -> None:
     close(teacher_forced(model, guided=False), "out/tf_cond_logits", "logits")
 
 
+@pytest.mark.usefixtures("each_step")
 def test_cached_logits_in_other_orders(model: Rar) -> None:
     conditional, unconditional = teacher_forced(model, guided=True, orders=ARRAYS["in/tf_orders"]).chunk(2)
     close(conditional, "out/tf_cond_logits_orders", "logits")
     close(unconditional, "out/tf_uncond_logits_orders", "logits")
 
 
+@pytest.mark.usefixtures("each_step")
 @pytest.mark.parametrize(("scale", "power"), GUIDANCE)
 def test_guided_logits(model: Rar, scale: float, power: float) -> None:
     logits_RTK = teacher_forced(model, guided=True)
@@ -115,6 +118,7 @@ def test_guided_logits(model: Rar, scale: float, power: float) -> None:
     close(torch.from_numpy(weights_T), f"out/cfg_scale/{scale}_{power}", "cfg_scale")
 
 
+@pytest.mark.usefixtures("each_step")
 @pytest.mark.parametrize(("name", "scale", "power"), [*((f"{s}_{p}", s, p) for s, p in GUIDANCE), ("nocfg", 0.0, 1.0)])
 def test_greedy_sequences(model: Rar, name: str, scale: float, power: float) -> None:
     config = SamplingConfig(guidance_scale=scale, guidance_power=power, greedy=True)
@@ -136,6 +140,7 @@ def test_modulations_of_the_distinct_classes_are_those_of_each_row(model: Rar) -
     torch.testing.assert_close(logits_BTK[:4], torch.cat(alone), atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("each_step")
 def test_modulations_that_rows_share_are_those_of_each_row(model: Rar) -> None:
     """In a pass of nine rows of three classes, and where every row is a pass of its own."""
     codes_BT = ARRAYS["in/tf_tokens"][:1].repeat(9, 1)

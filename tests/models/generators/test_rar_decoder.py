@@ -9,6 +9,9 @@ from torch import Tensor
 from models.generators import rar_decoder
 from models.generators.config import RarConfig, RarInit
 from models.generators.rar import Rar
+from models.generators.rar_core_step import RarCoreStep
+from models.generators.rar_decoder import FEW_STREAMS
+from models.generators.rar_step import RarStep
 from models.generators.step_graphs import Work
 from models.sampling.config import SamplingConfig
 from models.sampling.loop import sample
@@ -19,6 +22,7 @@ LOUD = RarInit(linear=0.2, codes=0.5, classes=0.5, positions=0.5, steps=0.5, ada
 CONFIG = RarConfig(width=16, layers=2, heads=2, mlp_width=24, dropout=0.0, attention_dropout=0.0, init=LOUD)
 
 
+@pytest.mark.usefixtures("each_step")
 class TestRar(GeneratorConformance):
     def build(self) -> Rar:
         rar = Rar(CONFIG, codes=12, tokens=6, classes=3)
@@ -81,6 +85,12 @@ class TestRar(GeneratorConformance):
         torch.testing.assert_close(shared.prefill(labels_B), own.prefill(labels_B))
         torch.testing.assert_close(shared.step(labels_B), own.step(labels_B))
 
+    def test_nonsense_is_not_hidden(self, model: Rar) -> None:
+        with torch.no_grad():
+            model.blocks[0].attn.qkv.weight[20, 3] = torch.nan  # a key's
+        with pytest.raises(FloatingPointError):
+            self.draw(model, [0, 1], [0, 1], SamplingConfig())
+
     def test_bfloat16_is_near(self, model: Rar) -> None:
         labels_B = torch.tensor([0, 2])
         exact, near = (model.decoder(rows=2, guided=True, dtype=dtype) for dtype in (None, torch.bfloat16))
@@ -126,6 +136,29 @@ class TestRar(GeneratorConformance):
                 sample(one, torch.tensor(labels), ids_B, config=settings, seed=3) for one in (graphs, plain)
             )
             assert torch.equal(found, expected)
+
+
+def test_the_step_is_chosen_by_shape_and_precision() -> None:
+    rar = Rar(CONFIG, codes=12, tokens=6, classes=3)
+
+    def step(rows: int, dtype: torch.dtype | None = None) -> object:
+        return rar.decoder(rows=rows, guided=True, dtype=dtype).run
+
+    assert isinstance(step(FEW_STREAMS // 2), RarCoreStep)
+    assert isinstance(step(FEW_STREAMS // 2 + 1), RarStep)
+    assert isinstance(step(1, torch.bfloat16), RarStep)
+
+
+@pytest.mark.parametrize("streams", range(1, 10))
+def test_both_steps_agree_for_any_number_of_rows(streams: int) -> None:
+    torch.manual_seed(0)
+    rar = Rar(CONFIG, codes=12, tokens=6, classes=3).eval()
+    with torch.inference_mode():
+        steps = [RarCoreStep(rar, streams=streams), RarStep(rar, streams=streams, dtype=torch.float32)]
+        for position in range(7):
+            x_RD, modulations_RMD = torch.randn(streams, 16), torch.randn(streams, 14, 16)
+            compiled_RK, plain_RK = (step(x_RD, modulations_RMD, position) for step in steps)
+            torch.testing.assert_close(compiled_RK, plain_RK, atol=1e-4, rtol=1e-5)
 
 
 def test_a_fresh_published_network_is_its_input_and_its_head() -> None:
