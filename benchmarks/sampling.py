@@ -5,8 +5,9 @@
 
 The plain form is written straight from the equations: the cache grows by concatenation, every row computes its own
 modulations, and both position tables are put together anew at each step. Both forms draw the same codes.
+Last, the two ways in which our decoder can compute a step (libraries' products, and numba for few rows) at other widths.
 Seconds are those that the one thread was running: on an idle machine the seconds of the clock, on a busy one less
-disturbed. All of it takes about a quarter of an hour.
+disturbed. All of it takes about twenty-five minutes.
 
 B rows, R = 2B streams, T tokens, D width, H heads, E = D / H, K codes
 """
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from models.generators.config import RarConfig, RarInit
 from models.generators.rar import Block, Rar
+from models.generators.rar_core_step import RarCoreStep
+from models.generators.rar_step import RarStep
 from models.layers.modulation import modulate
 from models.sampling.choice import choose
 from models.sampling.config import SamplingConfig
@@ -41,17 +44,22 @@ DIGITS = RarConfig(width=128, layers=4, heads=4, mlp_width=512, init=INIT)
 def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(description="Sampling speed of RAR on one thread.")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each form; the median counts")
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 32, 64], help="against the plain form")
-    parser.add_argument("--skip-uncached", action="store_true", help="leave out the comparison with no cache")
+    parser.add_argument(
+        "--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64], help="against the plain form"
+    )
+    parser.add_argument(
+        "--only-plain", action="store_true", help="leave out all but the comparison with the plain form"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread, float32, guidance on, random weights, median of {options.repeats}.")
 
     head("width 256, 6 layers, 8 heads, 256 tokens", "plain")
     middle = build(MIDDLE, codes=1024, tokens=256, classes=1000)
+    sample_ours(middle, torch.tensor([0]), torch.tensor([0]))  # numba compiles
     for batch in options.batches:
         compare(middle, batch, sample_plain, repeats=options.repeats)
-    if options.skip_uncached:
+    if options.only_plain:
         return
     head("the same, without cache", "uncached")
     compare(middle, 4, sample_uncached, repeats=1)
@@ -59,6 +67,10 @@ def main(arguments: Sequence[str] = ()) -> None:
     digits = build(DIGITS, codes=256, tokens=16, classes=10)
     for batch in (64, 256):
         compare(digits, batch, sample_uncached, repeats=options.repeats)
+    print("\n4 layers, 64 tokens:\n\n| width | batch | libraries s | numba s | ratio |\n|---|---|---|---|---|")
+    for width in (256, 768, 1024, 1408):
+        for batch in (1, 4, 8):
+            compare_steps(width, batch, repeats=options.repeats)
 
 
 def head(setting: str, other: str) -> None:
@@ -84,6 +96,22 @@ def compare(model: Rar, batch: int, other: Callable[[Rar, Tensor, Tensor], Tenso
     agreement = (codes_BT == ours_BT).float().mean()
     row = (f"{batch}", f"{slow:.3f}", f"{fast:.3f}", f"{slow / fast:.1f}", f"{batch / fast:.1f}", f"{agreement:.4f}")
     print(f"| {' | '.join(row)} |", flush=True)
+
+
+def compare_steps(width: int, batch: int, *, repeats: int) -> None:
+    config = RarConfig(width=width, layers=4, heads=8, mlp_width=4 * width, init=INIT)
+    model = build(config, codes=1024, tokens=64, classes=1000)
+    labels_B = ids_B = torch.arange(batch)
+    decoders = [model.decoder(rows=batch, guided=True) for _ in range(2)]
+    with torch.inference_mode():
+        decoders[0].run = RarStep(model, streams=2 * batch, dtype=torch.float32)
+        decoders[1].run = RarCoreStep(model, streams=2 * batch)
+    found: list[list[float]] = [[], []]
+    for _ in range(repeats):
+        for decoder, seconds in zip(decoders, found, strict=True):
+            seconds.append(timed(lambda decoder=decoder: sample(decoder, labels_B, ids_B, config=SAMPLING, seed=0))[0])
+    libraries, compiled = (statistics.median(seconds) for seconds in found)
+    print(f"| {width} | {batch} | {libraries:.3f} | {compiled:.3f} | {libraries / compiled:.2f} |", flush=True)
 
 
 def timed(work: Callable[[], Tensor]) -> tuple[float, Tensor]:

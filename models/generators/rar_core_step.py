@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from models.generators.rar import Block, Rar
 
 # Sums may be taken in the order that fills vector registers; infinity and NaN keep their meaning.
-compiled = njit(cache=True, fastmath={"contract", "nsz", "reassoc"})
+compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"})
 
 
 class RarCoreStep:
