@@ -50,20 +50,31 @@ def main(arguments: Sequence[str] = ()) -> None:
         parser.error("this machine has no CUDA device; give --device cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
+    else:
+        torch.cuda.set_device(device.index or 0)  # events belong to the current one
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as the stages do
     limits = Limits(device, dtype)
     print(f"{describe_machine()} {describe_device(device)}, {options.precision}, median of {options.repeats}.\n")
     print(f"Copy of a large buffer: {limits.bandwidth / 1e9:,.0f} GB/s; product: {limits.peak / 1e12:,.2f} TFLOP/s.")
     print("\n| size | batch | s | images/s | limit, images/s | share |\n|---|---|---|---|---|---|")
     for size in options.sizes:
-        model = build(size, device)
         for batch in options.batches:
-            measure_sampling(model, size, batch, dtype, limits, options.repeats)
+            measure_sampling(build(size, device), size, batch, dtype, limits, options.repeats)
     if options.train_batch:
         print(
             "\n| size | batch | s per step | images/s | share of the product's peak | memory GiB |\n|---|---|---|---|---|---|"
         )
         for size in options.sizes:
-            measure_training(build(size, device), size, options.train_batch, dtype, limits, options.repeats)
+            for compiles in (False, True):
+                model = build(size, device)
+                for block in model.blocks if compiles else ():
+                    block.compile()
+                try:
+                    measure_training(
+                        model, f"{size}{', compiled' * compiles}", options.train_batch, dtype, limits, options.repeats
+                    )
+                except torch.OutOfMemoryError:
+                    print(f"| {size} | {options.train_batch} | too little memory | - | - | - |")
 
 
 class Limits:

@@ -65,7 +65,7 @@ def decode_pass(tokenizer: NetworkFile, codes_Ihw: NDArray[np.int64], *, rows: i
     padded_Bhw = np.concatenate([codes_Ihw, codes_Ihw[:1].repeat(rows - len(codes_Ihw), axis=0)])
     with torch.inference_mode():
         images_BCHW = network.decode(torch.from_numpy(padded_Bhw).to(next(network.parameters()).device))
-        bytes_BHW3 = to_bytes(images_BCHW, network.rounding).permute(0, 2, 3, 1)
+        bytes_BHW3 = to_bytes(images_BCHW, network.rounding).permute(0, 2, 3, 1).contiguous()
     kept: Images_BHW3 = bytes_BHW3[: len(codes_Ihw)].cpu().numpy()
     return kept
 

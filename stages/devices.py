@@ -16,6 +16,8 @@ def pick_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is one, else the CPU."""
     import torch
 
+    # A sampler asks for attention over one key more at every step, and cuDNN would make a plan for each number of keys.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():

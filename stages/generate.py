@@ -140,6 +140,7 @@ def second_thread(tokenizer: NetworkFile) -> Iterator[ThreadPoolExecutor]:
     load_tokenizer(tokenizer)
     thread = ThreadPoolExecutor(1, initializer=partial(_enter_stream, device))
     try:
+        thread.submit(int).result()  # it starts now: once steps are recorded, nothing may wait for the whole device
         yield thread
     finally:
         thread.shutdown(cancel_futures=True)

@@ -136,7 +136,7 @@ def listed(value: Artifact | list[Artifact]) -> list[Artifact]:
 
 @stage(
     "train-generator",
-    version=1,
+    version=2,
     config=TrainGeneratorConfig,
     reads={
         "tokens": read("token-set", help="codes to learn, of one or several token sets", many=True),

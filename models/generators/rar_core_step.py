@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numba import njit
 from torch import Tensor, nn
 
-from models.generators.rar_step import norm_weights, scaled_norm_weights
+from models.generators.rar_step import query_affine
 
 if TYPE_CHECKING:
     from models.generators.rar import Block, Rar
@@ -83,8 +83,8 @@ def affine(x_RI, weight_OI, bias_O):
 
 
 @compiled
-def normalise(x_D, scale_D, shift_D, eps, out_D):
-    """LayerNorm, times a scale, plus a shift."""
+def normalise(x_D, eps, out_D):
+    """LayerNorm without affine."""
     width = np.float32(len(x_D))
     total = np.float32(0)
     for d in range(len(x_D)):
@@ -95,14 +95,21 @@ def normalise(x_D, scale_D, shift_D, eps, out_D):
         square += (x_D[d] - mean) * (x_D[d] - mean)
     inverse = np.float32(1) / math.sqrt(square / width + eps)
     for d in range(len(x_D)):
-        out_D[d] = (x_D[d] - mean) * inverse * scale_D[d] + shift_D[d]
+        out_D[d] = (x_D[d] - mean) * inverse
+
+
+@compiled
+def scale_and_shift(x_D, scale_D, shift_D):
+    for d in range(len(x_D)):
+        x_D[d] = x_D[d] * scale_D[d] + shift_D[d]
 
 
 @compiled
 def modulate(x_RD, modulations_RMD, shift, scale, eps):
     out_RD = np.empty_like(x_RD)
     for r in range(len(x_RD)):
-        normalise(x_RD[r], modulations_RMD[r, scale], modulations_RMD[r, shift], eps, out_RD[r])
+        normalise(x_RD[r], eps, out_RD[r])
+        scale_and_shift(out_RD[r], modulations_RMD[r, scale], modulations_RMD[r, shift])
     return out_RD
 
 
@@ -114,15 +121,15 @@ def add_gated(x_RD, modulations_RMD, gate, h_RD):
 
 
 @compiled
-def add_attention(x_RD, modulations_RMD, first, qkv, proj, q_norm, k_norm, keys_RHJE, values_RHJE, position, eps):
+def add_attention(x_RD, modulations_RMD, first, qkv, proj, query, keys_RHJE, values_RHJE, position, eps):
     """The first half of a block, whose modulations begin at `first`."""
     h_RO = affine(modulate(x_RD, modulations_RMD, first, first + 1, eps), *qkv)
-    h_RD = attend(h_RO, q_norm, k_norm, keys_RHJE, values_RHJE, position, eps)
+    h_RD = attend(h_RO, query, keys_RHJE, values_RHJE, position, eps)
     add_gated(x_RD, modulations_RMD, first + 2, affine(h_RD, *proj))
 
 
 @compiled
-def attend(qkv_RO, q_norm, k_norm, keys_RHJE, values_RHJE, position, eps):
+def attend(qkv_RO, query, keys_RHJE, values_RHJE, position, eps):
     """Write this position's keys and values, and let its queries see all up to here: (R, D)."""
     streams, heads, _, own = keys_RHJE.shape
     width = heads * own
@@ -132,8 +139,9 @@ def attend(qkv_RO, q_norm, k_norm, keys_RHJE, values_RHJE, position, eps):
             start, keys_JE, values_JE = h * own, keys_RHJE[r, h], values_RHJE[r, h]
             y_E = out_RD[r, start : start + own]
             q_E, k_E = qkv_RO[r, start : start + own], qkv_RO[r, width + start : width + start + own]
-            normalise(q_E, q_norm[0], q_norm[1], eps, y_E)
-            normalise(k_E, k_norm[0], k_norm[1], eps, keys_JE[position])
+            normalise(q_E, eps, y_E)
+            scale_and_shift(y_E, *query)
+            normalise(k_E, eps, keys_JE[position])
             values_JE[position] = qkv_RO[r, 2 * width + start : 2 * width + start + own]
             weights_J = likelihoods(y_E, keys_JE, position + 1)
             mean_values(weights_J, values_JE, y_E)
@@ -180,13 +188,9 @@ def mean_values(weights_J, values_JE, out_E):
 
 
 def _attention_weights(block: Block) -> tuple:
-    """qkv, proj, and the norms (gain and bias) of queries and keys."""
-    q_norm, k_norm = (
-        scaled_norm_weights(block.attn.q_norm, torch.float32),
-        norm_weights(block.attn.k_norm, torch.float32),
-    )
-    norms = (torch.stack(norm).detach().numpy() for norm in (q_norm, k_norm))
-    return _affine_weights(block.attn.qkv), _affine_weights(block.attn.proj), *norms
+    """qkv, proj, and what is left of the norms' affines: gain and bias of queries."""
+    query = tuple(part.detach().float().numpy() for part in query_affine(block.attn))
+    return _affine_weights(block.attn.qkv), _affine_weights(block.attn.proj), query
 
 
 def _affine_weights(linear: nn.Linear) -> tuple:

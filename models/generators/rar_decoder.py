@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+from weakref import WeakMethod
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,8 @@ class RarDecoder:
         self.x_RD = self.places_JBD.new_empty(self.streams, len(self.cls_D))
         self.picked_RM = self.places_JBD.new_empty(self.streams, len(self.modulations[1]))
         self.logits_RK = torch.empty(self.streams, self.codes, device=self.device)
-        self.graphs = StepGraphs(self._feed_buffers, capture)
+        feed = WeakMethod(self._feed_buffers)  # no cycle: its memory is free as soon as nobody holds the decoder
+        self.graphs = StepGraphs(lambda position: feed()(position), capture)
 
     @torch.inference_mode()
     def prefill(self, labels_B: Tensor) -> Tensor:
@@ -133,6 +135,7 @@ class RarDecoder:
         conditions_USD = self.class_embeddings_CD[self.distinct_U, None] + self.steps_JD[start : self.stretch.stop]
         activated_USD = F.silu(conditions_USD).to(self.dtype)
         weight_MD, bias_M = self.modulations
+        self.table_USM = None  # the last one's memory is free before the next takes its own
         self.table_USM = activated_USD.new_empty(*activated_USD.shape[:2], len(bias_M))
         for activated_SD, table_SM in zip(activated_USD, self.table_USM, strict=True):
             torch.addmm(bias_M, activated_SD, weight_MD.T, out=table_SM)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from models.generators.rar import Block, Rar
+    from models.layers.attention import CausalSelfAttention
 
 SHORTEST_PRODUCT = 16  # keys: batched products of fewer take a slow path on the CPU
 
@@ -29,7 +30,10 @@ class RarStep:
         self.head = _Affine(model.lm_head, torch.float32)  # guidance multiplies what rounding takes from logits
         on_device = {"dtype": dtype, "device": model.lm_head.weight.device}
         # With a gain of ones the kernel of the CPU takes two thirds of the time that it takes without one.
-        self.no_affine = [torch.ones(self.width, **on_device), torch.zeros(self.width, **on_device)]
+        self.no_affine = {
+            width: (torch.ones(width, **on_device), torch.zeros(width, **on_device))
+            for width in (self.width, self.width // self.heads)
+        }
         length = max(model.tokens + 1, SHORTEST_PRODUCT)
         shape = (len(self.blocks), streams, self.heads, length, self.width // self.heads)
         self.keys_RHJE = torch.zeros(shape, **on_device).unbind()
@@ -53,15 +57,21 @@ class RarStep:
         return self.head(self._norm(x_RD, parts[-2], parts[-1]).float())
 
     def _norm(self, x_RD: Tensor, scale_RD: Tensor, shift_RD: Tensor) -> Tensor:
-        return torch.addcmul(shift_RD, F.layer_norm(x_RD, (self.width,), *self.no_affine, eps=self.eps), scale_RD)
+        return torch.addcmul(shift_RD, self._normalise(x_RD), scale_RD)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        ones, zeros = self.no_affine[x.shape[-1]]
+        return F.layer_norm(x, ones.shape, ones, zeros, self.eps)
 
     def _attend(self, qkv_RD: Tensor, index: int, position: int) -> Tensor:
-        block, keys_RHJE, values_RHJE = self.blocks[index], self.keys_RHJE[index], self.values_RHJE[index]
-        q_RHE, k_RHE, v_RHE = qkv_RD.view(self.streams, 3, self.heads, -1).unbind(1)
-        keys_RHJE[:, :, position] = F.layer_norm(k_RHE, k_RHE.shape[-1:], *block.k_norm, eps=self.eps)
-        values_RHJE[:, :, position] = v_RHE
-        q_RHE = F.layer_norm(q_RHE, q_RHE.shape[-1:], *block.q_norm, eps=self.eps)
-        return self._attention(q_RHE, keys_RHJE, values_RHJE, position).view(self.streams, self.width)
+        keys_RHJE, values_RHJE = self.keys_RHJE[index], self.values_RHJE[index]
+        qkv_R3HE = qkv_RD.view(self.streams, 3, self.heads, -1)
+        # All three as they lie take less time than queries and keys alone, which would be copied first.
+        normed_R3HE = self._normalise(qkv_R3HE)
+        keys_RHJE[:, :, position], values_RHJE[:, :, position] = normed_R3HE[:, 1], qkv_R3HE[:, 2]
+        gain_E, bias_E = self.blocks[index].query
+        q_RHE = torch.addcmul(bias_E, normed_R3HE[:, 0], gain_E)
+        return self._attention(q_RHE, keys_RHJE, values_RHJE, position).reshape(self.streams, self.width)
 
     def _attention(self, q_RHE: Tensor, keys_RHJE: Tensor, values_RHJE: Tensor, position: int) -> Tensor:
         """One query per stream and head over the keys up to this position; (R, H, E)."""
@@ -84,8 +94,7 @@ class _BlockWeights:
     def __init__(self, block: Block, dtype: torch.dtype):
         self.qkv, self.proj = _Affine(block.attn.qkv, dtype), _Affine(block.attn.proj, dtype)
         self.fc1, self.fc2 = _Affine(block.mlp.fc1, dtype), _Affine(block.mlp.fc2, dtype)
-        self.k_norm = norm_weights(block.attn.k_norm, dtype)
-        self.q_norm = scaled_norm_weights(block.attn.q_norm, dtype)
+        self.query = [part.to(dtype) for part in query_affine(block.attn)]
 
 
 class _Affine:
@@ -100,11 +109,11 @@ class _Affine:
         return torch.addmm(self.bias_O, x_RI, self.weight_IO)
 
 
-def norm_weights(norm: nn.LayerNorm, dtype: torch.dtype) -> list[Tensor]:
-    """Gain and bias."""
-    return [norm.weight.to(dtype), norm.bias.to(dtype)]
+def query_affine(attention: CausalSelfAttention) -> tuple[Tensor, Tensor]:
+    """Gain and bias (E,) of normalised queries, for keys that have neither, and products that are not scaled.
 
-
-def scaled_norm_weights(norm: nn.LayerNorm, dtype: torch.dtype) -> list[Tensor]:
-    """Gain and bias of queries, with the scale of the softmax (1 / sqrt(E)) moved into them."""
-    return [part * norm.weight.numel() ** -0.5 for part in norm_weights(norm, dtype)]
+    In the softmax of q.(k g + b) / sqrt(E), the term q.b is the same for every key and drops out; g / sqrt(E) may as
+    well multiply the query.
+    """
+    gain_E = attention.k_norm.weight * attention.k_norm.weight.numel() ** -0.5
+    return attention.q_norm.weight * gain_E, attention.q_norm.bias * gain_E

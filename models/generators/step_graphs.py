@@ -40,7 +40,7 @@ class GraphPool:
     """Captures CUDA graphs that share the memory of what they compute on the way: they never run at the same time."""
 
     def __init__(self, device: torch.device):
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device, priority=-1)  # before what runs beside it, such as decoding
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Work) -> Work:

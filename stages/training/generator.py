@@ -75,7 +75,8 @@ class GeneratorTask(Task):
             compile_blocks(self.network)
         self.draws_every = config.samples.every if config.samples else 0
         self.rows, self.epoch_images = len(tokens), tokens.images
-        self.reads_ahead = not tokens.are_loaded
+        # Loaded rows are read at once, but their orders take a while to draw, for which no GPU should wait.
+        self.reads_ahead = not tokens.are_loaded or device.type == "cuda"
         self._window: tuple[int, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = (-1, [])
 
     def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
@@ -102,7 +103,8 @@ class GeneratorTask(Task):
             codes_PT, labels_P = self.held_out.read(rows_P)
             orders_PT, dropped_P = raster(*codes_PT.shape), np.zeros(len(rows_P), bool)
             tensors = (torch.from_numpy(one).to(self.device) for one in (codes_PT, labels_P, orders_PT, dropped_P))
-            loss, stats = self.network.loss(*tensors)
+            with self.replicas.autocast():
+                loss, stats = self.network.loss(*tensors)
             sums += len(rows_P) * torch.tensor([float(loss), float(stats["correct"])], dtype=torch.float64)
         means = self.replicas.mean(sums.to(self.device))
         return {name: mean * self.replicas.world / count for name, mean in zip(("loss", "correct"), means, strict=True)}

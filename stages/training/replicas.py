@@ -7,7 +7,7 @@ CUDA and by gloo on the CPU.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Literal
 
 import torch
@@ -54,6 +54,11 @@ class Replicas:
         """The module on the device, with gradients averaged over the replicas and with autocast as configured."""
         wrapped: nn.Module = self._accelerator.prepare_model(module)
         return wrapped
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """As in training, for what runs outside of wrapped modules."""
+        context: AbstractContextManager[None] = self._accelerator.autocast()
+        return context
 
     def unwrap(self, wrapped: nn.Module) -> None:
         """Undo what `wrap` did to the module's forward."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -89,7 +88,7 @@ class TokenizerTask(Task):
         if PART in modules:
             seen: Reconstructed = modules[PART](images_BCHW)
             return seen
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.replicas.autocast():
             seen = self.seeing(images_BCHW)
         return seen
 
@@ -102,7 +101,9 @@ class TokenizerTask(Task):
             return Losses(told.losses, told.stats | alone)
         if self.adversary is None:
             return Losses(seen.losses, seen.stats)
-        with self._autocast():  # it is not the replicas' wrapped forward that judges here, but the network itself
+        with (
+            self.replicas.autocast()
+        ):  # it is not the replicas' wrapped forward that judges here, but the network itself
             minded = self.adversary.generator_side(
                 seen.output_BCHW,
                 reconstruction_loss=seen.reconstruction_loss,
@@ -155,10 +156,6 @@ class TokenizerTask(Task):
         with as_in_training(judge):
             is_right_B1hw: Tensor = torch.cat([judge(seen.pixels_BCHW) > 0, judge(seen.output_BCHW) <= 0], 1)
         return is_right_B1hw.float().mean((1, 2, 3))
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        is_half = self.config.training.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_half)
 
 
 def _beside(adversary: Adversary, own: AdversaryConfig, config: ReconstructionTraining) -> Part:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -121,6 +124,20 @@ class TestRar(GeneratorConformance):
         kept = first.clone()
         buffered.step(torch.tensor([0, 1]))
         assert torch.equal(first, kept), "logits that were given stay as they are"
+
+    def test_a_decoder_with_graphs_goes_with_its_last_user(self, model: Rar) -> None:
+        """Its cache is gigabytes, for which no collection of cycles should have to come by."""
+        decoder = model.decoder(rows=2, guided=True)
+        decoder.use_graphs(lambda work: work)
+        for _ in range(3):
+            sample(decoder, torch.tensor([0, 2]), torch.arange(2), config=SamplingConfig(guidance_scale=3.0), seed=3)
+        gone = weakref.ref(decoder)
+        gc.disable()
+        try:
+            del decoder
+            assert gone() is None
+        finally:
+            gc.enable()
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

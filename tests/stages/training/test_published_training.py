@@ -118,8 +118,8 @@ class Trace:
             learns="tokenizer",
             adversarial=config.adversarial,
         )
-        replicas = Replicas(device="cpu", precision=config.training.precision)
-        self.trainer = TraceTrainer(self.task, config.training, replicas, draft_in(folder))
+        self.task.replicas = Replicas(device="cpu", precision=config.training.precision)
+        self.trainer = TraceTrainer(self.task, config.training, self.task.replicas, draft_in(folder))
         self.logs: list[dict[str, float]] = []
         for step in range(STEPS):
             losses = self.trainer.advance(self.task.batch(step, np.arange(2), slice(0, 2)))
