@@ -24,14 +24,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import describe_machine
-from models.generators.config import SIZES, RarConfig, RarInit
+from benchmarks.sampling import INIT, MIDDLE, SAMPLING, build
+from models.generators.config import SIZES, RarConfig
 from models.generators.rar import Rar
-from models.sampling.config import SamplingConfig
 from models.sampling.loop import sample
 
 CODES, TOKENS, CLASSES = 1024, 256, 1000
-SAMPLING = SamplingConfig(guidance_scale=4.0)
-MIDDLE = {"width": 256, "layers": 6, "heads": 8, "mlp_width": 1024}  # what benchmarks.sampling measures
 WARM_UP = 3  # passes: as it is, recorded, replayed
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -59,14 +57,14 @@ def main(arguments: Sequence[str] = ()) -> None:
     print("\n| size | batch | s | images/s | limit, images/s | share |\n|---|---|---|---|---|---|")
     for size in options.sizes:
         for batch in options.batches:
-            measure_sampling(build(size, device), size, batch, dtype, limits, options.repeats)
+            measure_sampling(network(size, device), size, batch, dtype, limits, options.repeats)
     if options.train_batch:
         print(
             "\n| size | batch | s per step | images/s | share of the product's peak | memory GiB |\n|---|---|---|---|---|---|"
         )
         for size in options.sizes:
             for compiles in (False, True):
-                model = build(size, device)
+                model = network(size, device)
                 for block in model.blocks if compiles else ():
                     block.compile()
                 try:
@@ -94,16 +92,14 @@ def describe_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, one thread"
 
 
-def build(size: str, device: torch.device) -> Rar:
-    torch.manual_seed(0)
-    # With the published zeros no block would say anything, nor would its weights have a gradient.
-    config = RarConfig(**SIZES.get(size, MIDDLE), init=RarInit(adaln=0.02))
+def network(size: str, device: torch.device) -> Rar:
+    config = RarConfig(**SIZES[size], init=INIT) if size in SIZES else MIDDLE
     with device:
-        return Rar(config, codes=CODES, tokens=TOKENS, classes=CLASSES)
+        return build(config, codes=CODES, tokens=TOKENS, classes=CLASSES)
 
 
 def measure_sampling(model: Rar, size: str, batch: int, dtype: torch.dtype, limits: Limits, repeats: int) -> None:
-    decoder = model.eval().decoder(rows=batch, guided=True, dtype=dtype)
+    decoder = model.decoder(rows=batch, guided=True, dtype=dtype)
     labels_B = torch.randint(CLASSES, (batch,), generator=torch.Generator().manual_seed(0))
     ids_B = torch.arange(batch)
 
