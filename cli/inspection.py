@@ -135,7 +135,7 @@ def _row(path: Path, refs: list[str]) -> dict[str, Any]:
         "bytes": sum(entry.size for entry in artifact.files.values()),
         "seconds": round(total_seconds(artifact.path / "log"), 1),
         "refs": refs,
-        "figure": artifact.facts.get("figure", ""),
+        "figure": artifact.figure,
     }
 
 

@@ -108,11 +108,14 @@ def _copy(grid: Path, out: Path) -> None:
 def _show(out: Path, samples: Made, images: Made, values: Values) -> None:
     if values["json"]:
         named = {"samples": samples.artifact, "images": images.artifact}
-        keys = {name: {"key": one.key, "path": str(one.path), "facts": one.facts} for name, one in named.items()}
+        keys = {
+            name: {"key": one.key, "path": str(one.path), "facts": one.facts, "figure": one.figure}
+            for name, one in named.items()
+        }
         print_json({"out": str(out), "reused": samples.reused and images.reused, **keys})
         return
     typer.echo(str(out))
-    _say(values, f"{images.artifact.facts['figure']}; their codes: {samples.artifact.name}")
+    _say(values, f"{images.artifact.figure}; their codes: {samples.artifact.name}")
 
 
 def _say(values: Values, text: str) -> None:

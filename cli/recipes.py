@@ -112,7 +112,7 @@ def _show_results(recipe: Recipe, results: list[tuple[Step, Made]], seconds: flo
         )
         return
     rows = [
-        [step.name, _state(made), _seconds(made.artifact), made.artifact.name, _figure(made.artifact)]
+        [step.name, _state(made), _seconds(made.artifact), made.artifact.name, made.artifact.figure]
         for step, made in results
     ]
     print_table(f"{recipe.name}: {recipe.title}", ["step", "state", "seconds", "artifact", "figure"], rows)
@@ -135,6 +135,7 @@ def _result_json(step: Step, made: Made) -> dict[str, Any]:
         "path": str(made.artifact.path),
         "seconds": total_seconds(made.artifact.path / "log"),
         "facts": made.artifact.facts,
+        "figure": made.artifact.figure,
     }
 
 
@@ -153,10 +154,6 @@ def _state(made: Made) -> str:
 
 def _seconds(artifact: Artifact) -> str:
     return f"{total_seconds(artifact.path / 'log'):.1f}"
-
-
-def _figure(artifact: Artifact) -> str:
-    return str(artifact.facts.get("figure", ""))
 
 
 def _tree_bytes(artifact: Artifact) -> int:

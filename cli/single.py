@@ -191,10 +191,10 @@ def _show(made: Made, as_json: bool, quiet: bool) -> None:
     artifact = made.artifact
     if as_json:
         facts = {"stage": artifact.stage, "kind": artifact.kind, "key": artifact.key, "path": str(artifact.path)}
-        print_json({**facts, "reused": made.reused, "facts": artifact.facts})
+        print_json({**facts, "reused": made.reused, "facts": artifact.facts, "figure": artifact.figure})
         return
     typer.echo(str(artifact.path))
-    say(f"{'is there already' if made.reused else 'made'}: {artifact.facts.get('figure', artifact.name)}", quiet=quiet)
+    say(f"{'is there already' if made.reused else 'made'}: {artifact.figure or artifact.name}", quiet=quiet)
 
 
 def _inputs(declared: Stage) -> list[inspect.Parameter]:

@@ -2,7 +2,7 @@
 
     manifest.json     what was asked for, what came out, every data file with size and SHA-256; no time, host or path
     manifest.sha256   hex digest of manifest.json
-    log/              how it was made; outside the manifest
+    log/              how it was made, and in one line what came out (figure.txt); outside the manifest
 
 Levels: `open_artifact` (milliseconds: manifest digest, names, sizes, array metadata, shard indexes), `check_data`
 (before a stage uses it: crc32c of every shard chunk, SHA-256 of other files) and `verify_artifact` (everything hashed).
@@ -26,6 +26,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
 LOG = "log"
+FIGURE = "figure.txt"
 MANIFEST_BYTES = 256 * 2**20  # far above a manifest of a million files; refuse to parse more
 FIELDS = {
     "stage": str,
@@ -97,6 +98,23 @@ class Artifact:
     def files(self) -> dict[str, FileEntry]:
         return {entry["path"]: FileEntry(**entry) for entry in self.manifest["files"]}
 
+    @cached_property
+    def content(self) -> str:
+        """Hex digest of what later steps can use: key, files and facts. Text for people is left out (see `is_text`).
+
+        Later steps record it of their inputs, and run again when it changes.
+        """
+        facts = {name: value for name, value in self.facts.items() if not is_text(name)}
+        return sha256(canonical_bytes({"key": self.key, "files": self.manifest["files"], "facts": facts}))
+
+    @property
+    def figure(self) -> str:
+        """What came out, in one line for people; "" if nothing was said. Older artifacts have it in their facts."""
+        try:
+            return (self.path / LOG / FIGURE).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return str(self.facts.get("figure", ""))
+
     @property
     def name(self) -> str:
         """Short name for sentences: stage and the first digits of the key."""
@@ -107,6 +125,11 @@ class Artifact:
         if name not in self.files:
             raise CorruptError(f"{self.name} has no file {name}", path=self.path)
         return self.path / name
+
+
+def is_text(fact: str) -> bool:
+    """Whether a fact is text for people: `figure` of older artifacts, or `..._on`, which says where a number was measured."""
+    return fact == "figure" or fact.endswith("_on")
 
 
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline import durable
 from pipeline.artifact import (
     DIGEST,
+    FIGURE,
     FORMAT,
     LOG,
     MANIFEST,
@@ -38,7 +39,11 @@ REPLACED = ".replaced"
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a stage: all that goes into the key, and what the manifest says of it."""
+    """What is asked of a stage: all that goes into the key, and what the manifest says of it.
+
+    inputs: name -> {"stage", "key", "digest"} with the digest of the content, or a list of these.  former_inputs: the same
+    with the digest of the whole manifest, as artifacts recorded it that were made before there was one of the content.
+    """
 
     stage: str
     kind: str
@@ -47,15 +52,25 @@ class Request:
     config: dict[str, Any]
     inputs: dict[str, Any]
     externals: dict[str, str]
+    former_inputs: dict[str, Any] = field(default_factory=dict)
+
+    def is_made_from(self, inputs: dict[str, Any]) -> bool:
+        """Whether these inputs of a manifest are the ones asked for, in either form."""
+        return inputs in (self.inputs, self.former_inputs or self.inputs)
 
 
 class Draft:
-    """The partial folder of one artifact. `facts` (JSON values) go into the manifest when it is committed."""
+    """The partial folder of one artifact.
+
+    facts: JSON values that go into the manifest when it is committed.  figure: what came out, in one line for people; it
+    goes to the log, so that other words never make later steps run again.
+    """
 
     def __init__(self, path: Path, request: Request):
         self.path = path
         self.request = request
         self.facts: dict[str, Any] = {}
+        self.figure = ""
         self._units: dict[str, list[FileEntry]] = {}
 
     @classmethod
@@ -132,6 +147,8 @@ class Draft:
             "facts": self.facts,
             "files": [entry.as_json() for entry in self.entries()],
         }
+        if self.figure:
+            durable.write_file(self.log / FIGURE, f"{self.figure}\n".encode())
         raw = manifest_bytes(manifest)
         durable.write_file(self.path / MANIFEST, raw)
         durable.write_file(self.path / DIGEST, sha256(raw).encode() + b"\n")
@@ -164,7 +181,7 @@ def is_complete(partial: Path, request: Request) -> bool:
         return False
     return (
         artifact.key == request.key
-        and artifact.manifest["inputs"] == request.inputs
+        and request.is_made_from(artifact.inputs)
         and all(_is_whole(partial, entry) for entry in artifact.files.values())
     )
 

@@ -175,9 +175,12 @@ def make_request(declared: Stage, config: BaseModel, inputs: Inputs, paths: Mapp
     externals = {name: declared.externals[name].identify(config, path) for name, path in paths.items()}
     values = config_value(config)
     names: dict[str, Any] = {name: _map(value, lambda artifact: artifact.key) for name, value in inputs.items()}
-    records = {name: _map(value, _input_record) for name, value in inputs.items()}
+    records = {
+        name: _map(value, lambda artifact: _record(artifact, artifact.content)) for name, value in inputs.items()
+    }
+    former = {name: _map(value, lambda artifact: _record(artifact, artifact.digest)) for name, value in inputs.items()}
     key = artifact_key(declared.name, declared.version, values, names, externals)
-    return Request(declared.name, declared.kind(config), declared.version, key, values, records, externals)
+    return Request(declared.name, declared.kind(config), declared.version, key, values, records, externals, former)
 
 
 def _remember_paths(artifact: Artifact, paths: Mapping[str, Path]) -> Artifact:
@@ -230,7 +233,12 @@ def _plan_step(recipe: Recipe, step: Step, planned: Mapping[str, Planned], store
 def _fits(artifact: Artifact, name: str, value: Planned | list[Planned]) -> bool:
     records = artifact.inputs.get(name)
     pairs = zip(_flat(records), _flat(value), strict=True)
-    return all(record["digest"] == (parent.artifact and parent.artifact.digest) for record, parent in pairs)
+    return all(record["digest"] in _digests(parent.artifact) for record, parent in pairs)
+
+
+def _digests(artifact: Artifact | None) -> tuple[str, ...]:
+    """What a later step may have recorded of this input: the digest of its content, or formerly of its manifest."""
+    return () if artifact is None else (artifact.content, artifact.digest)
 
 
 def _reason(
@@ -273,8 +281,8 @@ def differences(before: Any, after: Any, place: str = "") -> list[str]:
     return [] if before == after else [f"{place}: {before} -> {after}"]
 
 
-def _input_record(artifact: Artifact) -> dict[str, str]:
-    return {"stage": artifact.stage, "key": artifact.key, "digest": artifact.digest}
+def _record(artifact: Artifact, digest: str) -> dict[str, str]:
+    return {"stage": artifact.stage, "key": artifact.key, "digest": digest}
 
 
 def _pick(value: str | list[str], made: Mapping[str, Any]) -> Any:

@@ -101,7 +101,7 @@ class Store:
         """True if the artifact is there and was made from exactly these inputs; a damaged one raises CorruptError."""
         if not self.has(request.stage, request.key):
             return False
-        return bool(self.open(request.stage, request.key).inputs == request.inputs)
+        return request.is_made_from(self.open(request.stage, request.key).inputs)
 
     def set_ref(self, name: str, artifact: Artifact) -> None:
         """Point a ref to an artifact; one that points there already is left alone (a finished store may be read-only)."""

@@ -87,8 +87,8 @@ def decode_tokens(config: DecodeConfig, inputs: Inputs, out: Draft, run: Runtime
         "size": layout.height,
         "classes": tokens.attributes.classes,
         "tokenizer": tokenizer_identity(inputs["tokenizer"]),
-        "figure": f"{tokens.n_images:,} images of {layout.width}x{layout.height}",
     }
+    out.figure = f"{tokens.n_images:,} images of {layout.width}x{layout.height}"
 
 
 def check_inputs(config: DecodeConfig, tokens: TokenSet, inputs: Inputs) -> TokenizerConfig:

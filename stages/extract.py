@@ -219,5 +219,5 @@ def describe(out: Draft, config: ExtractConfig, features: ArraySpec, image_set: 
         "dims": dims,
         "encoder": config.encoder.kind,
         "image_size": config.encoder.image_size,
-        "figure": f"{features.shape[0]:,} x {height} x {width} features of {dims} values ({config.encoder.kind})",
     }
+    out.figure = f"{features.shape[0]:,} x {height} x {width} features of {dims} values ({config.encoder.kind})"

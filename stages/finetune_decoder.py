@@ -13,7 +13,7 @@ from pipeline.stage import Inputs, read, stage
 from stages.identity import CODES_OF, tokenizer_identity
 from stages.networks import read_tokenizer_config
 from stages.tokenizing import code_grid
-from stages.train_tokenizer import facts, where
+from stages.train_tokenizer import describe, where
 from stages.training.config import AdamW, TokenizerLearning, TrainingConfig, WarmupCosine
 from stages.training.inputs import IMAGES, START, WEIGHTS, check_start
 from stages.weights import config_json, save_weights
@@ -68,5 +68,5 @@ def finetune_decoder(config: FinetuneDecoderConfig, inputs: Inputs, out: Draft, 
     )
     if outcome.is_first:
         save_weights(out, outcome.task.tokenizer.state_dict(), config_json(model))
-        found = facts(outcome.task, outcome.figures["psnr"], where=where(inputs))
-        out.facts = found | {CODES_OF: tokenizer_identity(parent)}
+        describe(out, outcome.task, outcome.figures["psnr"], where=where(inputs))
+        out.facts |= {CODES_OF: tokenizer_identity(parent)}

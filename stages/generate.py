@@ -97,8 +97,8 @@ def generate_images(config: GenerateConfig, inputs: Inputs, out: Draft, run: Run
         "size": images.height,
         "classes": card.classes,
         "tokenizer": card.tokenizer,
-        "figure": f"{config.images:,} samples of {len(np.unique(labels_I))} classes, {images.width}x{images.height}",
     }
+    out.figure = f"{config.images:,} samples of {len(np.unique(labels_I))} classes, {images.width}x{images.height}"
 
 
 def generate_shard(spec: GenerateSpec, number: int) -> dict[str, bytes]:

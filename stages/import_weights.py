@@ -139,7 +139,6 @@ def import_generator(
     parameters = save(out, state, config_value(card), path)
     size = f"-{found.size}" if found.size else ""
     out.facts = {
-        "figure": f"{config.layout}{size}, {parameters:,} parameters",
         "codes": card.codes,
         "tokens": card.tokens,
         "grid": list(card.grid),
@@ -148,6 +147,7 @@ def import_generator(
         "tokenizer": card.tokenizer,
         "weights": hash_file(path),
     }
+    out.figure = f"{config.layout}{size}, {parameters:,} parameters"
 
 
 def make_card(config: ImportConfig, found: Any, path: Path) -> GeneratorCard:
@@ -173,13 +173,13 @@ def import_tokenizer(config: ImportConfig, out: Draft, state: Mapping[str, torch
     parameters = save(out, found.state, config_value(found.config), path)
     codes = found.config.codebook_size
     out.facts = {
-        "figure": f"{config.layout}, {codes:,} codes, {parameters:,} parameters",
         "codebook_size": codes,
         "downsample": found.config.downsample,
         "parameters": parameters,
         "weights": hash_file(path),
         **({"image_size": config.resolution} if config.resolution else {}),
     }
+    out.figure = f"{config.layout}, {codes:,} codes, {parameters:,} parameters"
 
 
 def import_discriminator(config: ImportConfig, out: Draft, state: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -192,10 +192,10 @@ def import_discriminator(config: ImportConfig, out: Draft, state: Mapping[str, t
     weights = {f"discriminator.{name}": tensor for name, tensor in found.state.items()}
     parameters = save(out, weights | means, config_value(card), path)
     out.facts = {
-        "figure": f"{found.config.kind} discriminator, {parameters:,} parameters",
         "parameters": parameters,
         "weights": hash_file(path),
     }
+    out.figure = f"{found.config.kind} discriminator, {parameters:,} parameters"
 
 
 def recognise(config: ImportConfig, state: Mapping[str, torch.Tensor], path: Path) -> Any:

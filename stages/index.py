@@ -99,7 +99,7 @@ def describe(out: Draft, images: ImageSet) -> None:
         "classes": classes,
         "source": images.source.kind,
         "split": images.source.split,
-        "figure": f"{len(images)} images, {classes} classes",
     }
+    out.figure = f"{len(images)} images, {classes} classes"
     if classes <= MOST_NAMES:
         out.facts["class_names"] = images.classes

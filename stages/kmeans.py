@@ -73,8 +73,8 @@ def fit_kmeans(config: KMeansConfig, inputs: Inputs, out: Draft, run: Runtime) -
         "perplexity": usage.perplexity,
         "used": usage.used,
         **{name: facts[name] for name in ("grid", "dims", "encoder", "image_size")},
-        "figure": f"{usage.sentence}, {facts['encoder']}",
     }
+    out.figure = f"{usage.sentence}, {facts['encoder']}"
 
 
 def read_sample(features: Artifact, config: KMeansConfig) -> NDArray[np.float32]:

@@ -195,8 +195,8 @@ def describe(out: Draft, attributes: TokenAttributes) -> None:
         "tokenizer": dict(attributes.tokenizer),
         "used": usage.used,
         "perplexity": usage.perplexity,
-        "figure": f"{attributes.rows:,} x {attributes.tokens} tokens, {usage.sentence}",
     }
+    out.figure = f"{attributes.rows:,} x {attributes.tokens} tokens, {usage.sentence}"
 
 
 def count_codes(tokens: MappedArray, codes: int) -> CodeUsage:

@@ -69,7 +69,8 @@ def probe_codes(config: ProbeConfig, inputs: Inputs, out: Draft, run: Runtime) -
         metrics = measure(config, train, held_out, read_centroids(config, inputs), run)
         out.put("metrics", {METRICS: canonical_bytes(metrics) + b"\n"})
     metrics = json.loads((out.path / METRICS).read_bytes())
-    out.facts |= {**metrics, "figure": f"probe accuracy {100 * metrics['accuracy']:.1f} %"}
+    out.facts |= metrics
+    out.figure = f"probe accuracy {100 * metrics['accuracy']:.1f} %"
 
 
 def open_pair(train: Artifact, held_out: Artifact) -> tuple[TokenSet, TokenSet]:

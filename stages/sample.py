@@ -104,8 +104,8 @@ def draw_samples(config: SampleConfig, inputs: Inputs, out: Draft, run: Runtime)
         "codes": card.codes,
         "classes": card.classes,
         "tokenizer": card.tokenizer,
-        "figure": f"{config.images:,} samples of {len(np.unique(labels_I))} classes",
     }
+    out.figure = f"{config.images:,} samples of {len(np.unique(labels_I))} classes"
 
 
 def known_card(inputs: Inputs) -> GeneratorCard:

@@ -35,6 +35,7 @@ from stages.scoring.protocol import (
     common_size,
     extractor_ids,
     feature_counts,
+    have_these_extractors,
     input_suffix,
 )
 
@@ -101,8 +102,8 @@ def score_images(config: ScoreConfig, inputs: Inputs, out: Draft, run: Runtime) 
         "protocol": metrics["protocol"],
         "images": len(images),
         "values": metrics["values"],
-        "figure": sentence(metrics["values"]),
     }
+    out.figure = sentence(metrics["values"])
 
 
 def check_inputs(config: ScoreConfig, inputs: Inputs, images: Pictures, reference: Pictures) -> None:
@@ -166,9 +167,13 @@ def measure(
 def add_ratios(each: list[dict[str, float]], config: ScoreConfig, spec: ExtractionSpec, inputs: Inputs) -> None:
     """To each extractor's figures: its distance as a multiple of the best possible one under the same extractor."""
     best = read_metrics(inputs["best"])
-    same = {"extractors": extractor_ids(config, inputs), "reference": spec.counts[1]}
-    for name, value in same.items():
-        if best.get(name) != value:
+    wanted = {"extractors": extractor_ids(config, inputs), "reference": spec.counts[1]}
+    same = {
+        "extractors": have_these_extractors(best, config, inputs),
+        "reference": best.get("reference") == wanted["reference"],
+    }
+    for name, value in wanted.items():
+        if not same[name]:
             raise InputError(
                 f"{inputs['best'].name} was scored with other {name} than this: {best.get(name)}, expected {value}",
                 path=inputs["best"].path,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field, model_validator
 
 from models.classifiers.config import ClassifierConfig, ConvolutionalClassifierConfig
@@ -84,7 +82,8 @@ def train_classifier(config: TrainClassifierConfig, inputs: Inputs, out: Draft, 
     )
     if outcome.is_first:
         save_weights(out, outcome.task.network.state_dict(), config_json(config.model))
-        out.facts = facts(
+        describe(
+            out,
             config,
             outcome.figures["accuracy"],
             images=len(images),
@@ -103,9 +102,8 @@ def check_classes(config: TrainClassifierConfig, artifact: Artifact) -> None:
         )
 
 
-def facts(config: TrainClassifierConfig, accuracy: float, *, images: int, where: str) -> dict[str, Any]:
-    return {
-        "figure": f"{100 * accuracy:.1f} % on {where}",
+def describe(out: Draft, config: TrainClassifierConfig, accuracy: float, *, images: int, where: str) -> None:
+    out.facts = {
         "accuracy": round(accuracy, 6),
         "accuracy_on": where,
         "classes": config.model.classes,
@@ -113,3 +111,4 @@ def facts(config: TrainClassifierConfig, accuracy: float, *, images: int, where:
         "image_size": config.model.image_size,
         "images": images,
     }
+    out.figure = f"{100 * accuracy:.1f} % on {where}"

@@ -83,8 +83,8 @@ def train_discriminator(config: TrainDiscriminatorConfig, inputs: Inputs, out: D
         save_discriminator(out, outcome.task.adversary, channels=network.channels)
         told = outcome.figures["told_apart"]
         out.facts = {
-            "figure": f"{told:.1%} of the patches told apart on {where(inputs)}",
             "told_apart": round(told, 6),
             "told_apart_on": where(inputs),
             "image_size": config.views.size,
         }
+        out.figure = f"{told:.1%} of the patches told apart on {where(inputs)}"

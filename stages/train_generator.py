@@ -201,7 +201,8 @@ def count(config: TrainGeneratorConfig, card: GeneratorCard, tokens: TrainingTok
         network.fit(torch.from_numpy(codes_NT), torch.from_numpy(labels_N))
     except ValueError as error:
         raise InputError(str(error)) from error
-    save(out, network, card, {"figure": f"counted {len(tokens)} code sequences"})
+    save(out, network, card, {})
+    out.figure = f"counted {len(tokens)} code sequences"
 
 
 def learn(
@@ -228,19 +229,16 @@ def learn(
         return
     measured = {name: round(value, 6) for name, value in outcome.figures.items()}
     on_held_out = f" (held-out {outcome.figures['loss']:.2f})" if held_out else ""
-    said = {
-        "figure": f"loss {outcome.loss:.2f}{on_held_out} after {config.training.steps} steps",
-        "loss": round(outcome.loss, 6),
-        **({"held_out": measured} if measured else {}),
-    }
-    save(out, outcome.task.network, card, said)
+    losses = {"loss": round(outcome.loss, 6), **({"held_out": measured} if measured else {})}
+    save(out, outcome.task.network, card, losses)
+    out.figure = f"loss {outcome.loss:.2f}{on_held_out} after {config.training.steps} steps"
 
 
-def save(out: Draft, network: nn.Module, card: GeneratorCard, said: dict[str, Any]) -> None:
+def save(out: Draft, network: nn.Module, card: GeneratorCard, losses: dict[str, Any]) -> None:
     """Write the network, and into the manifest what later steps compare."""
     save_weights(out, network.state_dict(), config_value(card))
     out.facts = {
-        **said,
+        **losses,
         "codes": card.codes,
         "tokens": card.tokens,
         "grid": list(card.grid),

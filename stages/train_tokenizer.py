@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
@@ -76,7 +76,7 @@ def train_tokenizer(config: TrainTokenizerConfig, inputs: Inputs, out: Draft, ru
     )
     if outcome.is_first:
         save_weights(out, outcome.task.tokenizer.state_dict(), config_json(config.model))
-        out.facts = facts(outcome.task, outcome.figures["psnr"], where=where(inputs))
+        describe(out, outcome.task, outcome.figures["psnr"], where=where(inputs))
 
 
 def where(inputs: Inputs) -> str:
@@ -84,11 +84,10 @@ def where(inputs: Inputs) -> str:
     return HELD_OUT if HELD_OUT in inputs else "training images"
 
 
-def facts(task: TokenizerTask, psnr: float, *, where: str) -> dict[str, Any]:
+def describe(out: Draft, task: TokenizerTask, psnr: float, *, where: str) -> None:
     """What later stages and people need to know of a tokenizer that was trained on images."""
     model, size, used = task.tokenizer.config, task.config.views.size, task.used_codes()
-    return {
-        "figure": f"PSNR {psnr:.1f} dB on {where}, {used}/{model.codebook_size} codes used",
+    out.facts = {
         "codebook_size": model.codebook_size,
         "grid": list(model.grid(size, size)),
         "downsample": model.downsample,
@@ -97,3 +96,4 @@ def facts(task: TokenizerTask, psnr: float, *, where: str) -> dict[str, Any]:
         "psnr_on": where,
         "used": used,
     }
+    out.figure = f"PSNR {psnr:.1f} dB on {where}, {used}/{model.codebook_size} codes used"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -124,11 +125,17 @@ def check_counts(config: ScoreConfig, images: int, reference: int, features: lis
                 raise InputError(f"{what} needs at least {needed} images, but {name} has {found}")
 
 
+def have_these_extractors(metrics: Mapping[str, Any], config: ScoreConfig, inputs: Inputs) -> bool:
+    """Whether a score was made with these extractors; former scores name judges by the digests of their manifests."""
+    former = [[judge.digest for judge in inputs.all("classifiers")]] if config.extractor == "classifier" else []
+    return metrics.get("extractors") in [extractor_ids(config, inputs), *former]
+
+
 def extractor_ids(config: ScoreConfig, inputs: Inputs) -> list[str]:
     """What tells one extractor of the distances from another."""
     if config.extractor == "inception":
         return ["inception-6726825d" + input_suffix(config)]
-    return [judge.digest for judge in inputs.all("classifiers")]
+    return [judge.content for judge in inputs.all("classifiers")]
 
 
 def input_suffix(config: ScoreConfig) -> str:

@@ -97,7 +97,7 @@ def count(config: CountConfig, inputs: Inputs, out: Draft, run: Runtime) -> None
     map_shards(out, run, count_shard, CountSpec(spec, config), sizes, label="count", unit="numbers")
     if not out.is_done("metadata"):
         out.put("metadata", {"numbers/zarr.json": metadata_bytes(spec)})
-    out.facts["figure"] = f"{config.rows} numbers"
+    out.figure = f"{config.rows} numbers"
 
 
 def identify(config: AddConfig, path: Path) -> str:
@@ -137,7 +137,7 @@ def add(config: AddConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
         path.write_text(str(total * config.scale))
     if config.verbose:
         out.put("words", {"deep/er/words.txt": b"a sum"})
-    out.facts["figure"] = f"sum {total}"
+    out.figure = f"sum {total}"
 
 
 STAGES = {"count": count, "add": add}

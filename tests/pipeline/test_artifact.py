@@ -96,7 +96,7 @@ def test_the_manifest_says_nothing_of_time_place_or_process(made: dict[str, Path
         "version",
     ]
     assert manifest["inputs"] == {
-        "numbers": {"stage": "count", "key": made["numbers"].name, "digest": read_manifest(made["numbers"]).digest}
+        "numbers": {"stage": "count", "key": made["numbers"].name, "digest": read_manifest(made["numbers"]).content}
     }
     assert "/" not in text.replace("deep/er/words.txt", "")
 

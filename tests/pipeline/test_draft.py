@@ -149,11 +149,12 @@ def test_a_commit_holds_the_units_alone(partial: Path, tmp_path: Path) -> None:
     draft = Draft.open(partial, REQUEST)
     draft.put("checkpoint", {"scratch/state.bin": b"s"})
     (partial / "a" / "3.bin.77-dead.partial").write_bytes(b"a worker died in the middle of this")
-    draft.facts["figure"] = "3 units"
+    draft.facts["units"] = 3
+    draft.figure = "3 units"
     draft.commit(tmp_path / "final")
     artifact = verify_artifact(tmp_path / "final")
     assert sorted(artifact.files) == ["a/0.bin", "a/1.bin", "a/2.bin", "b/0.bin", "b/1.bin", "b/2.bin"]
-    assert artifact.facts == {"figure": "3 units"}
+    assert (artifact.facts, artifact.figure) == ({"units": 3}, "3 units")
     assert not partial.exists()
     assert not (tmp_path / "final" / "scratch").exists()
 

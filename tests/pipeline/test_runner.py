@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +11,19 @@ import pytest
 import tiny_stages
 from tiny_stages import RECIPE, STAGES, load, recipe_file, run_all
 
-from pipeline.artifact import MANIFEST, open_artifact
+from pipeline.artifact import DIGEST, MANIFEST, manifest_bytes, open_artifact, verify_artifact
+from pipeline.draft import Draft
 from pipeline.errors import Busy, CannotWrite, CorruptError, InputError
+from pipeline.keys import sha256
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.runner import Options, Planned, differences, make, plan, run
+from pipeline.runtime import Runtime
 from pipeline.stage import Inputs
 from pipeline.store import Store, lock
 
+FORMER = (
+    Path(__file__).parents[1] / "golden" / "former-store"
+)  # numbers and their sum, made before the sentence went to the log
 EXTERNAL = (
     RECIPE + "  far: {stage: add, inputs: {numbers: numbers}, config: {scale: -1.0}, paths: {weights: '{weights}'}}\n"
 )
@@ -91,21 +98,50 @@ def test_another_stage_under_the_same_name_is_told(tmp_path: Path) -> None:
 def test_an_input_that_was_made_again_with_other_bytes_runs_the_step_again(tmp_path: Path) -> None:
     recipe, root = load(tmp_path), tmp_path / "store"
     first = run_all(recipe, root)
-    forge_facts(first["numbers"].path)
+    forge_facts(first["numbers"].path, largest=8)
     assert planned(recipe, root)["sum"].reason == "input numbers was made again and differs from the one used"
     assert made(recipe, root) == ["sum"]
-    assert open_artifact(first["sum"].path).inputs["numbers"]["digest"] == open_artifact(first["numbers"].path).digest
+    assert open_artifact(first["sum"].path).inputs["numbers"]["digest"] == open_artifact(first["numbers"].path).content
 
 
-def forge_facts(path: Path) -> None:
-    """As if another platform had made it: the same key, other bytes."""
-    from pipeline.artifact import DIGEST, manifest_bytes
-    from pipeline.keys import sha256
-
+def forge_facts(path: Path, **facts: object) -> None:
+    """As if another platform had made it: the same key, other facts."""
     manifest = json.loads((path / MANIFEST).read_bytes())
-    raw = manifest_bytes({**manifest, "facts": {"figure": "other"}})
+    raw = manifest_bytes({**manifest, "facts": facts})
     (path / MANIFEST).write_bytes(raw)
     (path / DIGEST).write_text(sha256(raw))
+
+
+def test_other_words_for_the_same_arrays_leave_later_steps_alone(tmp_path: Path) -> None:
+    """The sentence of a stage, and on what a number was measured, are for people: nothing depends on them."""
+    recipe, root = load(tmp_path), tmp_path / "store"
+    first = run_all(recipe, root)["numbers"]
+    assert first.figure == "7 numbers"
+    reworded = replace(tiny_stages.count, function=say_it_otherwise)
+    make(Store(root), reworded, tiny_stages.CountConfig(), Inputs({}), {}, Options(force=True))
+    again = open_artifact(first.path)
+    assert again.figure == "seven"
+    assert (again.digest != first.digest, again.content == first.content) == (True, True)
+    assert states(recipe, root) == {"numbers": "done", "sum": "done"}
+    assert made(recipe, root) == []
+
+
+def say_it_otherwise(config: tiny_stages.CountConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
+    tiny_stages.count.function(config, inputs, out, run)
+    out.figure = "seven"
+    out.facts["counted_on"] = "fingers"
+
+
+def test_a_store_of_former_artifacts_is_whole_and_done(tmp_path: Path) -> None:
+    """Their facts hold the sentence, and they recorded the digests of whole manifests."""
+    recipe, root = load(tmp_path), tmp_path / "store"
+    shutil.copytree(FORMER, root)
+    assert states(recipe, root) == {"numbers": "done", "sum": "done"}
+    assert made(recipe, root) == []
+    assert [verify_artifact(path).figure for path in Store(root).artifacts()] == ["sum 72249", "7 numbers"]
+    assert made(load(tmp_path, "sum.scale=3.0"), root) == ["sum"]
+    forge_facts(Store(root).find("tiny/numbers").path, figure="seven")
+    assert states(load(tmp_path, "sum.scale=3.0"), root) == {"numbers": "done", "sum": "done"}
 
 
 def test_a_lost_input_is_made_first_and_the_step_is_kept_if_the_bytes_are_the_same(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_features_are_those_of_the_fitted_encoder(images: Artifact, tmp_path: Pa
     expected = encoder(torch.from_numpy(pixels_NHWC).permute(0, 3, 1, 2).float() / 255).numpy()
     np.testing.assert_allclose(read_features(artifact), expected, atol=1e-4)
     assert artifact.facts["grid"] == [2, 2]
-    assert artifact.facts["figure"] == "16 x 2 x 2 features of 5 values (whitened-patches)"
+    assert artifact.figure == "16 x 2 x 2 features of 5 values (whitened-patches)"
     np.testing.assert_allclose(expected.reshape(-1, 5).std(0), 1, atol=0.05)  # whitened over the whole set
     group = zarr.open_group(artifact.path, mode="r")
     assert np.asarray(group["labels"]).tolist() == [0] * 8 + [1] * 8

@@ -98,7 +98,7 @@ def test_an_images_artifact_like_any_other(images: Artifact) -> None:
     found = open_pictures(images, size=16)
     assert found.labels_I.tolist() == [row % 3 for row in range(21)]
     assert found.class_names == ["zero", "one", "two"]
-    assert images.facts["figure"] == "21 samples of 3 classes, 16x16"
+    assert images.figure == "21 samples of 3 classes, 16x16"
     assert '"seed":5' in Image.open(images.path / "grid.png").text["sampled"]  # type: ignore[attr-defined]
 
 

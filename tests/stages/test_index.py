@@ -31,13 +31,13 @@ def test_lists_a_folder(folder: Path, tmp_path: Path) -> None:
         "class_names": ["class-0", "class-1"],
         "source": "folder",
         "split": "",
-        "figure": "6 images, 2 classes",
     }
+    assert artifact.figure == "6 images, 2 classes"
 
 
 def test_digits_need_no_folder(tmp_path: Path) -> None:
     artifact = run_stage("index", tmp_path, {"source": {"kind": "digits", "split": "held-out"}})
-    assert artifact.facts["figure"] == "360 images, 10 classes"
+    assert artifact.figure == "360 images, 10 classes"
     assert ImageSet.open(artifact.path).image(0).shape == (32, 32, 3)
 
 

@@ -69,7 +69,7 @@ def test_centroids_are_means_and_figures_are_counts(features: Artifact, tmp_path
     assert codebook.facts["used"] == 6
     shares = np.bincount(codes_N) / len(codes_N)
     assert codebook.facts["perplexity"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
-    assert codebook.facts["figure"].startswith("6/6 codes used, perplexity")
+    assert codebook.figure.startswith("6/6 codes used, perplexity")
 
 
 def test_codebook_carries_the_encoder(features: Artifact, tmp_path: Path) -> None:

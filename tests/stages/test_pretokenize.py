@@ -111,7 +111,7 @@ def test_codes_of_a_tokenizer_are_those_of_its_encoder(images: Artifact, tokeniz
     same = (token_set.tokens.read().reshape(144, -1) == expected_RT).mean()
     assert same > 0.99  # another pass length may move a code that lies between two
     assert artifact.facts["crops"] == 9
-    assert artifact.facts["figure"].startswith("144 x 4 tokens, ")
+    assert artifact.figure.startswith("144 x 4 tokens, ")
 
 
 def test_says_all_about_itself(images: Artifact, codebook: Artifact, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_reads_the_class_off_the_codes(chain: Chain, tmp_path: Path) -> None:
     artifact = chain.probe(tmp_path)
     assert artifact.kind == "metrics"
     assert artifact.facts["accuracy"] >= 0.9
-    assert artifact.facts["figure"] == f"probe accuracy {100 * artifact.facts['accuracy']:.1f} %"
+    assert artifact.figure == f"probe accuracy {100 * artifact.facts['accuracy']:.1f} %"
     assert artifact.facts["held_out_rows"] == 16
 
 

@@ -23,7 +23,7 @@ from stages.score import score_images as score
 from stages.scoring.extraction import CLASSIFIER
 from stages.scoring.figures import copies, mean_psnr, nearness, rounded
 from stages.scoring.inception import INCEPTION
-from stages.scoring.protocol import ScoreConfig
+from stages.scoring.protocol import ScoreConfig, have_these_extractors
 from tests.stages.small_artifacts import (
     CLASSES,
     CODES,
@@ -159,13 +159,20 @@ def test_as_a_multiple_of_the_best_possible(scored: Artifact, given: dict[str, A
         for one, ideal in zip(metrics(found)["each"], metrics(scored)["each"], strict=True)
     ]
     assert metrics(found)["values"]["ratio"] == pytest.approx(np.mean(ratios), rel=1e-6)
-    assert " x best possible, consistency " in found.facts["figure"]
+    assert " x best possible, consistency " in found.figure
 
 
 def test_a_best_score_of_other_judges_is_refused(scored: Artifact, given: dict[str, Any], tmp_path: Path) -> None:
     other = {**given, "classifiers": given["classifiers"][:1]}
     with pytest.raises(InputError, match="scored with other extractors"):
         run(Store(tmp_path), other, best=scored)
+
+
+def test_a_best_score_that_names_judges_by_their_manifests_still_serves(given: dict[str, Any]) -> None:
+    former = {"extractors": [judge.digest for judge in given["classifiers"]]}
+    assert have_these_extractors(former, CONFIG, Inputs(given))
+    assert not have_these_extractors({"extractors": former["extractors"][:1]}, CONFIG, Inputs(given))
+    assert not have_these_extractors({}, CONFIG.model_copy(update={"extractor": "inception"}), Inputs(given))
 
 
 def test_reconstructions_have_a_psnr(given: dict[str, Any], tmp_path: Path) -> None:

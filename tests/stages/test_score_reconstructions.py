@@ -128,7 +128,7 @@ def test_usage_counts_distinct_codes(store: Store, given: dict[str, Any]) -> Non
     tokens = token_artifact(store, tokenizer_artifact(store), codes_ICT, np.zeros(3, int), name="three codes")
     found = run(store, {**given, "tokens": tokens}, figures=["usage"], shard_images=2)
     assert (values(found)["usage"], values(found)["perplexity"]) == (3 / CODES, pytest.approx(3))
-    assert "38% of the codes used" in found.facts["figure"]
+    assert "38% of the codes used" in found.figure
     with pytest.raises(UsageError, match="usage is counted in a token set"):
         run(store, given, figures=["usage"])
 
@@ -140,7 +140,7 @@ def test_lpips_is_the_networks_mean(store: Store, given: dict[str, Any], vgg: Pa
     pixels = (np.arange(PAIRS)[:, None, None, None] * 15).repeat(3, 1) + np.zeros((1, 1, SIZE, SIZE))
     pair = [torch.from_numpy((pixels + brighter) / 127.5 - 1).float() for brighter in (16, 0)]
     assert values(found)["lpips"] == pytest.approx(float(lpips(*pair).mean()), rel=1e-4)
-    assert " LPIPS " in found.facts["figure"]
+    assert " LPIPS " in found.figure
     same = {**given, "images": given["reference"]}
     assert values(run(store, same, figures=["lpips"], paths={"perceptual": vgg}))["lpips"] == 0
 

@@ -37,13 +37,13 @@ def test_it_learns_and_says_how_well(tmp_path: Path, images: Artifact, held_out:
     config = {**TINY, "training": {"steps": 30, "batch": 10}}
     made = run_stage("train-classifier", tmp_path, config, inputs={"images": images, "held-out": held_out})
     assert made.facts["accuracy"] == 1.0
-    assert made.facts["figure"] == "100.0 % on held-out"
+    assert made.figure == "100.0 % on held-out"
     assert load_classifier(NetworkFile.of(made, "cpu")).config.classes == 2
 
 
 def test_without_held_out_images_the_figure_says_so(tmp_path: Path, images: Artifact) -> None:
     made = run_stage("train-classifier", tmp_path, TINY, inputs={"images": images})
-    assert made.facts["figure"].endswith("on training images")
+    assert made.figure.endswith("on training images")
 
 
 @pytest.mark.crash

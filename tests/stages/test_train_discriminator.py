@@ -62,7 +62,7 @@ def test_it_learns_to_tell_them_apart(discriminator: Artifact) -> None:
     assert steps[-1]["logits_real"] > 0 > steps[-1]["logits_fake"]
     assert discriminator.facts["told_apart"] > 0.9
     assert discriminator.facts["told_apart_on"] == "training images"
-    assert discriminator.facts["figure"].endswith("% of the patches told apart on training images")
+    assert discriminator.figure.endswith("% of the patches told apart on training images")
 
 
 def test_the_tokenizer_is_left_alone(tmp_path: Path, images: Artifact, tokenizer: Artifact) -> None:

@@ -51,7 +51,7 @@ def test_it_learns_what_a_class_looks_like(tmp_path: Path, tokenizer: Artifact, 
     made = run_stage("train-generator", tmp_path, config, inputs={"tokens": [tokens], "held-out": tokens})
     assert made.facts["held_out"]["loss"] < 0.3 * math.log(CODES)
     assert made.facts["held_out"]["correct"] > 0.7
-    assert made.facts["figure"].startswith(f"loss {made.facts['loss']:.2f} (held-out ")
+    assert made.figure.startswith(f"loss {made.facts['loss']:.2f} (held-out ")
     assert made.facts["tokenizer"] == tokenizer_identity(tokenizer)
     assert (made.facts["codes"], made.facts["tokens"], made.facts["classes"]) == (CODES, 4, CLASSES)
     network = load_generator(NetworkFile.of(made, "cpu"))
@@ -113,7 +113,7 @@ def test_a_histogram_is_counted(tmp_path: Path, tokens: Artifact) -> None:
     counts_CTK = load_weights(made)["counts_CTK"]
     assert counts_CTK.sum() == IMAGES * CROPS * 4
     assert counts_CTK[1, 0].tolist() == [0, 0, 4, 4, 0, 0, 0, 0]
-    assert made.facts["figure"] == "counted 24 code sequences"
+    assert made.figure == "counted 24 code sequences"
 
 
 def test_a_class_without_images_is_refused_by_the_histogram(tmp_path: Path, tokenizer: Artifact) -> None:

@@ -43,7 +43,7 @@ def test_it_learns_to_reconstruct(tmp_path: Path, images: Artifact) -> None:
     assert late.facts["grid"] == [4, 4]
     assert late.facts["downsample"] == 4
     assert 0 < late.facts["used"] <= late.facts["codebook_size"] == 16
-    assert late.facts["figure"] == f"PSNR {late.facts['psnr']:.1f} dB on held-out, {late.facts['used']}/16 codes used"
+    assert late.figure == f"PSNR {late.facts['psnr']:.1f} dB on held-out, {late.facts['used']}/16 codes used"
     assert load_tokenizer(NetworkFile.of(late, "cpu")).codebook_size == 16
 
 
