@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
+from pydantic.config import JsonDict
+
+NEUTRAL: JsonDict = {"neutral": True}
+"""`Field(default, json_schema_extra=NEUTRAL)`: a later field whose default leaves the keys of older configs alone."""
 
 
 class Config(BaseModel):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from models.adapters.layout import shapes
-from models.adapters.tokenizers import CODEBOOK, TokenizerWeights, adapt, read_levels, require, tokenizer_part
+from models.adapters.tokenizers import CODEBOOK, TokenizerWeights, adapt, count, read_levels, require, tokenizer_part
 from models.autoencoders.config import MaskgitConfig
 from models.quantizers.config import VectorConfig
 from models.tokenizer_config import TokenizerConfig
@@ -27,7 +27,9 @@ def recognise(state: Mapping[str, Tensor]) -> TokenizerWeights:
     codes, latent = found[CODEBOOK]
     is_mage = any(".mid.block_" in name for name in found)
     config = TokenizerConfig(
-        autoencoder=MaskgitConfig(**read_levels(found, SUBJECT), latent=latent),
+        autoencoder=MaskgitConfig(
+            **read_levels(found, SUBJECT), middle_blocks=max(1, count(found, "encoder.mid.")), latent=latent
+        ),
         quantizer=VectorConfig(codes=codes, beta_on="codebook", init="uniform"),
         rounding="truncate",
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from models.config import Config
+from models.config import NEUTRAL, Config
 
 Count = Annotated[int, Field(ge=1)]
 PixelRange = Literal["0..1", "-1..1"]
@@ -96,6 +96,11 @@ class MaskgitConfig(LevelledConfig):
 
     kind: Literal["maskgit"] = "maskgit"
     blocks: Count = Field(default=2, description="Residual blocks per level, in the encoder and in the decoder.")
+    middle_blocks: Count = Field(
+        default=2,
+        json_schema_extra=NEUTRAL,
+        description="Residual blocks at the lowest resolution: RAR's code has as many as per level, MAGE's always two.",
+    )
     latent: Count = Field(default=256, description="Channels of the latent that is quantized.")
     pixel_range: PixelRange = Field(default="0..1", description="Pixel range that the network sees.")
 

@@ -40,7 +40,7 @@ class Encoder(nn.Module):
                 for width_in, width in zip((config.width, *widths), widths, strict=False)
             ]
         )
-        self.mid = middle(widths[-1])
+        self.mid = middle(widths[-1], blocks=config.middle_blocks)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent, 1)
 
@@ -56,7 +56,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = config.widths
         self.conv_in = nn.Conv2d(config.latent, widths[-1], 3, padding=1)
-        self.mid = middle(widths[-1])
+        self.mid = middle(widths[-1], blocks=config.middle_blocks)
         self.up = nn.ModuleList()
         for index, (width, width_in) in enumerate(zip(widths, (*widths[1:], widths[-1]), strict=True)):
             level = Level(width_in, width, blocks=config.blocks)
@@ -84,5 +84,5 @@ def residual_block(width_in: int, width_out: int) -> ResidualBlock:
     return ResidualBlock(width_in, width_out, bias=False, shortcut="branch")
 
 
-def middle(width: int) -> nn.Sequential:
-    return nn.Sequential(residual_block(width, width), residual_block(width, width))
+def middle(width: int, *, blocks: int) -> nn.Sequential:
+    return nn.Sequential(*(residual_block(width, width) for _ in range(blocks)))

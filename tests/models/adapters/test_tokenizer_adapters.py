@@ -12,11 +12,13 @@ from torch import Tensor
 
 from models.adapters import ibq, maskgit_vqgan, open_magvit2
 from models.adapters.layout import LayoutError
-from models.adapters.tokenizers import discriminator_weights
+from models.adapters.tokenizers import COUNTERS, discriminator_weights, published_name
 from models.autoencoders.config import Magvit2Config, MaskgitConfig, TamingConfig
 from models.losses.config import PatchConfig
 from models.losses.patch_discriminator import PatchDiscriminator
+from models.quantizers.config import VectorConfig
 from models.tokenizer import Tokenizer
+from models.tokenizer_config import TokenizerConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -55,6 +57,22 @@ def test_sizes_are_read_off_the_shapes() -> None:
     assert maskgit_vqgan.recognise(weights("digit/vqgan_mage")).config.autoencoder == MaskgitConfig(
         width=32, multipliers=(1, 1, 1, 1, 2), blocks=1, latent=32
     )
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_middle_blocks_of_a_maskgit_vqgan_are_counted(blocks: int) -> None:
+    """RAR's code has as many as per level; a file of it loads strictly, whatever their number."""
+    config = TokenizerConfig(
+        autoencoder=MaskgitConfig(width=32, multipliers=(1, 2), blocks=blocks, middle_blocks=blocks, latent=8),
+        quantizer=VectorConfig(codes=16, beta_on="codebook", init="uniform"),
+        rounding="truncate",
+    )
+    theirs = Tokenizer(config).eval()
+    state = {published_name(name, str): tensor for name, tensor in theirs.state_dict().items() if name not in COUNTERS}
+    ours = tokenizer(maskgit_vqgan.recognise(state))
+    assert ours.config == config
+    images_BCHW = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ours.encode(images_BCHW), theirs.encode(images_BCHW))
 
 
 @pytest.mark.parametrize("values", ["ema", "raw"])
