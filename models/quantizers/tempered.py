@@ -77,15 +77,19 @@ class Diffuse(NamedTuple):
 
     entropy_n: Tensor
     top_n: Tensor
-    log_sum_n: Tensor
     temperature: float
 
     def gradient(self, rows: slice, logits_nK: Tensor, slopes: Slopes) -> Tensor:
-        """The same for every entry of some rows, whose logits are given and kept."""
-        log_q_nK = (logits_nK - self.top_n[rows, None]).div_(self.temperature).sub_(self.log_sum_n[rows, None])
+        """The same for every entry of some rows, whose logits are given and kept.
+
+        Q is normalised anew: these logits come from a product of another shape than those of the forward pass, and the
+        gradient is a difference that a normaliser of other roundings would spoil.
+        """
+        scaled_nK = floored((logits_nK - self.top_n[rows, None]).div_(self.temperature))
+        log_q_nK = scaled_nK.sub_(scaled_nK.exp().sum(1, keepdim=True).log())
         q_nK = floored(log_q_nK).exp()
-        constant_n = q_nK @ slopes.codebook_K + slopes.sample * self.entropy_n[rows]
-        return log_q_nK.mul_(-slopes.sample).add_(slopes.codebook_K).sub_(constant_n[:, None]).mul_(q_nK)
+        constant_n1 = row_dot(q_nK, slopes.codebook_K - slopes.sample * log_q_nK)
+        return log_q_nK.mul_(-slopes.sample).add_(slopes.codebook_K).sub_(constant_n1).mul_(q_nK)
 
 
 def temper(logits_nK: Tensor, peaks: Peaks, temperature: float, mass_K: Tensor) -> Windowed | Diffuse:
@@ -116,7 +120,7 @@ def temper_diffuse(logits_nK: Tensor, top_n: Tensor, temperature: float, mass_K:
     sum_n = unnormalised_nK.sum(1)
     mass_K.addmv_(unnormalised_nK.T, 1 / sum_n)
     entropy_n = sum_n.log() - row_dot(unnormalised_nK, scaled_nK)[:, 0] / sum_n
-    return Diffuse(entropy_n, top_n, sum_n.log(), temperature)
+    return Diffuse(entropy_n, top_n, temperature)
 
 
 def underflow(dtype: torch.dtype) -> float:

@@ -110,6 +110,23 @@ def test_window_and_dense_form_agree(share: int, monkeypatch: pytest.MonkeyPatch
     test_float32_gradients("small", True)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_diffuse_gradients_of_the_entropies_alone(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """130 tokens: the last product of the backward pass has another shape than that of the forward pass."""
+    monkeypatch.setattr(propagation, "CPU_ROWS_PER_TILE", 128)
+    random = torch.Generator().manual_seed(seed)
+    z_ND = (0.5 * torch.randn(130, 256, generator=random, dtype=torch.float64)).requires_grad_()
+    codebook_KD = torch.randn(1024, 256, generator=random, dtype=torch.float64, requires_grad=True)
+    passed = propagation.propagate(z_ND, codebook_KD, beta=0.25, temperature=0.01)
+    logits_NK = z_ND @ codebook_KD.T / 0.01
+    q_NK = logits_NK.softmax(1)
+    mass_K = q_NK.mean(0)
+    theirs = (mass_K * (mass_K + 1e-5).log()).sum() - (q_NK * logits_NK.log_softmax(1)).sum(1).mean()
+    ours = passed.sample_entropy - passed.codebook_entropy
+    for a, b in zip(*(torch.autograd.grad(x, [z_ND, codebook_KD]) for x in (ours, theirs)), strict=True):
+        assert relative(a, b) < 1e-9
+
+
 def test_encode_and_lookup() -> None:
     case = CASES["large"]
     quantizer = build("large", entropy=True).eval()
