@@ -73,7 +73,7 @@ class SampleSpec:
 
 @stage(
     "sample",
-    version=2,
+    version=3,
     config=SampleConfig,
     reads={
         "generator": read("generator", help="the generator to sample from"),

@@ -1,4 +1,6 @@
-"""From logits to a code: filters, and the inverse of the cumulative distribution in code order, in float32.
+"""From logits to a code: filters, and the inverse of the cumulative distribution in code order, in float64.
+
+In float32, a sum over 262,144 codes leaves a third of them out of reach: their share is below its rounding.
 
 B rows, K codes
 """
@@ -12,7 +14,7 @@ from models.sampling.config import SamplingConfig
 
 
 def choose(logits_BK: Tensor, uniforms_B: Tensor, config: SamplingConfig) -> Tensor:
-    """A code per row, (B,) int64, from float32 logits and uniforms in [0, 1).
+    """A code per row, (B,) int64, from float32 logits and float64 uniforms in [0, 1).
 
     A row without a finite largest logit gives the impossible code K, for the caller to look for once at the end.
     """
@@ -37,7 +39,7 @@ def keep_top_k(logits_BK: Tensor, k: int) -> Tensor:
 def keep_top_p(probabilities_BK: Tensor, p: float) -> Tensor:
     """Zero all but the likeliest codes whose sum first reaches p; ties go to the lower code; at least one stays."""
     sorted_BK, codes_BK = probabilities_BK.sort(dim=-1, descending=True, stable=True)
-    before_BK = sorted_BK.cumsum(-1) - sorted_BK
+    before_BK = sorted_BK.double().cumsum(-1) - sorted_BK
     kept_BK = torch.zeros_like(probabilities_BK, dtype=torch.bool).scatter(1, codes_BK, before_BK < p)
     return probabilities_BK * kept_BK
 
@@ -47,10 +49,25 @@ def invert(probabilities_BK: Tensor, uniforms_B: Tensor) -> Tensor:
 
     A total that is not finite gives K.
     """
-    cumulative_BK = probabilities_BK.cumsum(-1)
+    cumulative_BK = climbing(probabilities_BK.double().cumsum(-1), probabilities_BK)
     total_B1 = cumulative_BK[:, -1:].contiguous()
-    drawn_B1 = torch.searchsorted(cumulative_BK, uniforms_B[:, None] * total_B1, right=True)
+    drawn_B1 = torch.searchsorted(cumulative_BK, uniforms_B.double()[:, None] * total_B1, right=True)
     # Rounding may lift uniform * total to the total itself: that is the last code with a probability.
     last_B1 = torch.searchsorted(cumulative_BK, total_B1)
     codes_B1 = torch.minimum(drawn_B1, last_B1)
     return torch.where(total_B1.isfinite(), codes_B1, probabilities_BK.shape[-1])[:, 0]
+
+
+def climbing(cumulative_BK: Tensor, probabilities_BK: Tensor) -> Tensor:
+    """Cumulative sums that never fall, and that rise at codes with a probability alone.
+
+    The CPU adds one code after the other, which does both. Other devices add blocks of codes, whose roundings differ.
+    """
+    if cumulative_BK.device.type == "cpu":
+        return cumulative_BK
+    return forbid_falls(cumulative_BK, probabilities_BK)
+
+
+def forbid_falls(cumulative_BK: Tensor, probabilities_BK: Tensor) -> Tensor:
+    """The largest sum up to each code, over codes with a probability."""
+    return cumulative_BK.masked_fill(probabilities_BK == 0, 0).cummax(-1).values

@@ -34,8 +34,12 @@ class Decoder(Protocol):
 
 
 @torch.inference_mode()
-def sample(decoder: Decoder, labels_B: Tensor, ids_B: Tensor, *, config: SamplingConfig, seed: int) -> Tensor:
+def sample(
+    decoder: Decoder, labels_B: Tensor, ids_B: Tensor, *, config: SamplingConfig, seed: int, stream: int = 0
+) -> Tensor:
     """One pass: codes (B, T) int64 in image order, on the decoder's device.
+
+    stream: of random numbers; samples whose condition was sampled take another one than their condition.
 
     labels_B and ids_B (sample ids, which the random numbers belong to) have exactly `decoder.rows` rows: pad a last
     pass by any label and drop those rows. Raises ValueError where decoder, labels and config do not belong together,
@@ -43,7 +47,7 @@ def sample(decoder: Decoder, labels_B: Tensor, ids_B: Tensor, *, config: Samplin
     """
     _check(decoder, labels_B, ids_B, config)
     weights_T = power_cosine(config.guidance_scale, config.guidance_power, decoder.tokens)
-    uniforms_BT = uniforms(seed, ids_B.to(decoder.device), steps=decoder.tokens)
+    uniforms_BT = uniforms(seed, ids_B.to(decoder.device), steps=decoder.tokens, stream=stream)
     drawn_BT = torch.empty_like(uniforms_BT, dtype=torch.int64)
     logits_RK = decoder.prefill(labels_B)
     for step in range(decoder.tokens):

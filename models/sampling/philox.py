@@ -14,16 +14,17 @@ WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, added to the ke
 ROUNDS = 10
 
 
-def uniforms(seed: int, ids_B: Tensor, *, steps: int, subtoken: int = 0) -> Tensor:
-    """Float32 uniforms in [0, 1), (B, steps): multiples of 2**-24, one per (seed, sample id, step, sub-token).
+def uniforms(seed: int, ids_B: Tensor, *, steps: int, subtoken: int = 0, stream: int = 0) -> Tensor:
+    """Float64 uniforms in [0, 1), (B, steps): multiples of 2**-53, one per (seed, stream, sample id, step, sub-token).
 
-    seed: 0..2**64-1; ids_B: int64 sample ids, not negative.
+    seed: 0..2**64-1; ids_B: int64 sample ids, not negative; subtoken, stream: 0..2**16-1. Samples that are made of
+    other samples draw from another stream than these, so that equal seeds do not correlate their numbers.
     """
     ids_B1 = ids_B.to(torch.int64)[:, None]
     steps_1S = torch.arange(steps, device=ids_B.device)[None]
-    counter = (ids_B1 & WORD, ids_B1 >> 32, steps_1S, torch.full_like(steps_1S, subtoken))
-    first_BS = philox4x32(counter, (seed & WORD, seed >> 32 & WORD))[0]
-    return (first_BS >> 8).to(torch.float32) * 2.0**-24
+    counter = (ids_B1 & WORD, ids_B1 >> 32, steps_1S, torch.full_like(steps_1S, stream << 16 | subtoken))
+    high_BS, low_BS, _, _ = philox4x32(counter, (seed & WORD, seed >> 32 & WORD))
+    return ((high_BS >> 5) << 26 | low_BS >> 6).to(torch.float64) * 2.0**-53
 
 
 def philox4x32(

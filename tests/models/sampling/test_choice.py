@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.sampling.choice import choose, invert, keep_top_k, keep_top_p
+from models.sampling.choice import choose, forbid_falls, invert, keep_top_k, keep_top_p
 from models.sampling.config import SamplingConfig
 
-LARGEST = 1 - 2.0**-24  # the largest uniform
+LARGEST = 1 - 2.0**-53  # the largest uniform
 
 
 def test_the_inverse_goes_in_code_order() -> None:
     probabilities = torch.tensor([[0.25, 0.0, 0.5, 0.25, 0.0]])
     answers = {0.0: 0, 0.2499: 0, 0.25: 2, 0.7499: 2, 0.75: 3, LARGEST: 3}
     for uniform, code in answers.items():
-        assert invert(probabilities, torch.tensor([uniform])).item() == code
+        assert invert(probabilities, torch.tensor([uniform], dtype=torch.float64)).item() == code
 
 
 @pytest.mark.parametrize("total", [1e-3, 1.0, 3.0])
@@ -24,8 +24,30 @@ def test_codes_of_probability_zero_are_never_drawn(total: float) -> None:
     probabilities = torch.rand(500, 9, generator=generator) * (torch.rand(500, 9, generator=generator) < 0.4)
     probabilities[:, 4] += 1e-3
     probabilities *= total
-    for uniforms in (torch.zeros(500), torch.full((500,), LARGEST), torch.rand(500, generator=generator)):
+    for uniforms in (
+        torch.zeros(500),
+        torch.full((500,), LARGEST, dtype=torch.float64),
+        torch.rand(500, generator=generator, dtype=torch.float64),
+    ):
         assert (probabilities.gather(1, invert(probabilities, uniforms)[:, None]) > 0).all()
+
+
+def test_every_code_of_a_large_vocabulary_can_be_drawn() -> None:
+    """262,144 codes whose logits have standard deviation 3: a uniform in the middle of each code's share draws it."""
+    logits = 3 * torch.randn(1, 2**18, generator=torch.Generator().manual_seed(0))
+    probabilities = logits.softmax(-1)
+    cumulative = probabilities[0].double().cumsum(0)
+    middles = (cumulative - probabilities[0].double() / 2) / cumulative[-1]
+    uniforms = (middles * 2**53).floor() * 2.0**-53
+    drawn = torch.cat([invert(probabilities.expand(256, -1), part) for part in uniforms[::64].split(256)])
+    assert torch.equal(drawn, torch.arange(0, 2**18, 64))
+
+
+def test_a_scan_that_falls_draws_no_code_of_probability_zero() -> None:
+    """As on devices that add blocks of codes: sums may fall a little, and rise where there is no probability."""
+    probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.25, 0.0]])
+    scanned = torch.tensor([[1e-9, 0.5, 0.5 + 1e-9, 0.75, 1.0, 1 - 1e-9]], dtype=torch.float64)
+    assert forbid_falls(scanned, probabilities).tolist() == [[0.0, 0.5, 0.5, 0.75, 1.0, 1.0]]
 
 
 def test_shares_are_the_probabilities() -> None:

@@ -28,7 +28,7 @@ def test_known_answers(counter: tuple[int, ...], key: tuple[int, int], answer: t
 def test_a_number_belongs_to_its_sample_alone() -> None:
     ids = torch.tensor([3, 2**40, 7, 3])
     together = uniforms(11, ids, steps=5)
-    assert together.dtype == torch.float32
+    assert together.dtype == torch.float64
     assert torch.equal(together[0], together[3])
     assert torch.equal(together[1:2], uniforms(11, ids[1:2], steps=5))
     assert torch.equal(together[:, :3], uniforms(11, ids, steps=3))
@@ -43,6 +43,7 @@ def test_every_part_of_the_address_counts() -> None:
         uniforms(1, torch.tensor([1]), steps=4),
         uniforms(1, torch.tensor([2**32]), steps=4),
         uniforms(1, torch.tensor([0]), steps=4, subtoken=1),
+        uniforms(1, torch.tensor([0]), steps=4, stream=1),
     ):
         assert not torch.equal(base, other)
 
@@ -53,3 +54,16 @@ def test_uniforms_fill_the_unit_interval() -> None:
     assert float(drawn.max()) < 1
     counts = torch.histc(drawn, bins=10, min=0, max=1)
     assert float((counts - 10_000).abs().max()) < 500  # five standard deviations are 474
+
+
+def test_uniforms_have_53_bits() -> None:
+    drawn = uniforms(0, torch.arange(100), steps=100) * 2.0**53
+    assert torch.equal(drawn, drawn.floor())
+    odd = drawn.to(torch.int64) & 1
+    assert 0.45 < float(odd.double().mean()) < 0.55
+
+
+def test_streams_do_not_correlate() -> None:
+    one, other = (uniforms(0, torch.arange(1000), steps=10, stream=stream).flatten() for stream in (0, 1))
+    correlation = float(torch.corrcoef(torch.stack([one, other]))[0, 1])
+    assert abs(correlation) < 0.05  # five standard deviations
