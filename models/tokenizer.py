@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.autoencoders.config import BUILDERS as AUTOENCODERS
 from models.quantizers.config import BUILDERS as QUANTIZERS
-from models.quantizers.quantized import Quantized
+from models.quantizers.quantizer import Quantized, Quantizer
 from models.registry import build
 from models.tokenizer_config import Rounding, TokenizerConfig
 
@@ -43,7 +43,8 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes_Bhw: Tensor) -> Tensor:
-        """Codes (B, h, w) to images in [0,1]."""
+        """Codes (B, h, w) to images in [0,1]; ValueError for a code that the codebook does not have."""
+        self.quantizer.check_codes(codes_Bhw)
         return self.to_images(self.autoencoder.decode(self.quantizer.lookup(codes_Bhw)))
 
     def to_pixels(self, images_BCHW: Tensor) -> Tensor:
@@ -105,8 +106,7 @@ class DecoderPass(TokenizerPass):
     def quantize(self, pixels_BCHW: Tensor) -> Quantized:
         quantizer = self.tokenizer.quantizer
         codes_Bhw = quantizer.encode(self.tokenizer.autoencoder.encode(pixels_BCHW))
-        health = quantizer.stats(codes_Bhw.flatten())
-        stats = {name: health[name] for name in ("usage", "perplexity")}  # of these images, the running use rests
+        stats = Quantizer.stats(quantizer, codes_Bhw.flatten())  # of these images: the running use does not change
         return Quantized(quantizer.lookup(codes_Bhw), codes_Bhw, {}, stats)
 
 

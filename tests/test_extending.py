@@ -58,7 +58,7 @@ def test_commands_of_the_page_run(copy: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(copy), "SMALTI_STORE": str(copy / "store"), "OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-c", "from cli.main import main; main()"]
     lines = [line for head, text in blocks("sh") if "in=copy" in head for line in text.splitlines() if line]
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         words = line.split()
         assert words[0] == "smalti"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.quantizers.config import IndexBackpropagationConfig
 from models.quantizers.propagation import Propagated, propagate
-from models.quantizers.quantized import Quantized
+from models.quantizers.quantizer import Quantized
 from models.quantizers.usage import CountsUse
 from models.quantizers.vector import most_similar
 

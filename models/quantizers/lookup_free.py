@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.layers.precision import at_least_float32
 from models.quantizers.config import LookupFreeConfig
-from models.quantizers.quantized import Quantized
+from models.quantizers.quantizer import Quantized
 from models.quantizers.usage import CountsUse
 
 # Shapes: B images, D latent channels (bits of a code), h w latent grid, N tokens (B*h*w), K = 2^D codes,
@@ -48,6 +48,7 @@ class LookupFreeQuantizer(CountsUse):
         return ((z_BDhw > 0).movedim(1, -1) * self.bit_values_D).sum(-1)
 
     def lookup(self, codes_Bhw: Tensor) -> Tensor:
+        self.check_codes(codes_Bhw)
         is_set_BDhw = (codes_Bhw[..., None] & self.bit_values_D).movedim(-1, 1) != 0
         return torch.where(is_set_BDhw, 1.0, -1.0)
 
@@ -88,10 +89,10 @@ def joint(logits_ND: Tensor) -> Tensor:
 
     Through the logarithm, whose gradient keeps its digits where the plain sigmoid's p (1 - p) loses them near 1.
     """
-    probabilities_NL = torch.ones_like(logits_ND[:, :1])
-    for logit_N1 in logits_ND.split(1, dim=1):
-        zero_NL = probabilities_NL * F.logsigmoid(-logit_N1).exp()
-        probabilities_NL = torch.cat([zero_NL, probabilities_NL * F.logsigmoid(logit_N1).exp()], dim=1)
+    probabilities_NL = logits_ND.new_ones(len(logits_ND), 1)
+    for logit_N in logits_ND.unbind(1):
+        zero_NL = probabilities_NL * F.logsigmoid(-logit_N[:, None]).exp()
+        probabilities_NL = torch.cat([zero_NL, probabilities_NL * F.logsigmoid(logit_N[:, None]).exp()], dim=1)
     return probabilities_NL
 
 

@@ -1,4 +1,4 @@
-"""The health of a codebook: which codes are used, in this batch and lately; shared by all quantizers.
+"""The running use of a codebook: which codes were used lately.
 
 The running use is a buffer, so that a checkpoint has it, and is summed over replicas.
 """
@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.metrics import perplexity
+from models.quantizers.quantizer import Quantizer
 
 # Shapes: N tokens, K codes
 
 
-class CountsUse(nn.Module):
-    """Base of the quantizers: buffers `step` (training steps seen) and `usage_K` (share of tokens, running mean)."""
+class CountsUse(Quantizer):
+    """A quantizer that keeps buffers `step` (training steps seen) and `usage_K` (share of tokens, running mean)."""
 
     step: Tensor
     usage_K: Tensor
 
     def __init__(self, codes: int, *, decay: float, dead_below: float):
         """`dead_below`: a code is dead if used less than this share of an even use."""
-        super().__init__()
-        self.codebook_size = codes
+        super().__init__(codes)
         self.decay = decay
         self.dead_below = dead_below
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -31,13 +30,8 @@ class CountsUse(nn.Module):
 
     @torch.no_grad()
     def stats(self, codes_N: Tensor) -> dict[str, Tensor]:
-        """Share of codes in this batch, their perplexity, and the share of dead codes."""
-        counts_K = torch.bincount(codes_N, minlength=self.codebook_size)
-        return {
-            "usage": (counts_K > 0).float().mean(),
-            "perplexity": perplexity(counts_K),
-            "dead": self.little_used().float().mean(),
-        }
+        """Also the share of dead codes."""
+        return super().stats(codes_N) | {"dead": self.little_used().float().mean()}
 
     def little_used(self) -> Tensor:
         return self.usage_K < self.dead_below / self.codebook_size

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.quantizers.config import VectorConfig
-from models.quantizers.quantized import Quantized
+from models.quantizers.quantizer import Quantized
 from models.quantizers.usage import CountsUse
 
 # Shapes: B images, D latent channels, h w latent grid, N tokens (B*h*w), K codes

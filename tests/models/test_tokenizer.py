@@ -52,6 +52,15 @@ def test_codes_and_images_have_the_promised_form(pixel_range: str, images_BCHW: 
     assert 0 <= decoded_BCHW.min() <= decoded_BCHW.max() <= 1
 
 
+@pytest.mark.parametrize("quantizer", [{"kind": "vector", "codes": 12}, {"kind": "lookup-free"}])
+@pytest.mark.parametrize("code", [-1, 16])
+def test_codes_out_of_range_are_refused(quantizer: dict[str, object], code: int) -> None:
+    autoencoder = {"kind": "convolutional", "widths": [8, 16], "latent": 4}
+    tokenizer = Tokenizer(TokenizerConfig.model_validate({"autoencoder": autoencoder, "quantizer": quantizer})).eval()
+    with pytest.raises(ValueError, match=r"expected 0 to 1[15]"):
+        tokenizer.decode(torch.tensor([[[0, code]]]))
+
+
 def test_pixel_ranges_are_inverses(images_BCHW: torch.Tensor) -> None:
     for pixel_range in ("0..1", "-1..1"):
         tokenizer = Tokenizer(tiny_config(pixel_range))

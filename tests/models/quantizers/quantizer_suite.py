@@ -54,6 +54,11 @@ class QuantizerSuite:
         assert all(value.ndim == 0 and value.isfinite() for value in quantized.losses.values())
         assert all(value.ndim == 0 and not value.requires_grad for value in quantized.stats.values())
 
+    def test_usage_and_perplexity_are_in_stats(self, quantizer: nn.Module) -> None:
+        quantized = quantizer(self.latents())
+        assert quantizer.stats(quantized.codes_Bhw.flatten()).keys() >= {"usage", "perplexity"}
+        assert quantized.stats.keys() >= {"usage", "perplexity"}
+
     def test_evaluation_changes_no_state(self, quantizer: nn.Module) -> None:
         before = copy.deepcopy(quantizer.state_dict())
         quantizer(self.latents(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,11 @@ def test_float32_under_autocast() -> None:
 def test_entropy_weight_falls_to_its_end() -> None:
     config = LookupFreeConfig(enlarge_ratio=3.0, enlarge_steps=2000)
     assert [config.enlargement(step) for step in (0, 500, 2000, 9000)] == [3.0, 2.25, 0.0, 0.0]
+
+
+def test_one_bit_has_an_entropy() -> None:
+    sample, codebook = entropies(torch.tensor([[1.0], [-1.0]]), temperature=0.01)
+    torch.testing.assert_close(torch.stack([sample, codebook]), torch.tensor([0.0, math.log(2)]), atol=1e-4, rtol=0)
 
 
 class TestConformance(QuantizerSuite):
