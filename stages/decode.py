@@ -18,7 +18,7 @@ from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
 from smalti.tokens import TokenSet, check_codes, check_labels, open_tokens
-from stages.decoding import ImagesConfig, captions, decode_pass, grid_texts, plan_layout, write_beside
+from stages.decoding import ImagesConfig, captions, decode_pass, grid_texts, plan_layout, size_facts, write_beside
 from stages.devices import threads
 from stages.identity import check_same_tokenizer, tokenizer_identity
 from stages.image_files import ImageLayout, Images_BHW3, open_pictures
@@ -84,7 +84,7 @@ def decode_tokens(config: DecodeConfig, inputs: Inputs, out: Draft, run: Runtime
     )
     out.facts = {
         "images": tokens.n_images,
-        "size": layout.height,
+        **size_facts(layout),
         "classes": tokens.attributes.classes,
         "tokenizer": tokenizer_identity(inputs["tokenizer"]),
     }

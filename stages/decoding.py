@@ -43,16 +43,20 @@ def plan_layout(
 
     origin: what the codes come from, and its role: the group's attributes name it.
     """
-    rows, columns = codes.grid
-    if rows != columns or codes.resolution not in (None, rows * tokenizer.downsample):
+    height, width = (tokenizer.downsample * side for side in codes.grid)
+    if codes.resolution not in (None, min(height, width)):
         raise CorruptError(
-            f"{origin.name} has a grid of {rows}x{columns} codes and images of {codes.resolution} pixels, but its "
-            f"tokenizer makes {tokenizer.downsample} pixels of a code",
+            f"{origin.name} has a grid of {codes.grid[0]}x{codes.grid[1]} codes and images of {codes.resolution} "
+            f"pixels, but its tokenizer makes {tokenizer.downsample} pixels of a code",
             path=origin.path,
         )
     described = {"class_names": list(codes.class_names), "classes": codes.classes, role: origin.key}
-    side = rows * tokenizer.downsample
-    return ImageLayout(codes.n_images, side, side, config.shard_images, config.chunk_images, described)
+    return ImageLayout(codes.n_images, height, width, config.shard_images, config.chunk_images, described)
+
+
+def size_facts(layout: ImageLayout) -> dict[str, int]:
+    """The height as `size`, and the width where it is another."""
+    return {"size": layout.height} | ({} if layout.width == layout.height else {"width": layout.width})
 
 
 def decode_pass(tokenizer: NetworkFile, codes_Ihw: NDArray[np.int64], *, rows: int) -> Images_BHW3:

@@ -23,9 +23,12 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: this machine has no CUDA device", hint="leave --device out or give cpu")
     try:
-        return torch.device(name)
+        picked = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from error
+    if picked.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N; other devices were never tried")
+    return picked
 
 
 def free_bytes(device: torch.device) -> int:

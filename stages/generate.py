@@ -22,7 +22,7 @@ from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
 from smalti.arrays import metadata_bytes
-from stages.decoding import ImagesConfig, captions, decode_pass, grid_texts, plan_layout, write_beside
+from stages.decoding import ImagesConfig, captions, decode_pass, grid_texts, plan_layout, size_facts, write_beside
 from stages.devices import pick_device, threads
 from stages.image_files import ImageLayout, Images_BHW3
 from stages.networks import NetworkFile, load_tokenizer, read_tokenizer_config
@@ -64,7 +64,7 @@ class GenerateSpec:
 
 @stage(
     "generate",
-    version=2,
+    version=3,
     config=GenerateConfig,
     reads={
         "generator": read("generator", help="the generator to sample from"),
@@ -94,7 +94,7 @@ def generate_images(config: GenerateConfig, inputs: Inputs, out: Draft, run: Run
     write_beside(config, out, images, labels_I, partial(draw_grid, spec, out.request.key))
     out.facts = {
         "images": config.images,
-        "size": images.height,
+        **size_facts(images),
         "classes": card.classes,
         "tokenizer": card.tokenizer,
     }

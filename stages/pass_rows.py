@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from stages.sample import SampleConfig
 
 SHARE = 0.8  # of free memory: allocators keep blocks of their own, and others may want some too
-MOST = {"cpu": 64, "cuda": 512}  # rows beyond which a pass gains next to nothing per sample
+CPU_ROWS, DEVICE_ROWS = 64, 512  # rows beyond which a pass gains next to nothing per sample
 
 
 def propose_rows(config: SampleConfig, inputs: Inputs, device: str, processes: int) -> Proposal:
@@ -22,7 +22,7 @@ def propose_rows(config: SampleConfig, inputs: Inputs, device: str, processes: i
     picked = pick_device(device)
     free = free_bytes(picked) // processes
     card = read_card(inputs["generator"])
-    wanted = min(config.images, config.shard_images, MOST.get(picked.type, MOST["cuda"]))
+    wanted = min(config.images, config.shard_images, CPU_ROWS if picked.type == "cpu" else DEVICE_ROWS)
     choices = [wanted, *(2**power for power in reversed(range(wanted.bit_length())) if 2**power < wanted)]
     fitting = [rows for rows in choices if needed_bytes(card, config, rows, picked.type) <= SHARE * free]
     rows = fitting[0] if fitting else 1

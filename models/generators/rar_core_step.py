@@ -11,7 +11,7 @@ head, I inputs and O outputs of a linear layer, F hidden width of the MLP
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from models.generators.rar import Block, Rar
 
 # Sums may be taken in the order that fills vector registers; infinity and NaN keep their meaning.
-compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz", "reassoc"})
+OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz", "reassoc"}}
+
+
+def compiled(function: Any) -> Any:
+    """`function` compiled at its first call, and kept for the next process where some folder can be written."""
+    try:
+        return njit(cache=True, **OPTIONS)(function)
+    except RuntimeError:  # numba finds no folder for its cache
+        return njit(**OPTIONS)(function)
 
 
 class RarCoreStep:

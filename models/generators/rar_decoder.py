@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 STRETCH = 64  # steps of modulations that are kept at a time, if that many fit
 SHORTEST_STRETCH = 16  # shorter ones would read the weights too often
-TABLE_BYTES = {"cpu": 2**30, "cuda": 2**33}
+CPU_TABLE_BYTES, DEVICE_TABLE_BYTES = 2**30, 2**33  # what the modulations of a stretch may take
 FEW_STREAMS = 8  # up to here the compiled step is the faster one on a CPU, at widths of 256 to 1,408
 Step = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -143,9 +143,13 @@ class RarDecoder:
     def _stretch_length(self) -> int:
         """Steps per stretch, even ones; by the shape of a pass, never by how many classes are in it."""
         bytes_per_step = (self.rows + 1) * self.modulations[1].nbytes
-        longest = min(STRETCH, max(SHORTEST_STRETCH, TABLE_BYTES[self.device.type] // bytes_per_step))
+        longest = min(STRETCH, max(SHORTEST_STRETCH, table_bytes(self.device.type) // bytes_per_step))
         positions = self.tokens + 1
         return -(-positions // -(-positions // longest))
+
+
+def table_bytes(device_type: str) -> int:
+    return CPU_TABLE_BYTES if device_type == "cpu" else DEVICE_TABLE_BYTES
 
 
 def sampling_bytes(
@@ -169,7 +173,7 @@ def sampling_bytes(
     weights = 4 * own + bytes_per_number * (own if is_copied else modulations * width)
     cache = 2 * layers * streams * max(positions, SHORTEST_PRODUCT) * width
     table = min(rows, classes + 1) * min(STRETCH, positions) * modulations
-    largest_table = max(TABLE_BYTES[device_type], SHORTEST_STRETCH * rows * modulations * bytes_per_number)
+    largest_table = max(table_bytes(device_type), SHORTEST_STRETCH * rows * modulations * bytes_per_number)
     work = streams * (modulations + 12 * width + config.mlp_width + 8 * codes + 2 * positions * config.heads)
     passes = bytes_per_number * (cache + work) + min(bytes_per_number * table, largest_table)
     joining = 3 * 4 * modulations * width  # modulations as they are, in pieces and joined, before there is a cache

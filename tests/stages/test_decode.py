@@ -93,6 +93,14 @@ def test_plain_zarr_opens_it(images: Artifact) -> None:
     assert group["labels"][:].tolist() == LABELS_I.tolist()
 
 
+def test_a_grid_that_is_not_square(origin: Store, tokenizer: Artifact, tmp_path: Path) -> None:
+    tokens = token_artifact(origin, tokenizer, CODES_ICT, LABELS_I, name="wide", grid=(1, 4), resolution=SIZE // 2)
+    images = run(Store(tmp_path), tokens, tokenizer)
+    assert zarr.open_group(images.path, mode="r")["images"].shape == (IMAGES, SIZE // 2, 2 * SIZE, 3)
+    assert (images.facts["size"], images.facts["width"]) == (SIZE // 2, 2 * SIZE)
+    assert Image.open(images.path / "grid.png").width > 0
+
+
 def test_another_crop_gives_other_images(
     images: Artifact, tokens: Artifact, tokenizer: Artifact, tmp_path: Path
 ) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from models.generators import rar_decoder
+from models.generators import rar_core_step, rar_decoder
 from models.generators.config import RarConfig, RarInit
 from models.generators.rar import Rar
 from models.generators.rar_core_step import RarCoreStep
@@ -75,9 +79,9 @@ class TestRar(GeneratorConformance):
         monkeypatch.setattr(rar_decoder, "SHORTEST_STRETCH", 2)
         decoder = model.decoder(rows=3, guided=True)
         assert decoder._stretch_length() == 7
-        monkeypatch.setitem(rar_decoder.TABLE_BYTES, "cpu", 4 * decoder.modulations[1].nbytes * 3)
+        monkeypatch.setattr(rar_decoder, "CPU_TABLE_BYTES", 4 * decoder.modulations[1].nbytes * 3)
         assert decoder._stretch_length() == 3
-        monkeypatch.setitem(rar_decoder.TABLE_BYTES, "cpu", 1)
+        monkeypatch.setattr(rar_decoder, "CPU_TABLE_BYTES", 1)
         assert decoder._stretch_length() == 2
 
     def test_one_order_for_all_is_that_order_for_each(self, model: Rar) -> None:
@@ -200,3 +204,36 @@ def test_dropped_labels_are_the_class_of_none() -> None:
     kept = rar.loss(codes_BT, torch.tensor([1]), orders_BT, torch.tensor([False]))[0]
     assert torch.equal(dropped, none)
     assert not torch.equal(dropped, kept)
+
+
+def test_without_a_folder_for_compiled_code_it_is_compiled_again(tmp_path: Path) -> None:
+    """As where neither the installation nor the user's cache can be written: here both would lie below a file."""
+    root = Path(rar_core_step.__file__).parents[2]
+    copied = tmp_path / "models" / "generators"
+    copied.mkdir(parents=True)
+    for name in ("rar_core_step.py", "rar_step.py", "__init__.py", "config.py"):
+        (copied / name).write_bytes((root / "models" / "generators" / name).read_bytes())
+    (copied / "__pycache__").write_text("a file stands in the way")
+    (tmp_path / "cache").write_text("here, too")
+    program = f"""
+import sys
+sys.dont_write_bytecode = True
+sys.path[:0] = [{str(root)!r}]
+import models.generators
+models.generators.__path__.insert(0, {str(copied)!r})
+from models.generators import rar_core_step
+import numpy as np
+assert rar_core_step.__file__.startswith({str(copied)!r})
+print(rar_core_step.affine(np.ones((1, 2), np.float32), np.ones((3, 2), np.float32), np.zeros(3, np.float32)).tolist())
+"""
+    unset = {"NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "PYTHONPYCACHEPREFIX"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {"HOME": str(tmp_path / "cache"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[[2.0, 2.0, 2.0]]"
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda", "xpu"])
+def test_any_device_has_a_size_for_its_tables(device_type: str) -> None:
+    assert rar_decoder.table_bytes(device_type) > 0
