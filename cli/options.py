@@ -68,10 +68,11 @@ def running(values: dict[str, Any]) -> Iterator[Options]:
     """The runner's options from the common ones, with the cluster connected."""
     if not DEVICE.fullmatch(values["device"]):
         raise UsageError(f"--device {values['device']}: expected auto, cpu, cuda or cuda:N")
-    with connect(workers=values["workers"], scheduler=values["scheduler"]) as cluster:
+    progress = Progress.on_stderr(quiet=values["quiet"] or not ranks.is_first())
+    with connect(workers=values["workers"], scheduler=values["scheduler"], say=progress.say) as cluster:
         yield Options(
             cluster=cluster,
-            progress=Progress.on_stderr(quiet=values["quiet"] or not ranks.is_first()),
+            progress=progress,
             device=values["device"],
             threads=values["threads"] or core_count(),
             checkpoint_seconds=values["checkpoint_seconds"],

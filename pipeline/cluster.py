@@ -1,92 +1,237 @@
 """Where shards run: in this process, on local dask workers, or on any dask cluster that already runs.
 
-All three give the same results, since a shard depends on its number alone. A task is tried `TRIES` times; an error of
-our own family is a statement about the data and is not tried again.
+All three give the same results, since a shard depends on its number alone. An I/O error and a lost worker may pass, so
+such a shard is tried `TRIES` times in all, by whichever worker is free then. No other error is tried again.
+
+A dask worker is used once it has proved that it reads and writes the folder of the results (`pipeline.proof`), whether
+it was there at the start or joins later.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from traceback import extract_tb, format_exception
+from typing import Any, Literal, Protocol
 
-from pipeline.errors import SmaltiError, StorageError, UsageError, WorkerError
+from pipeline import proof
+from pipeline.errors import CannotWrite, MemoryExhausted, SmaltiError, StorageError, UsageError, WorkerError
 
 TRIES = 3
-POLL_SECONDS = 5.0
+POLL_SECONDS = 1.0
+SILENT_SECONDS = 2.0
 DESERTED_SECONDS = 60.0
+RESULT_SECONDS = 30.0
+CONNECT_SECONDS = 20.0
 
-Result = TypeVar("Result")
 Outcome = tuple[int, Any]
+Outcomes = Generator[Outcome, None, None]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a shard gives instead of a result.
+
+    verdict: "retry" what may pass (I/O, a lost worker), "name" a statement about the shard's data, "stop" what would meet
+    the other shards too.  traceback: of an error that is not of our own family, else empty.
+    """
+
+    error: SmaltiError
+    verdict: Literal["retry", "name", "stop"]
+    traceback: str = ""
 
 
 class Cluster(Protocol):
-    """Runs `function(number)` for every number and yields (number, result or exception) in the order of completion."""
+    """Runs `function(number)` for every number, yields (number, result or Failure) in the order of completion.
 
-    def map(self, function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Outcome]: ...
+    folder: where the function writes.  say: told in one line what is waited for, and which workers are not used.
+    """
+
+    def map(self, function: Callable[[int], Any], numbers: Iterable[int], *, folder: Path, say: Say) -> Outcomes: ...
 
 
 class InProcess:
     """One shard after the other, here."""
 
-    def map(self, function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Outcome]:
-        for number in numbers:
-            yield number, _attempt(function, number)
+    def map(self, function: Callable[[int], Any], numbers: Iterable[int], *, folder: Path, say: Say) -> Outcomes:
+        queue = _Queue(numbers)
+        while queue.waiting:
+            number = queue.waiting.popleft()
+            yield from queue.settle(number, attempt(function, number))
 
 
 class Dask:
-    """Workers of a dask client; at most two shards per worker thread are in flight, so memory stays bounded."""
+    """Workers of a dask client; each thread has one shard at a time, so memory stays bounded."""
 
     def __init__(self, client: Any):
         self.client = client
+        self.named: set[str] = set()
+        """Workers whose refusal was told already."""
 
-    def map(self, function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Outcome]:
-        waiting = iter(numbers)
-        futures = {self._submit(function, number): number for number in _take(waiting, self._slots())}
-        while futures:
-            for future in self._finished(list(futures)):
-                number = futures.pop(future)
-                yield number, _outcome(future, number)
-                for following in _take(waiting, 1):
-                    futures[self._submit(function, following)] = following
+    def map(self, function: Callable[[int], Any], numbers: Iterable[int], *, folder: Path, say: Say) -> Outcomes:
+        with proof.asking(folder) as nonce:
+            yield from _Distribution(self, function, _Queue(numbers), nonce, say).outcomes()
 
-    def _finished(self, futures: list[Any]) -> list[Any]:
-        """Those that are done, once there is one. A cluster without scheduler or workers is told, not waited for."""
-        from dask.distributed import CancelledError, wait
 
-        deserted = 0.0
-        while True:
-            try:
-                return list(wait(futures, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED").done)
-            except TimeoutError:
-                deserted = 0.0 if self._has_workers() else deserted + POLL_SECONDS
-            except CancelledError as error:
-                raise _lost() from error
-            if deserted >= DESERTED_SECONDS:
-                raise WorkerError(
-                    f"no worker has been left on the dask cluster for {deserted:.0f} s",
-                    hint="start workers with `dask worker` and run the same command again: finished shards are kept",
-                )
+class _Queue:
+    """Numbers that wait, and how often each was tried."""
 
-    def _has_workers(self) -> bool:
+    def __init__(self, numbers: Iterable[int]):
+        self.waiting = deque(numbers)
+        self.tries: Counter[int] = Counter()
+
+    def settle(self, number: int, outcome: Any) -> Iterator[Outcome]:
+        """Yield a final outcome; a number that is worth another try goes to the end of the queue."""
+        self.tries[number] += 1
+        if isinstance(outcome, Failure) and outcome.verdict == "retry" and self.tries[number] < TRIES:
+            self.waiting.append(number)
+        else:
+            yield number, outcome
+
+
+class _Distribution:
+    """One map over the workers of a scheduler, as they come and go. Each task is pinned to one worker."""
+
+    def __init__(self, cluster: Dask, function: Callable[[int], Any], queue: _Queue, nonce: Path, say: Say):
+        self.cluster, self.client, self.say = cluster, cluster.client, say
+        self.function, self.queue, self.nonce = function, queue, nonce
+        self.threads: dict[str, int] = {}  # address -> threads, of every worker that lives
+        self.proofs: dict[Any, str] = {}  # future -> address
+        self.shards: dict[Any, Outcome] = {}  # future -> (number, address)
+        self.proved: set[str] = set()
+        self.refused: dict[str, str] = {}  # address -> the reason, in a sentence
+        self.looked = float("-inf")
+        self.served = time.monotonic()
+        self.is_waiting_said = False
+
+    def outcomes(self) -> Outcomes:
+        while self.queue.waiting or self.shards:
+            yield from self._look()
+            self._hand_out()
+            self._check_service()
+            yield from self._collect()
+
+    def _look(self) -> Iterator[Outcome]:
+        """See which workers came and went; the shards of lost ones are tried again."""
+        if time.monotonic() - self.looked < POLL_SECONDS:
+            return
+        self.threads, self.looked = self._living(), time.monotonic()
+        for address in self.threads.keys() - self.proved - self.refused.keys() - set(self.proofs.values()):
+            self.proofs[self._submit(address, proof.answer, self.nonce, proof.SEEN_SECONDS)] = address
+        self.proved &= self.threads.keys()
+        self.refused = {address: text for address, text in self.refused.items() if address in self.threads}
+        self.proofs = {future: address for future, address in self.proofs.items() if address in self.threads}
+        for future, (number, address) in list(self.shards.items()):
+            if address not in self.threads:
+                del self.shards[future]
+                yield from self.queue.settle(number, _death(number))
+
+    def _living(self) -> dict[str, int]:
         try:
-            return bool(self.client.nthreads())
+            return dict(self.client.nthreads())
         except (OSError, RuntimeError) as error:  # what dask raises for a connection that is gone
             raise _lost() from error
 
-    def _submit(self, function: Callable[[int], Any], number: int) -> Any:
-        return self.client.submit(_attempt, function, number, pure=False)
+    def _submit(self, address: str, function: Callable[..., Any], *args: Any) -> Any:
+        return self.client.submit(function, *args, workers=[address], allow_other_workers=False, pure=False)
 
-    def _slots(self) -> int:
-        return max(2, 2 * int(sum(self.client.nthreads().values())))
+    def _hand_out(self) -> None:
+        """One shard for each free thread of the workers that proved themselves."""
+        busy = Counter(address for _, address in self.shards.values())
+        for address in sorted(self.proved, key=lambda address: busy[address]):
+            for _ in range(self.threads[address] - busy[address]):
+                if not self.queue.waiting:
+                    return
+                number = self.queue.waiting.popleft()
+                self.shards[self._submit(address, attempt, self.function, number)] = number, address
+
+    def _check_service(self) -> None:
+        """Say what is waited for; StorageError or WorkerError when waiting is in vain."""
+        if self.proved:
+            self.served, self.is_waiting_said = time.monotonic(), False
+            return
+        silent = time.monotonic() - self.served
+        if silent >= SILENT_SECONDS and not self.is_waiting_said:
+            self.say(self._waited_for())
+            self.is_waiting_said = True
+        if silent >= DESERTED_SECONDS and not self.proofs:
+            raise WorkerError(
+                f"the dask scheduler at {self._address()} has had no worker that can be used for {silent:.0f} s",
+                hint="start workers with `dask worker` and run the same command again: finished shards are kept",
+            )
+
+    def _waited_for(self) -> str:
+        if self.proofs:
+            return f"waits for an answer of {len(self.proofs)} dask workers at {self._address()}, which may be busy"
+        limit = f"at most {DESERTED_SECONDS:.0f} s"
+        return f"waits for a worker of the dask scheduler at {self._address()} ({limit}): `dask worker` starts one"
+
+    def _address(self) -> str:
+        return str(self.client.scheduler.address)
+
+    def _collect(self) -> Iterator[Outcome]:
+        """Take what is done, once something is."""
+        for future in self._finished([*self.proofs, *self.shards]):
+            if future in self.proofs:
+                self._admit(self.proofs.pop(future), future)
+            else:
+                number, _ = self.shards.pop(future)
+                yield from self.queue.settle(number, _outcome(future, number))
+
+    def _finished(self, futures: list[Any]) -> list[Any]:
+        from dask.distributed import CancelledError, wait
+
+        if not futures:
+            time.sleep(POLL_SECONDS)
+            return []
+        try:
+            return list(wait(futures, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED").done)
+        except TimeoutError:
+            return []
+        except CancelledError as error:
+            raise _lost() from error
+
+    def _admit(self, address: str, future: Any) -> None:
+        """Use the worker if it proved that it reads and writes the folder; name one that did not, once."""
+        reason = self._doubt(address, future)
+        if not reason:
+            self.proved.add(address)
+            return
+        self.refused[address] = reason
+        is_hope = (
+            self.proved or self.proofs or self.shards or self.queue.tries or self.threads.keys() - self.refused.keys()
+        )
+        if not is_hope:
+            raise StorageError(
+                f"none of the {len(self.refused)} dask workers can use {self.nonce.parent}: {reason}",
+                path=self.nonce.parent,
+                hint="start workers that reach this folder under this path, or choose another --store",
+            )
+        if address not in self.cluster.named:
+            self.cluster.named.add(address)
+            self.say(f"not used: {reason}")
+
+    def _doubt(self, address: str, future: Any) -> str:
+        try:
+            given = future.result(timeout=RESULT_SECONDS)
+        except Exception as error:  # without our code, or gone
+            return f"worker {address} failed ({type(error).__name__}: {error})"
+        reason = proof.doubt(self.nonce, given)
+        return reason and f"worker {address} ({given.who}) cannot use {self.nonce.parent}: {reason}"
 
 
 @contextmanager
-def connect(*, workers: int = 0, scheduler: str | None = None) -> Iterator[Cluster]:
+def connect(*, workers: int = 0, scheduler: str | None = None, say: Say = lambda text: None) -> Iterator[Cluster]:
     """Yield the cluster that the command line asks for.
 
     workers: local dask processes (0: in this process).  scheduler: address of a dask scheduler, such as tcp://host:8786.
+    say: told if the scheduler does not answer at once.
     """
     if workers and scheduler:
         raise UsageError("--workers starts a local cluster and --scheduler uses another: give one of them")
@@ -95,26 +240,18 @@ def connect(*, workers: int = 0, scheduler: str | None = None) -> Iterator[Clust
     if not workers and not scheduler:
         yield InProcess()
         return
-    with _client(workers, scheduler) as client:
+    with _client(workers, scheduler, say) as client:
         yield Dask(client)
 
 
 @contextmanager
-def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
-    import dask
+def _client(workers: int, scheduler: str | None, say: Say) -> Iterator[Any]:
     from dask.distributed import Client, LocalCluster
 
-    dask.config.set({"distributed.scheduler.allowed-failures": TRIES})
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # we say it in our words
     if scheduler:
-        try:
-            client = Client(scheduler, timeout=20)
-        except (OSError, ValueError) as error:
-            raise StorageError(
-                f"no dask scheduler answers at {scheduler}", hint="start one with `dask scheduler`"
-            ) from error
-        with client:
+        with _reach(scheduler, say) as client:
             yield client
         return
     with (
@@ -124,17 +261,59 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
         yield client
 
 
-def _attempt(function: Callable[[int], Any], number: int) -> Any:
-    """The result of `function(number)`, or the exception of its last try as a value."""
-    failure: Exception | None = None
-    for _ in range(TRIES):
-        try:
-            return function(number)
-        except SmaltiError as error:
-            return error
-        except Exception as error:
-            failure = error
-    return failure
+def _reach(scheduler: str, say: Say) -> Any:
+    from dask.distributed import Client
+
+    try:
+        return Client(scheduler, timeout=SILENT_SECONDS)
+    except OSError:
+        say(f"waits for an answer of the dask scheduler at {scheduler} (at most {CONNECT_SECONDS:.0f} s)")
+    except ValueError as error:
+        raise _no_scheduler(scheduler) from error
+    try:
+        return Client(scheduler, timeout=CONNECT_SECONDS - SILENT_SECONDS)
+    except OSError as error:
+        raise _no_scheduler(scheduler) from error
+
+
+def attempt(function: Callable[[int], Any], number: int) -> Any:
+    """The result of `function(number)`, or the Failure that its exception means."""
+    try:
+        return function(number)
+    except (CannotWrite, MemoryExhausted) as error:
+        return Failure(error, "stop")
+    except SmaltiError as error:
+        return Failure(error, "retry" if isinstance(error, StorageError) else "name")
+    except MemoryError as error:
+        return _raised(MemoryExhausted, error, "stop")
+    except OSError as error:
+        return _raised(StorageError, error, "retry")
+    except Exception as error:
+        return _raised(WorkerError, error, "stop")
+
+
+def _raised(kind: type[SmaltiError], error: Exception, verdict: Literal["retry", "stop"]) -> Failure:
+    """Text of an exception, and not the exception itself: not every one can travel."""
+    place = extract_tb(error.__traceback__)[-1]
+    text = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+    return Failure(kind(text), verdict, "".join(format_exception(error)))
+
+
+def _outcome(future: Any, number: int) -> Any:
+    from dask.distributed import CancelledError, KilledWorker
+
+    try:
+        return future.result(timeout=RESULT_SECONDS)
+    except (TimeoutError, KilledWorker):  # the worker died with its result
+        return _death(number)
+    except CancelledError as error:
+        raise _lost() from error
+    except Exception as error:  # the shard or its result could not travel
+        return _raised(WorkerError, error, "stop")
+
+
+def _death(number: int) -> Failure:
+    return Failure(WorkerError(f"the worker of shard {number} kept dying ({TRIES} times)"), "retry")
 
 
 def _lost() -> StorageError:
@@ -144,12 +323,5 @@ def _lost() -> StorageError:
     )
 
 
-def _outcome(future: Any, number: int) -> Any:
-    try:
-        return future.result()
-    except Exception as error:  # the worker died too often, or the result could not travel
-        return WorkerError(f"the worker of shard {number} kept dying ({type(error).__name__})")
-
-
-def _take(numbers: Iterator[int], count: int) -> list[int]:
-    return [number for _, number in zip(range(count), numbers, strict=False)]
+def _no_scheduler(scheduler: str) -> StorageError:
+    return StorageError(f"no dask scheduler answers at {scheduler}", hint="start one with `dask scheduler`")

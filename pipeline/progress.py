@@ -24,6 +24,8 @@ class Progress:
     def __init__(self, stream: TextIO | None = None, log: Path | None = None):
         self.stream = stream
         self.log = log
+        self._above: Console | None = None
+        """While a bar is shown: what prints above it."""
 
     @classmethod
     def on_stderr(cls, *, quiet: bool = False) -> Progress:
@@ -34,7 +36,9 @@ class Progress:
         return Progress(self.stream, log / "metrics.jsonl")
 
     def say(self, text: str) -> None:
-        if self.stream is not None:
+        if self._above is not None:
+            self._above.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif self.stream is not None:
             print(text, file=self.stream, flush=True)
 
     def record(self, event: str, **numbers: Any) -> None:
@@ -50,7 +54,11 @@ class Progress:
         if self.stream is not None and self.stream.isatty():
             with RichProgress(*_columns(unit), console=Console(file=self.stream)) as rich:
                 bar.attach(rich, rich.add_task(label, total=total, rate=0.0, figures=""))
-                yield bar
+                self._above = rich.console
+                try:
+                    yield bar
+                finally:
+                    self._above = None
         else:
             yield bar
         bar.close()

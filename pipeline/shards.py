@@ -1,21 +1,26 @@
 """Sharded work: numbered, idempotent shards mapped over a cluster, each recorded in the draft's journal.
 
 A shard function computes files from (spec, shard number) alone, so that a retried, moved or resumed shard gives the same
-bytes. The worker writes them into the draft folder; only this process writes the journal.
+bytes. The worker writes them into the draft folder; only this process writes the journal, and only of files that it sees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from pipeline import durable, proof
 from pipeline.artifact import FileEntry
+from pipeline.cluster import Failure
 from pipeline.draft import Draft, write_files
-from pipeline.errors import CannotWrite, MemoryExhausted, SmaltiError, StorageError, WorkerError
+from pipeline.errors import SmaltiError, StorageError
 from pipeline.runtime import Runtime
+
+TRACEBACK = "traceback.txt"
 
 Spec = TypeVar("Spec")
 ShardFunction = Callable[[Spec, int], Mapping[str, bytes]]
@@ -34,19 +39,25 @@ def map_shards(
     """Compute every shard that the draft does not hold yet.
 
     function: module-level function (spec, number) -> {file name: bytes}; `spec` must be picklable.
-    sizes: `unit`s per shard, for the progress bar.  A shard that fails does not stop the others; at the end the failed
-    ones are named in one error of the kind of the first.
+    sizes: `unit`s per shard, for the progress bar.  A shard that fails because of its data, of I/O or of workers that die
+    does not stop the others; at the end the failed ones are named in one error of the kind of the first. Any other error
+    stops at once. Tracebacks go to log/traceback.txt.
     """
     pending = [number for number in range(len(sizes)) if not out.is_done(unit_name(number))]
-    failures: dict[int, Exception] = {}
-    with run.progress.bar(label, total=sum(sizes), unit=unit) as bar:
+    failures: dict[int, SmaltiError] = {}
+    compute = partial(_compute, function, spec, out.path)
+    with (
+        run.progress.bar(label, total=sum(sizes), unit=unit) as bar,
+        closing(run.cluster.map(compute, pending, folder=out.path, say=run.progress.say)) as outcomes,
+    ):
         bar.skip(sum(sizes) - sum(sizes[number] for number in pending))
-        for number, outcome in run.cluster.map(partial(_compute, function, spec, out.path), pending):
-            if isinstance(outcome, CannotWrite):  # a full disk fails the others too: do not compute them in vain
-                raise outcome
-            if isinstance(outcome, Exception):
-                failures[number] = outcome
+        for number, outcome in outcomes:
+            if isinstance(outcome, Failure):
+                failures[number] = log_failure(run.log / TRACEBACK, label, number, outcome)
+                if outcome.verdict == "stop":
+                    raise_failures({number: failures[number]}, len(sizes))
             else:
+                check_seen(out.path, outcome)
                 out.record(unit_name(number), outcome)
                 bar.advance(sizes[number])
     if failures:
@@ -62,24 +73,36 @@ def unit_name(number: int) -> str:
     return f"shard-{number:06d}"
 
 
-def raise_failures(failures: Mapping[int, Exception], shards: int) -> None:
+def check_seen(root: Path, entries: list[FileEntry]) -> None:
+    """StorageError unless this process sees every file with its size (a network file system may take a moment)."""
+    for entry in entries:
+        path = root / entry.path
+        if not proof.becomes_true(partial(_has_size, path, entry.size), proof.SEEN_SECONDS):
+            raise StorageError(f"a worker wrote {path} of {entry.size} bytes, but it is not seen here", path=path)
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def log_failure(log: Path, label: str, number: int, failure: Failure) -> SmaltiError:
+    """The error of a failed shard; its traceback, if there is one, is appended to `log`, which the error names."""
+    if not failure.traceback:
+        return failure.error
+    with durable.refusals(log), log.open("a") as file:
+        file.write(f"{label}, shard {number}\n{failure.traceback}\n")
+    return type(failure.error)(failure.error.message, path=log, hint=f"the traceback is in {log}")
+
+
+def raise_failures(failures: Mapping[int, SmaltiError], shards: int) -> None:
     """One sentence for all failed shards; the exit code is that of the lowest-numbered one."""
     numbers = sorted(failures)
     first = failures[numbers[0]]
     named = ", ".join(str(number) for number in numbers[:10]) + (", ..." if len(numbers) > 10 else "")
-    head = f"shard{'s' if len(numbers) > 1 else ''} {named} of {shards} failed, the others are kept: "
-    if isinstance(first, SmaltiError):
-        failure = copy(first)  # some kinds are made from other arguments than a message
-        failure.message = head + first.message
-        raise failure from first
-    kind = _kind_of(first)
-    raise kind(f"{head}{type(first).__name__}: {first}") from first
-
-
-def _kind_of(failure: Exception) -> type[SmaltiError]:
-    if isinstance(failure, MemoryError):
-        return MemoryExhausted
-    return StorageError if isinstance(failure, OSError) else WorkerError
+    failure = copy(first)  # some kinds are made from other arguments than a message
+    shard = "shard" if len(numbers) == 1 else "shards"
+    failure.message = f"{shard} {named} of {shards} failed, finished shards are kept: {first.message}"
+    raise failure from first
 
 
 def _compute(function: ShardFunction[Spec], spec: Spec, root: Path, number: int) -> list[FileEntry]:

@@ -37,7 +37,7 @@ class Store:
     """A folder of artifacts. Nothing is created before the first write."""
 
     def __init__(self, root: Path):
-        self.root = root
+        self.root = root.absolute()  # workers may have started in another folder
 
     def path(self, stage: str, key: str) -> Path:
         return self.root / stage / key

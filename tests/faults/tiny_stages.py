@@ -44,9 +44,11 @@ class CountConfig(Config):
     rows: int = Field(7, ge=1, description="how many numbers")
     shard_rows: int = Field(2, ge=1, description="numbers per shard")
     seed: int = Field(0, description="where to start")
-    fault: Literal["none", "raise", "input", "die", "die-once", "slow"] = Field("none", description="what goes wrong")
+    fault: Literal["none", "raise", "input", "io", "io-once", "die", "die-once", "slow"] = Field(
+        "none", description="what goes wrong"
+    )
     faulty: int = Field(1, description="the shard where it goes wrong")
-    mark: str = Field("", description="file that tells that it went wrong already")
+    mark: str = Field("", description="file that tells how often it went wrong already, a byte each time")
     inner: Inner = Field(Inner(), description="settings inside settings")
 
 
@@ -73,17 +75,27 @@ def count_shard(spec: CountSpec, number: int) -> dict[str, bytes]:
 
 
 def misbehave(config: CountConfig) -> None:
+    if config.fault == "slow":
+        time.sleep(0.2)
+    is_first = not config.mark or not Path(config.mark).exists()
+    if config.fault in ("none", "slow") or (config.fault.endswith("-once") and not is_first):
+        return
+    if config.mark:
+        with Path(config.mark).open("a") as file:
+            file.write("x")
     if config.fault == "raise":
         raise RuntimeError("this shard never works")
     if config.fault == "input":
         raise InputError("row 3 is no number")
-    if config.fault == "slow":
-        time.sleep(0.2)
-    is_first = not config.mark or not Path(config.mark).exists()
-    if config.fault == "die" or (config.fault == "die-once" and is_first):
-        if config.mark:
-            Path(config.mark).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+    if config.fault in ("io", "io-once"):
+        raise OSError(5, "Input/output error")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def slow_process(number: int) -> int:
+    """Which process computes this."""
+    time.sleep(0.1)
+    return os.getpid()
 
 
 @stage("count", version=1, config=CountConfig, reads={}, writes="numbers", example="smalti count --rows 7")

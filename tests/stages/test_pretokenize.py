@@ -179,7 +179,7 @@ def test_names_a_corrupt_image_and_continues_when_it_is_repaired(codebook: Artif
     bad = folder / "class-1" / "007.png"
     good = bad.read_bytes()
     bad.write_bytes(good[:60] + bytes(len(good) - 60))
-    with pytest.raises(InputError, match=r"shard 2 of 3 failed, the others are kept: image .*class-1/007.png"):
+    with pytest.raises(InputError, match=r"shard 2 of 3 failed, finished shards are kept: image .*class-1/007.png"):
         make(tmp_path, images, codebook)
     bad.write_bytes(good)
     assert make(tmp_path, images, codebook).facts["images"] == 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from models.generators.config import UniformConfig
 from models.sampling.config import SamplingConfig
 from pipeline.artifact import Artifact
-from pipeline.cluster import Outcome, connect
+from pipeline.cluster import Outcomes, Say, connect
 from pipeline.errors import CorruptError, NumericError, UsageError
 from pipeline.runner import Options, make
 from pipeline.stage import Inputs
@@ -119,8 +119,8 @@ class OneIsKilled:
         self.cluster = cluster
         self.killed: list[int] = []
 
-    def map(self, function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Outcome]:
-        for number, outcome in self.cluster.map(function, numbers):
+    def map(self, function: Callable[[int], Any], numbers: Iterable[int], *, folder: Path, say: Say) -> Outcomes:
+        for number, outcome in self.cluster.map(function, numbers, folder=folder, say=say):
             if not self.killed:
                 self.killed = sorted(self.cluster.client.run(os.getpid).values())[:1]
                 os.kill(self.killed[0], signal.SIGKILL)
