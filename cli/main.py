@@ -50,8 +50,9 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+STORES = "Recipes and stores"
+app.command("run", cls=recipes.RunCommand, rich_help_panel=STORES)(recipes.run)
 for command in (
-    recipes.run,
     recipes.plan,
     recipes.schema,
     inspection.status,
@@ -60,7 +61,7 @@ for command in (
     inspection.gc,
     doctor.doctor,
 ):
-    app.command(rich_help_panel="Recipes and stores")(command)
+    app.command(rich_help_panel=STORES)(command)
 for name, declared in stages().items():
     command = sample_command(declared, stages()["decode"]) if name == "sample" else stage_command(declared)
     app.command(name, short_help=inspect.cleandoc(declared.help).split("\n")[0], rich_help_panel="Stages")(command)

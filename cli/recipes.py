@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from cli import options
 from cli.output import guarded, print_json, print_table, readable_bytes, say
 from pipeline.artifact import Artifact
-from pipeline.recipe import Recipe, Step, dump_schema, load_recipe
+from pipeline.config import unknown_key
+from pipeline.errors import UsageError
+from pipeline.recipe import STEP_NAME, Recipe, Step, dump_schema, load_recipe
 from pipeline.runlog import total_seconds
 from pipeline.runner import Made, Planned
 from pipeline.runner import plan as plan_recipe
@@ -20,6 +23,8 @@ from pipeline.store import Store
 from stages import stages
 from stages.foresight import check_recipe
 
+ALL = "all"
+
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe, such as recipes/digits/rar.yaml.")]
 ImagesOption = Annotated[
     Path | None, typer.Option("--images", help="Folder of images, for recipes that read one (with train/ and val/).")
@@ -27,6 +32,27 @@ ImagesOption = Annotated[
 PathOption = Annotated[
     list[str] | None, typer.Option("--path", metavar="NAME=PATH", help="Other external data of the recipe. Repeatable.")
 ]
+
+ForceStepOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--force",
+        metavar="[STEP]",
+        help=f"Make this step again even if it is there; the old artifact is replaced. Repeatable; alone or {ALL}: every step.",
+    ),
+]
+
+
+class RunCommand(TyperCommand):
+    """`--force` without a step means every step: typer knows no option whose value may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        following = [*args[1:], "-"]
+        pairs = [
+            [word, ALL] if word == "--force" and not STEP_NAME.fullmatch(after) else [word]
+            for word, after in zip(args, following, strict=True)
+        ]
+        return super().parse_args(ctx, [word for pair in pairs for word in pair])
 
 
 @guarded
@@ -42,7 +68,7 @@ def run(
     scheduler: options.SchedulerOption = None,
     checkpoint_seconds: options.CheckpointOption = 30.0,
     no_wait: options.NoWaitOption = False,
-    force: options.ForceOption = False,
+    force: ForceStepOption = None,
     dry_run: options.DryRunOption = False,
     quiet: options.QuietOption = False,
     json: options.JsonOption = False,
@@ -51,16 +77,17 @@ def run(
 
     Example: smalti run recipes/digits/rar.yaml --store store
     """
-    values = dict(locals())
+    values = dict(locals()) | {"force": False}
     loaded = _load(recipe, set, path, images)
+    forced = _forced(loaded, force or [])
     if dry_run:
-        _show_plan(loaded, plan_recipe(loaded, Store(store)), json)
+        _show_plan(loaded, plan_recipe(loaded, Store(store), force=forced), json)
         return
     started = time.monotonic()
     say(f"{loaded.name}: {loaded.title}", quiet=quiet)
     with options.running(values) as running:
-        results = list(run_recipe(loaded, Store(store), running))
-    _show_results(loaded, results, time.monotonic() - started, json, quiet)
+        results = {step.name: (step, made) for step, made in run_recipe(loaded, Store(store), running, force=forced)}
+    _show_results(loaded, list(results.values()), time.monotonic() - started, json, quiet)
 
 
 @guarded
@@ -92,6 +119,15 @@ def schema(json: options.JsonOption = False) -> None:
 def _load(recipe: Path, settings: list[str] | None, pairs: list[str] | None, images: Path | None) -> Recipe:
     loaded = load_recipe(recipe, stages(), settings=settings or [], paths=options.parse_paths(pairs, images))
     return check_recipe(loaded)
+
+
+def _forced(recipe: Recipe, words: list[str]) -> list[str]:
+    """The steps that --force names."""
+    names = [step.name for step in recipe.steps]
+    for word in words:
+        if word not in (ALL, *names):
+            raise UsageError(unknown_key(word, f"--force of {recipe.name}", [*names, ALL]))
+    return names if ALL in words else words
 
 
 def _show_plan(recipe: Recipe, planned: list[Planned], as_json: bool) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline import durable
-from pipeline.errors import CorruptError
+from pipeline.errors import CorruptError, NewerFormat, StorageError
 from pipeline.keys import canonical_bytes, sha256
 from smalti.arrays import MappedArray
 from smalti.limits import parse_json, read_json
@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
 LOG = "log"
 FIGURE = "figure.txt"
+REPAIR = "restore it, or make it again: `smalti run RECIPE --force STEP`, or its own command with --force"
 MANIFEST_BYTES = 256 * 2**20  # far above a manifest of a million files; refuse to parse more
 FIELDS = {
     "stage": str,
@@ -179,7 +180,7 @@ def read_manifest(path: Path) -> Artifact:
         raise CorruptError(
             f"the manifest of {path} does not have the digest that {DIGEST} names",
             path=path / MANIFEST,
-            hint="restore it or make the artifact again with --force",
+            hint=REPAIR,
         )
     manifest = parse_json(raw, path / MANIFEST)
     _check_format(manifest, path)
@@ -190,7 +191,7 @@ def read_manifest(path: Path) -> Artifact:
 def _check_format(manifest: Any, path: Path) -> None:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if isinstance(found, int) and found > FORMAT:
-        raise CorruptError(
+        raise NewerFormat(
             f"{path} has artifact format {found} and needs a newer version of smalti: this one knows formats up to {FORMAT}",
             path=path,
             hint="upgrade smalti; nothing was altered",
@@ -258,16 +259,17 @@ def _check_size(root: Path, entry: FileEntry) -> None:
     try:
         status = (root / entry.path).lstat()
     except OSError as error:
+        _check_absent(error, root / entry.path)
         raise CorruptError(
             f"{root} lacks the file {entry.path} that its manifest lists",
             path=root / entry.path,
-            hint="restore it or make the artifact again with --force",
+            hint=REPAIR,
         ) from error
     if not stat.S_ISREG(status.st_mode) or status.st_size != entry.size:
         raise CorruptError(
             f"{root / entry.path} has {status.st_size} bytes, but its manifest says {entry.size}",
             path=root / entry.path,
-            hint="restore it or make the artifact again with --force",
+            hint=REPAIR,
         )
 
 
@@ -277,7 +279,7 @@ def _check_hash(root: Path, entry: FileEntry) -> None:
         raise CorruptError(
             f"{root / entry.path} does not have the SHA-256 that its manifest lists",
             path=root / entry.path,
-            hint="restore it or make the artifact again with --force",
+            hint=REPAIR,
         )
 
 
@@ -287,6 +289,11 @@ def _read_small(path: Path) -> bytes:
             raise CorruptError(f"{path} is larger than any manifest", path=path)
         return path.read_bytes()
     except OSError as error:
-        raise CorruptError(
-            f"{path.parent} is no artifact: {path.name} cannot be read ({error.strerror})", path=path
-        ) from error
+        _check_absent(error, path)
+        raise CorruptError(f"{path.parent} is no artifact: it has no {path.name}", path=path) from error
+
+
+def _check_absent(error: OSError, path: Path) -> None:
+    """StorageError unless the file is not there: what a disk fails to read is not known to be damaged."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        raise StorageError(f"{path} cannot be read: {error.strerror or error}", path=path) from error

@@ -10,12 +10,17 @@ __all__ = [
     "CorruptError",
     "InputError",
     "MemoryExhausted",
+    "NewerFormat",
     "NumericError",
     "SmaltiError",
     "StorageError",
     "UsageError",
     "WorkerError",
 ]
+
+
+class NewerFormat(CorruptError):
+    """An artifact that a later version of smalti made: whole, but not for this one to read (exit code 4)."""
 
 
 class NumericError(SmaltiError):

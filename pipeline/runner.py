@@ -7,7 +7,7 @@ consulted: no times, no logs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ from pipeline import durable, ranks
 from pipeline.artifact import LOG, Artifact, check_data
 from pipeline.cluster import Cluster, InProcess
 from pipeline.draft import Draft, Request
-from pipeline.errors import InputError, SmaltiError
+from pipeline.errors import CorruptError, InputError, SmaltiError
 from pipeline.keys import artifact_key, canonical_bytes, config_value
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, Step
@@ -28,7 +28,7 @@ from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, Stage, check_kinds
 from pipeline.store import Store
 
-State = Literal["done", "run", "missing", "waits"]
+State = Literal["done", "run", "damaged", "missing", "waits"]
 
 
 @dataclass(frozen=True)
@@ -75,23 +75,58 @@ class Made:
     reused: bool
 
 
-def plan(recipe: Recipe, store: Store) -> list[Planned]:
-    """For each step in running order: done, or why it will run, or what it lacks. Opens artifacts, computes nothing."""
+class DamagedInput(CorruptError):
+    """The data of an input is damaged, as was seen before the step that reads it began (exit code 4)."""
+
+    def __init__(self, artifact: Artifact, damage: CorruptError):
+        super().__init__(damage.message, path=damage.path, hint=damage.hint)
+        self.artifact = artifact
+
+
+def plan(recipe: Recipe, store: Store, *, force: Collection[str] = ()) -> list[Planned]:
+    """For each step in running order: done, or why it will run, or what it lacks. Opens artifacts, computes nothing.
+
+    force: names of steps that would be made again.
+    """
     planned: dict[str, Planned] = {}
     for step in recipe.steps:
-        planned[step.name] = _plan_step(recipe, step, planned, store)
+        planned[step.name] = _plan_step(recipe, step, planned, store, is_forced=step.name in force)
     return list(planned.values())
 
 
-def run(recipe: Recipe, store: Store, options: Options) -> Iterator[tuple[Step, Made]]:
-    """Run what is not done, step by step, and point the recipe's refs to the results."""
-    made: dict[str, Artifact] = {}
+def run(recipe: Recipe, store: Store, options: Options, *, force: Collection[str] = ()) -> Iterator[tuple[Step, Made]]:
+    """Run what is not done, step by step, and point the recipe's refs to the results.
+
+    force: names of steps to make again.  A damaged artifact is moved aside and made again; if that shows only when a later
+    step reads its data, what was made again is yielded once more.
+    """
     for step in recipe.steps:
         if step.missing:  # said before the first step is computed, not hours later
             raise InputError(missing_sentence(step))
+    left = {step.name for step in recipe.steps if options.force or step.name in force}
+    told: set[str] = set()
+    mended: set[Path] = set()
+    while True:
+        try:
+            for step, result in _run_steps(recipe, store, options, left):
+                left.discard(step.name)
+                if step.name not in told or not result.reused:
+                    told.add(step.name)
+                    yield step, result
+            return
+        except DamagedInput as damage:
+            if damage.artifact.path in mended:
+                raise
+            mended.add(damage.artifact.path)
+            store.set_aside(damage.artifact, options.progress.say)
+
+
+def _run_steps(recipe: Recipe, store: Store, options: Options, force: set[str]) -> Iterator[tuple[Step, Made]]:
+    made: dict[str, Artifact] = {}
     for step in recipe.steps:
         inputs = Inputs({name: _pick(value, made) for name, value in step.inputs.items()})
-        result = make(store, step.stage, step.config, inputs, step.paths, replace(options, title=step.name))
+        own = replace(options, title=step.name, force=step.name in force)
+        result = make(store, step.stage, step.config, inputs, step.paths, own)
         if ranks.is_first():
             store.set_ref(f"{recipe.name}/{step.name}", result.artifact)
         made[step.name] = result.artifact
@@ -116,7 +151,7 @@ def make(
     job = _Job(store, declared, config, inputs, paths, options, request)
     if not ranks.is_first():
         return job.follow()
-    with store.draft(request, wait=options.wait, again=options.force) as draft:
+    with store.draft(request, wait=options.wait, again=options.force, say=options.progress.say) as draft:
         if draft is None:
             return Made(store.open(request.stage, request.key), reused=True)
         job.work(draft)
@@ -138,7 +173,7 @@ class _Job:
     def work(self, draft: Draft) -> None:
         """Check the inputs' data, run the stage into the draft, and commit it."""
         for artifact in self.inputs.flat():
-            check_data(artifact)
+            _check_input(artifact)
         runtime = self._runtime(draft, self.options.progress)
         runtime.progress.say(_heading(draft, self.options.title))
         log, options = draft.log / "run.json", self.options
@@ -203,7 +238,14 @@ def _heading(draft: Draft, title: str) -> str:
     return f"{f'{title} ({stage})' if title else stage}{again}"
 
 
-def _plan_step(recipe: Recipe, step: Step, planned: Mapping[str, Planned], store: Store) -> Planned:
+def _check_input(artifact: Artifact) -> None:
+    try:
+        check_data(artifact)
+    except CorruptError as error:
+        raise DamagedInput(artifact, error) from error
+
+
+def _plan_step(recipe: Recipe, step: Step, planned: Mapping[str, Planned], store: Store, *, is_forced: bool) -> Planned:
     if step.missing:
         return Planned(step, None, "missing", missing_sentence(step))
     parents = {name: _pick(value, planned) for name, value in step.inputs.items()}
@@ -216,8 +258,13 @@ def _plan_step(recipe: Recipe, step: Step, planned: Mapping[str, Planned], store
         return Planned(step, None, "missing", str(error))
     keys: dict[str, Any] = {name: _map(value, lambda parent: parent.key) for name, value in parents.items()}
     key = artifact_key(step.stage.name, step.stage.version, config_value(step.config), keys, externals)
+    damage = store.damage(step.stage.name, key)
+    if damage is not None:
+        return Planned(step, key, "damaged", f"{damage.message}; it will be moved aside and made again")
     if not store.has(step.stage.name, key):
         return Planned(step, key, "run", _reason(recipe, step, key, keys, externals, store))
+    if is_forced:
+        return Planned(step, key, "run", "is forced")
     artifact = store.open(step.stage.name, key)
     absent = [parent.step.name for value in parents.values() for parent in _flat(value) if parent.artifact is None]
     if absent:

@@ -3,6 +3,7 @@
 <store>/<stage>/<key>/              a finished artifact
 <store>/<stage>/.<key>.partial/     its draft while it is made, or after an interruption
 <store>/<stage>/.<key>.replaced/    the former artifact while --force swaps it for a new one
+<store>/<stage>/.<key>.damaged-N/   an artifact that was found damaged, kept for whoever wants to look at it
 <store>/<stage>/<key>.lock          held with flock while it is made (the kernel frees it when the holder dies)
 <store>/refs/<recipe>/<step>        a small file that names "<stage>/<key>"
 <store>/external/<content id>       where external data (an image folder, a weight file) was last seen
@@ -12,17 +13,22 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path, PurePosixPath
 
 from pipeline import durable
-from pipeline.artifact import MANIFEST, Artifact, open_artifact, read_manifest
+from pipeline.artifact import LOG, MANIFEST, Artifact, check_data, open_artifact, read_manifest
 from pipeline.draft import REPLACED, Draft, Request, finish, is_complete
-from pipeline.errors import Busy, CannotWrite, CorruptError, InputError, UsageError
+from pipeline.errors import Busy, CannotWrite, CorruptError, InputError, NewerFormat, UsageError
 
 REFS = "refs"
+DAMAGED = ".damaged-"
+
+Say = Callable[[str], None]
+"""Tells the person in front of the screen one line."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +86,20 @@ class Store:
         )
 
     @contextmanager
-    def draft(self, request: Request, *, wait: bool = True, again: bool = False) -> Iterator[Draft | None]:
+    def draft(
+        self, request: Request, *, wait: bool = True, again: bool = False, say: Say = lambda text: None
+    ) -> Iterator[Draft | None]:
         """Hold the lock of this key and yield its draft, or None if the artifact was finished meanwhile.
 
-        wait: False raises Busy (exit code 75) where another process holds the lock.  again: make it even if it is
-        there, unless it is another one than before the wait.
+        A damaged artifact in its place is moved aside.  wait: False raises Busy (exit code 75) where another process
+        holds the lock.  again: make it even if it is there, unless it is another one than before the wait.
         """
         final, partial = self.path(request.stage, request.key), self.partial(request.stage, request.key)
         before = _manifest_identity(final)
         with lock(final.with_name(f"{request.key}.lock"), wait=wait):
+            damage = self.damage(request.stage, request.key)
+            if damage is not None:
+                self._move_aside(final, damage, say)
             if is_complete(partial, request):
                 finish(partial, final)
             is_new = _manifest_identity(final) != before
@@ -98,10 +109,45 @@ class Store:
                 yield Draft.open(partial, request)
 
     def is_current(self, request: Request) -> bool:
-        """True if the artifact is there and was made from exactly these inputs; a damaged one raises CorruptError."""
-        if not self.has(request.stage, request.key):
+        """True if the artifact is there, opens, and was made from exactly these inputs."""
+        try:
+            return self.has(request.stage, request.key) and request.is_made_from(
+                self.open(request.stage, request.key).inputs
+            )
+        except NewerFormat:
+            raise
+        except CorruptError:
             return False
-        return request.is_made_from(self.open(request.stage, request.key).inputs)
+
+    def damage(self, stage: str, key: str) -> CorruptError | None:
+        """Why the artifact does not open; None if it does, or is not there. One of a newer format raises NewerFormat."""
+        if not self.path(stage, key).exists():
+            return None
+        try:
+            self.open(stage, key)
+        except NewerFormat:
+            raise
+        except CorruptError as error:
+            return error
+        return None
+
+    def set_aside(self, artifact: Artifact, say: Say) -> None:
+        """Move an artifact aside whose data is damaged; one that somebody made again meanwhile stays."""
+        with lock(artifact.path.with_name(f"{artifact.key}.lock"), wait=True):
+            try:
+                check_data(self.open(artifact.stage, artifact.key))
+            except CorruptError as error:
+                self._move_aside(artifact.path, error, say)
+
+    def _move_aside(self, path: Path, damage: CorruptError, say: Say) -> None:
+        if not path.exists():
+            return
+        places = (path.with_name(f".{path.name}{DAMAGED}{number}") for number in count(1))
+        aside = next(place for place in places if not place.exists())
+        durable.move(path, aside)
+        if aside.is_dir():
+            durable.write_file(aside / LOG / "damage.txt", f"{damage.message}\n".encode())
+        say(f"  damaged: {damage.message}; it was moved to {aside}, and is made again")
 
     def set_ref(self, name: str, artifact: Artifact) -> None:
         """Point a ref to an artifact; one that points there already is left alone (a finished store may be read-only)."""

@@ -33,8 +33,8 @@ def smalti(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for module in (recipes, sources):
         monkeypatch.setattr(module, "stages", lambda: STAGES)
     app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command("run", cls=recipes.RunCommand)(recipes.run)
     for command in (
-        recipes.run,
         recipes.plan,
         recipes.schema,
         inspection.status,
@@ -216,6 +216,39 @@ def test_damage_is_4_names_the_file_and_status_still_lists(smalti: Any, tmp_path
     assert sorted(row["kind"] for row in rows) == ["damaged", "numbers"]
 
 
+def test_plan_and_run_go_on_past_a_damaged_artifact(smalti: Any, tmp_path: Path) -> None:
+    smalti("run recipes/tiny.yaml")
+    (path,) = tmp_path.glob("store/count/*/manifest.json")
+    path.unlink()
+    steps = one_object(smalti("plan recipes/tiny.yaml --json"))["steps"]
+    assert [step["state"] for step in steps] == ["damaged", "run"]
+    assert "has no manifest.json" in steps[0]["reason"]
+    result = smalti("run recipes/tiny.yaml")
+    assert [line.split("\t")[:2] for line in result.stdout.splitlines()[1:]] == [["numbers", "made"], ["sum", "done"]]
+    assert "it was moved to" in result.stderr
+    (aside,) = tmp_path.glob("store/count/.*.damaged-1")
+    assert (aside / "numbers" / "zarr.json").exists()
+    assert "nothing to do" in smalti("run recipes/tiny.yaml").stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "states"),
+    [
+        ("--force", ["run", "run"]),
+        ("--force all", ["run", "run"]),
+        ("--force sum", ["done", "run"]),
+        ("--force sum --force numbers", ["run", "run"]),
+        ("--quiet", ["done", "done"]),
+    ],
+)
+def test_force_makes_the_named_steps_again_and_a_dry_run_lists_them(smalti: Any, words: str, states: list[str]) -> None:
+    smalti("run recipes/tiny.yaml")
+    for line in (f"run recipes/tiny.yaml {words} --dry-run --json", f"run {words} recipes/tiny.yaml --dry-run --json"):
+        assert [step["state"] for step in one_object(smalti(line))["steps"]] == states
+    made = [step["state"] for step in one_object(smalti(f"run recipes/tiny.yaml {words} --json"))["steps"]]
+    assert made == [{"run": "made"}.get(state, state) for state in states]
+
+
 def test_doctor_finds_what_is_needed(smalti: Any) -> None:
     found = one_object(smalti("doctor --json"))
     assert found["ok"] is True
@@ -231,6 +264,7 @@ NONSENSE = [
     ("plan recipes/tiny.yaml --path weight=x", 2, "did you mean 'weights'?"),
     ("plan recipes/tiny.yaml --path weights", 2, "expected name=PATH"),
     ("run recipes/tiny.yaml --workers 2 --scheduler tcp://x:1", 2, "give one of them"),
+    ("run recipes/tiny.yaml --force nubmers", 2, "did you mean 'numbers'?"),
     ("run recipes/tiny.yaml --device gpu", 2, "expected auto, cpu, cuda"),
     ("run recipes/tiny.yaml --set numbers.fault=raise", 70, "shard 1 of 4 failed"),
     ("run recipes/tiny.yaml --set numbers.fault=input", 3, "row 3 is no number"),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_stages
 from tiny_stages import RECIPE, STAGES, load, recipe_file, run_all
 
-from pipeline.artifact import DIGEST, MANIFEST, manifest_bytes, open_artifact, verify_artifact
+from pipeline.artifact import DIGEST, FORMAT, MANIFEST, manifest_bytes, open_artifact, verify_artifact
 from pipeline.draft import Draft
-from pipeline.errors import Busy, CannotWrite, CorruptError, InputError
+from pipeline.errors import Busy, CannotWrite, CorruptError, InputError, NewerFormat, StorageError
 from pipeline.keys import sha256
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.runner import Options, Planned, differences, make, plan, run
@@ -106,8 +108,11 @@ def test_an_input_that_was_made_again_with_other_bytes_runs_the_step_again(tmp_p
 
 def forge_facts(path: Path, **facts: object) -> None:
     """As if another platform had made it: the same key, other facts."""
-    manifest = json.loads((path / MANIFEST).read_bytes())
-    raw = manifest_bytes({**manifest, "facts": facts})
+    write_manifest(path, {**json.loads((path / MANIFEST).read_bytes()), "facts": facts})
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    raw = manifest_bytes(manifest)
     (path / MANIFEST).write_bytes(raw)
     (path / DIGEST).write_text(sha256(raw))
 
@@ -154,27 +159,87 @@ def test_a_lost_input_is_made_first_and_the_step_is_kept_if_the_bytes_are_the_sa
     assert made(recipe, root) == ["numbers"]
 
 
-def test_damage_is_an_error_and_force_repairs_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", ["numbers/c/1/0", "numbers/zarr.json", "manifest.json", "manifest.sha256"])
+def test_a_damaged_artifact_is_moved_aside_and_made_again(tmp_path: Path, lost: str) -> None:
     recipe, root = load(tmp_path), tmp_path / "store"
-    artifact = run_all(recipe, root)["sum"]
-    (artifact.path / "sum.txt").write_bytes(b"")
-    with pytest.raises(CorruptError, match=r"sum\.txt"):
-        plan(recipe, Store(root))
-    with pytest.raises(CorruptError):
+    artifact = run_all(recipe, root)["numbers"]
+    (artifact.path / lost).unlink()
+    assert states(recipe, root) == {"numbers": "damaged", "sum": "run"}
+    assert lost in planned(recipe, root)["numbers"].reason
+    before = {path for path in artifact.path.rglob("*") if "log" not in path.parts}
+    assert made(recipe, root) == ["numbers"]
+    aside = root / "count" / f".{artifact.key}.damaged-1"
+    assert {aside / path.relative_to(artifact.path) for path in before} < set(aside.rglob("*"))
+    assert lost in (aside / "log" / "damage.txt").read_text()
+    assert run_all(recipe, root)["numbers"].digest == artifact.digest
+    (artifact.path / lost).unlink()
+    assert made(recipe, root) == ["numbers"]
+    assert aside.with_suffix(".damaged-2").is_dir()
+
+
+def test_damaged_data_is_found_by_the_step_that_reads_it_and_made_again(tmp_path: Path) -> None:
+    """The plan opens artifacts and reads no data; both steps stay done, whose input is the same once more."""
+    recipe, root = load(tmp_path), tmp_path / "store"
+    artifact = run_all(recipe, root)["numbers"]
+    flip_a_bit(artifact.path / "numbers/c/1/0")
+    assert states(recipe, root) == {"numbers": "done", "sum": "done"}
+    changed = load(tmp_path, "sum.scale=5.0")
+    told = [(step.name, result.reused) for step, result in run(changed, Store(root), Options())]
+    assert told == [("numbers", True), ("numbers", False), ("sum", False)]
+    assert verify_artifact(artifact.path).digest == artifact.digest
+    assert made(recipe, root) == []
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+
+
+def test_an_artifact_of_a_newer_format_is_left_alone(tmp_path: Path) -> None:
+    recipe, root = load(tmp_path), tmp_path / "store"
+    path = run_all(recipe, root)["numbers"].path
+    write_manifest(path, {**open_artifact(path).manifest, "format": FORMAT + 1})
+    for action in (plan, lambda recipe, store: list(run(recipe, store, Options()))):
+        with pytest.raises(NewerFormat, match="needs a newer version"):
+            action(recipe, Store(root))
+    assert path.is_dir()
+
+
+def test_a_file_that_the_disk_fails_to_read_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, root = load(tmp_path), tmp_path / "store"
+    run_all(recipe, root)
+    read_bytes = Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path.name == MANIFEST:
+            raise OSError(errno.EIO, "Input/output error")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(StorageError, match="Input/output error"):
         run_all(recipe, root)
+
+
+def test_force_names_steps_and_what_depends_on_them_stays_done(tmp_path: Path) -> None:
+    recipe, root = load(tmp_path), tmp_path / "store"
+    run_all(recipe, root)
+    items = {item.step.name: item for item in plan(recipe, Store(root), force=["numbers"])}
+    assert (items["numbers"].state, items["numbers"].reason) == ("run", "is forced")
+    assert items["sum"].reason == "numbers is made first, and may differ from the one used"
+    again = [step.name for step, result in run(recipe, Store(root), Options(), force=["numbers"]) if not result.reused]
+    assert again == ["numbers"]
     assert made(recipe, root, Options(force=True)) == ["numbers", "sum"]
-    assert run_all(recipe, root)["sum"].digest == artifact.digest
 
 
 def test_damaged_input_data_is_found_before_the_first_step(tmp_path: Path) -> None:
-    root = tmp_path / "store"
-    shard = run_all(load(tmp_path), root)["numbers"].path / "numbers/c/1/0"
-    data = bytearray(shard.read_bytes())
-    data[0] ^= 1
-    shard.write_bytes(data)
+    """A stage that runs alone cannot make its input again."""
+    store = Store(tmp_path / "store")
+    numbers = run_all(load(tmp_path), store.root)["numbers"]
+    flip_a_bit(numbers.path / "numbers/c/1/0")
     with pytest.raises(CorruptError, match="c/1/0"):
-        run_all(load(tmp_path, "sum.scale=5.0"), root)
-    assert not list(root.glob("add/.*.partial/sum.txt"))
+        make(store, tiny_stages.add, tiny_stages.AddConfig(scale=5.0), Inputs({"numbers": numbers}), {}, Options())
+    assert not list(store.root.glob("add/.*.partial/sum.txt"))
 
 
 # External data.

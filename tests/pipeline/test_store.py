@@ -272,14 +272,14 @@ def verify_or_none(path: Path) -> Artifact | None:
         return None
 
 
-def test_again_makes_a_damaged_artifact_anew(store: Store) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_a_damaged_artifact_is_made_anew_and_kept(store: Store, again: bool) -> None:
     make(store)
     path = store.path("make", request().key)
     (path / "0.bin").write_bytes(b"damaged")
-    with pytest.raises(CorruptError):
-        make(store)
-    assert make(store, again=True)
+    assert make(store, again=again)
     assert verify_artifact(path)
+    assert (path.with_name(f".{path.name}.damaged-1") / "0.bin").read_bytes() == b"damaged"
 
 
 def test_waiting_for_the_one_who_makes_it_again_is_enough(store: Store) -> None:
