@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from cli import doctor, inspection, recipes
+from cli import doctor, inspection, recipes, settings
 from cli.output import print_error
 from cli.pictures import sample_command
 from cli.single import stage_command
@@ -55,6 +55,7 @@ app.command("run", cls=recipes.RunCommand, rich_help_panel=STORES)(recipes.run)
 for command in (
     recipes.plan,
     recipes.schema,
+    settings.config,
     inspection.status,
     inspection.path,
     inspection.verify,

@@ -43,6 +43,7 @@ CheckpointOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: dotted.key=value. Repeatable.")
 ]
+ConfigOption = Annotated[str | None, typer.Option(help="YAML file of settings, or RECIPE.yaml:step.")]
 
 DEFAULT_STORE = Path("store")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")

@@ -7,6 +7,7 @@ options of their own, all others are reached with --set.
 from __future__ import annotations
 
 import inspect
+import json
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,21 +16,23 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 import yaml
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
-from cli.options import COMMON, SetOption, running
-from cli.output import guarded, print_json, say
+from cli.options import COMMON, ConfigOption, SetOption, running
+from cli.output import guarded, plain_yaml, print_json, say
 from cli.sources import Unmade, bring, find_made
 from pipeline.artifact import Artifact
-from pipeline.config import parse_config
+from pipeline.config import KIND, parse_config
 from pipeline.errors import InputError, UsageError
 from pipeline.recipe import parse_setting, parse_yaml, put_setting
 from pipeline.runner import Made, Options, make, make_request
+from pipeline.settings import REQUIRED, Setting
 from pipeline.stage import Inputs, Read, Stage
 from pipeline.store import Store
+from stages.image_sizes import IMAGES, check_sizes, check_unmade_sizes
 
 SCALARS = (int, float, str, bool)
 AUTO = "auto"
+ALL = "All settings, also those of other kinds: smalti config {}"
 
 Values = dict[str, Any]
 """What typer read, by the names of the parameters."""
@@ -49,7 +52,7 @@ def stage_command(
 
     parameters = [*_inputs(declared), *_externals(declared), *_fields(declared), *more, *_common()]
     command.__name__ = declared.name.replace("-", "_")
-    command.__doc__ = f"{inspect.cleandoc(declared.help)}\n\nExample: {declared.example}"
+    command.__doc__ = f"{inspect.cleandoc(declared.help)}\n\n{ALL.format(declared.name)}\n\nExample: {declared.example}"
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return guarded(command)
@@ -97,6 +100,7 @@ def _settle(
     declared: Stage, settings: Mapping[str, Any], inputs: Inputs, values: Values, say_so: Callable[[str], None]
 ) -> BaseModel:
     """The config, with a number that suits this machine in the place of every `auto`."""
+    check_sizes(declared, settings, inputs)
     settled = _without_autos(declared, settings)
     config = parse_config(declared.config, settled, where=declared.name)
     for name in sorted(settings.keys() - settled.keys()):
@@ -113,12 +117,12 @@ def _without_autos(declared: Stage, settings: Mapping[str, Any]) -> dict[str, An
 def config_values(declared: Stage, values: Values) -> dict[str, Any]:
     """Config as plain values: the file of --config, then the options, then --set."""
     found: dict[str, Any] = _read_config(values["config"], declared) if values["config"] else {}
-    for name, kind, _ in _simple_fields(declared.config):
-        given = values.get(_argument(name))
+    for setting, kind in optional_settings(declared):
+        given = values.get(_argument(setting.name))
         if given is not None:
-            put_setting(found, name.split("."), _parse_value(declared, name, kind, given))
-    for setting in values["set"] or []:
-        keys, value = parse_setting(setting)
+            put_setting(found, setting.name.split("."), _parse_value(declared, setting.name, kind, given))
+    for text in values["set"] or []:
+        keys, value = parse_setting(text)
         put_setting(found, keys, value)
     return found
 
@@ -170,21 +174,31 @@ def _find_inputs(
 def show_plan(
     declared: Stage, settings: Mapping[str, Any], values: Values, paths: dict[str, Path], store: Store
 ) -> None:
-    """What would be done; nothing is written."""
+    """What would be done, and the config that would run, as YAML that --config reads; nothing is written."""
     found: dict[str, Any] = {"stage": declared.name, "key": None, "state": "run"}
     try:
         inputs = Inputs(_find_inputs(declared, values, lambda text, wanted: find_made(text, wanted, store)))
         config = _settle(declared, settings, inputs, values, lambda text: say(text, quiet=values["quiet"]))
         request = make_request(declared, config, inputs, paths)
         state = "done" if store.is_current(request) else "run"
-        found = {"stage": declared.name, "key": request.key, "state": state}
+        found |= {"key": request.key, "state": state, "config": config.model_dump(mode="json")}
         sentence = f"{declared.name}/{request.key}: {'is there already' if state == 'done' else 'would be made'}"
     except Unmade as unmade:
+        if str(unmade) == values.get(IMAGES):
+            check_unmade_sizes(declared, settings, str(unmade))
+        found["config"] = _unsettled(declared, settings)
         sentence = f"{declared.name}: {unmade} would be put into the store, then this would be made"
     if values["json"]:
         print_json(found)
     else:
-        typer.echo(sentence)
+        typer.echo(f"# {sentence}\n{plain_yaml(found['config'])}", nl=False)
+
+
+def _unsettled(declared: Stage, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as plain values, with the words that wait for the inputs as they were given."""
+    config = parse_config(declared.config, _without_autos(declared, settings), where=declared.name)
+    waiting = settings.keys() - _without_autos(declared, settings).keys()
+    return config.model_dump(mode="json") | {name: settings[name] for name in waiting}
 
 
 def _show(made: Made, as_json: bool, quiet: bool) -> None:
@@ -217,32 +231,27 @@ def _externals(declared: Stage) -> list[inspect.Parameter]:
 def _fields(declared: Stage) -> list[inspect.Parameter]:
     taken = {*declared.reads, *declared.externals, *COMMON, "set", "config", "ref"}
     found = []
-    for name, kind, field in _simple_fields(declared.config):
-        if name not in taken:
-            is_text = kind is list or name in declared.proposes
-            text = _field_help(field) + (f"; {AUTO}: what suits this machine" if name in declared.proposes else "")
+    for setting, kind in optional_settings(declared):
+        if setting.name not in taken:
+            name, is_text = setting.name, kind is list or setting.name in declared.proposes
+            text = help_of(setting) + (f"; {AUTO}: what suits this machine" if name in declared.proposes else "")
             found.append(
                 parameter(_argument(name), str | None if is_text else kind | None, text, flag=_switch(name, kind))
             )
     return found
 
 
-def _simple_fields(config: type[BaseModel], place: str = "") -> list[tuple[str, Any, FieldInfo]]:
-    """(dotted name, type, field) of every number, word, switch or list of these, in configs inside the config too."""
-    found: list[tuple[str, Any, FieldInfo]] = []
-    for name, field in config.model_fields.items():
-        kind = _plain_kind(field.annotation)
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found += _simple_fields(kind, f"{place}{name}.")
-        elif kind is not None:
-            found.append((f"{place}{name}", kind, field))
-    return found
+def optional_settings(declared: Stage) -> list[tuple[Setting, Any]]:
+    """(setting, type) of every number, word, switch or list of these: what can be an option, if there is a choice."""
+    settings = [setting for setting in declared.settings() if not (setting.key == KIND and len(setting.choices) == 1)]
+    kinds = [(setting, _plain_kind(setting.field.annotation)) for setting in settings]
+    return [(setting, kind) for setting, kind in kinds if kind is not None]
 
 
 def _common() -> list[inspect.Parameter]:
     own = {
         "set": (SetOption, None),
-        "config": (Annotated[str | None, typer.Option(help="YAML file of settings, or RECIPE.yaml:step.")], None),
+        "config": (ConfigOption, None),
         "ref": (Annotated[str | None, typer.Option(help="Name to give to the result, such as my/codebook.")], None),
     }
     return [
@@ -257,7 +266,7 @@ def parameter(name: str, kind: Any, text: str, *, flag: str) -> inspect.Paramete
 
 
 def _plain_kind(annotation: Any) -> Any:
-    """int, float, str, bool, list (of these) or a config class; None for unions and everything else."""
+    """int, float, str, bool or list (of these); None for configs, unions and everything else."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         kinds = [item for item in parts if item is not type(None)]
@@ -265,22 +274,34 @@ def _plain_kind(annotation: Any) -> Any:
     if origin is Literal:
         return type(parts[0])
     if origin in (tuple, list):
-        return list if parts and parts[0] in SCALARS else None
-    return (
-        annotation
-        if annotation in SCALARS or (isinstance(annotation, type) and issubclass(annotation, BaseModel))
-        else None
-    )
+        return list if parts and _item_kind(parts[0]) in SCALARS else None
+    return annotation if annotation in SCALARS else None
+
+
+def _item_kind(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _argument(name: str) -> str:
     return "field_" + name.replace(".", "__")
 
 
-def _field_help(field: FieldInfo) -> str:
-    default = "" if field.is_required() else f" [default: {field.get_default(call_default_factory=True)}]"
-    choices = f" ({', '.join(map(str, get_args(field.annotation)))})" if get_origin(field.annotation) is Literal else ""
-    return f"{field.description or ''}{choices}{default}"
+def help_of(setting: Setting) -> str:
+    """Meaning, choices and default of a setting, as its option shows them."""
+    choices = f" ({', '.join(map(str, setting.choices))})" if len(setting.choices) > 1 else ""
+    return f"{setting.text}{choices} [{default_of(setting)}]"
+
+
+def default_of(setting: Setting) -> str:
+    """The default in words, or that there is none."""
+    part = f" with {setting.within}" if setting.within else ""
+    if setting.value is REQUIRED:
+        return f"needed{part}"
+    value = ", ".join(map(str, setting.value)) if isinstance(setting.value, list) else json.dumps(setting.value)
+    value = value.strip('"') or "empty"
+    if setting.is_for_digits:
+        return f"default for the digits: {value}; needed for other images"
+    return f"default{part}: {value}"
 
 
 def _variable(name: str) -> str:

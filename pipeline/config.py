@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
-from typing import Any, TypeVar, get_args
+import types
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from pipeline.errors import UsageError
 
@@ -18,6 +20,8 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
+KIND = "kind"
+Parts = tuple[type[BaseModel], ...]
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -33,7 +37,17 @@ def parse_config(model: type[ModelT], values: Mapping[str, Any], *, where: str) 
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        raise UsageError(explain(error, model, where)) from error
+        raise UsageError(explain(error.errors(include_url=False)[0], model, where)) from error
+
+
+def check_names(model: type[BaseModel], values: Mapping[str, Any], *, where: str) -> None:
+    """UsageError where `values` hold what the config does not take; what is needed may be left out."""
+    try:
+        model.model_validate_json(json.dumps(merge(defaults(model, values), values)))
+    except ValidationError as error:
+        wrong = [item for item in error.errors(include_url=False) if item["type"] != "missing"]
+        if wrong:
+            raise UsageError(explain(wrong[0], model, where)) from error
 
 
 def defaults(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,10 +58,24 @@ def defaults(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any
     fields = {name: field for name, field in model.model_fields.items() if not field.is_required()}
     found = {name: _plain(field.get_default(call_default_factory=True)) for name, field in fields.items()}
     for name, field in fields.items():
-        asked, part = values.get(name), _optional_part(field.annotation)
-        if found[name] is None and part is not None and isinstance(asked, Mapping):
-            found[name] = defaults(part, asked)
+        asked, parts = values.get(name), parts_of(field.annotation)
+        if found[name] is None and len(parts) == 1 and isinstance(asked, Mapping):
+            found[name] = defaults(parts[0], asked)
     return found
+
+
+def parts_of(annotation: Any) -> Parts:
+    """The configs that a field of this annotation may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return (annotation,)
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return tuple(part for item in get_args(annotation) for part in parts_of(item))
+    return ()
+
+
+def kinds_of(part: type[BaseModel]) -> tuple[str, ...]:
+    """The words by which a mapping says that it is this config."""
+    return get_args(part.model_fields[KIND].annotation) if KIND in part.model_fields else ()
 
 
 def merge(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,10 +91,11 @@ def merge(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
-    """The first complaint of pydantic as one sentence of ours."""
-    complaint = error.errors(include_url=False)[0]
-    place = ".".join([where, *(str(part) for part in complaint["loc"])])
+def explain(complaint: ErrorDetails, model: type[BaseModel], where: str) -> str:
+    """A complaint of pydantic as one sentence of ours."""
+    place = ".".join([where, *setting_name(complaint["loc"], model)])
+    if complaint["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        return _wrong_kind(complaint["ctx"], f"{place}.{KIND}")
     if complaint["type"] == "extra_forbidden":
         return unknown_key(str(complaint["loc"][-1]), place.rpartition(".")[0], known_fields(model))
     if complaint["type"] == "missing":
@@ -75,6 +104,30 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     message = complaint["msg"].removeprefix("Value error, ")
     of_one_value = "" if isinstance(found, Mapping) else f" (found {json.dumps(found, default=str)[:80]})"
     return f"{place}: {message[0].lower()}{message[1:]}{of_one_value}"
+
+
+def setting_name(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:
+    """Where pydantic found something, as the words of a setting's name: without the kinds that it passed through."""
+    words: list[str] = []
+    parts: Parts = (model,)
+    for item in location:
+        known = [part.model_fields[item] for part in parts if isinstance(item, str) and item in part.model_fields]
+        if not known and len(parts) > 1 and any(item in kinds_of(part) for part in parts):
+            parts = tuple(part for part in parts if item in kinds_of(part))
+            continue
+        words.append(str(item))
+        parts = parts_of(known[0].annotation) if known else ()
+    return words
+
+
+def _wrong_kind(context: Mapping[str, Any], place: str) -> str:
+    """The sentence for a part of several kinds that names none of them."""
+    if "tag" not in context:
+        return f"{place} is missing"
+    known = [kind.strip("'") for kind in context["expected_tags"].split(", ")]
+    nearest = difflib.get_close_matches(context["tag"], known, n=1, cutoff=0.5)
+    advice = f"did you mean {nearest[0]!r}?" if nearest else f"known are: {', '.join(known)}"
+    return f"{place} {context['tag']!r} is unknown: {advice}"
 
 
 def unknown_key(key: str, where: str, known: list[str]) -> str:
@@ -91,11 +144,7 @@ def known_fields(model: type[BaseModel]) -> list[str]:
     return sorted({name for part in parts for name in part.get("properties", {})})
 
 
-def _optional_part(annotation: Any) -> type[BaseModel] | None:
-    """The config that an annotation `config | None` names, if it is one."""
-    named = [kind for kind in get_args(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-    return named[0] if len(named) == 1 else None
-
-
 def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return list(value) if isinstance(value, tuple) else value

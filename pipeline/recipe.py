@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from pydantic import BaseModel, Field
 
 from pipeline.config import Config, parse_config, unknown_key
 from pipeline.errors import InputError, UsageError
+from pipeline.settings import schema_of
 from pipeline.stage import Stage
 
 RECIPES = "recipes"
@@ -93,6 +94,7 @@ class Step:
     """One step, validated: its stage's declaration, its config, where its inputs come from, its external paths.
 
     paths: external name -> path, or None where the recipe's variable was not given.  missing: these variables' names.
+    given: the settings as they are written, without defaults.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Step:
     inputs: dict[str, str | list[str]]
     paths: dict[str, Path]
     missing: tuple[str, ...]
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     def parents(self) -> list[str]:
         return [name for value in self.inputs.values() for name in (value if isinstance(value, list) else [value])]
@@ -151,9 +154,7 @@ def recipe_schema(stages: Mapping[str, Stage]) -> dict[str, Any]:
     step = schema["$defs"].pop("StepText")
     variants = []
     for name, declared in sorted(stages.items()):
-        config = _as_changes(declared.config.model_json_schema())
-        schema["$defs"].update(config.pop("$defs", {}))
-        schema["$defs"][f"{name}-config"] = config
+        schema["$defs"][f"{name}-config"] = _config_schema(declared, schema["$defs"])
         properties = {
             **step["properties"],
             "stage": {"const": name, "description": declared.help.strip().split("\n")[0]},
@@ -168,19 +169,16 @@ def recipe_schema(stages: Mapping[str, Stage]) -> dict[str, Any]:
     return schema
 
 
-def _as_changes(schema: Any) -> Any:
-    """The schema of changes to a config: nothing in it is required, and a mapping without `kind` may be of any kind."""
-    if isinstance(schema, list):
-        return [_as_changes(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    kept = {name: item for name, item in schema.items() if name != "required" and not _is_tag(item)}
-    return {("anyOf" if name == "oneOf" else name): _as_changes(item) for name, item in kept.items()}
-
-
-def _is_tag(item: Any) -> bool:
-    """Whether a value under "discriminator" says which property tells the kinds apart (a property may have that name)."""
-    return isinstance(item, dict) and "propertyName" in item
+def _config_schema(declared: Stage, definitions: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a stage's settings; what suits the digits alone is no default for other images."""
+    schema = schema_of(declared.config, {}, definitions)
+    for name in declared.digits_defaults:
+        part, _, key = name.partition(".")
+        found = schema["properties"][part]["anyOf"][0]["properties"][key]
+        found["description"] = (
+            f"{found['description']} ({found.pop('default')} for the digits, needed for other images)"
+        )
+    return schema
 
 
 def _inputs_schema(declared: Stage) -> dict[str, Any]:
@@ -255,7 +253,7 @@ def _step(
     _check_inputs(declared, text, recipe, place)
     config = parse_config(declared.config, text.config, where=f"{place}.config")
     paths, missing = _fill_paths(declared, config, text, variables, place)
-    return Step(name, declared, config, dict(text.inputs), paths, missing)
+    return Step(name, declared, config, dict(text.inputs), paths, missing, text.config)
 
 
 def _check_inputs(declared: Stage, text: StepText, recipe: RecipeText, place: str) -> None:

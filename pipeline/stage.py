@@ -10,16 +10,18 @@ imports no torch: its functions import networks when they run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from pipeline.artifact import Artifact
+from pipeline.config import defaults
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError
 from pipeline.runtime import Runtime
+from pipeline.settings import REQUIRED, Setting, settings_of, value_at
 
 Paths = Mapping[str, Path]
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -112,6 +114,18 @@ class Stage:
     """Under torchrun, every process takes part in the work; of other stages the first one does it all."""
     proposes: Mapping[str, Propose] = field(default_factory=dict)
     """Config fields that may be `auto` on the command line. What is proposed goes into the key like any other number."""
+    digits_defaults: tuple[str, ...] = ()
+    """Dotted settings whose default suits the embedded digits alone: other images need them to be given."""
+
+    def settings(self, given: Mapping[str, Any] | None = None) -> list[Setting]:
+        """Every setting when `given` is asked for (see `pipeline.settings`)."""
+        standard = {name: value_at(defaults(self.config, {}), name) for name in self.digits_defaults}
+
+        def is_for_digits(setting: Setting) -> bool:
+            is_given = value_at(given or {}, setting.name) is not REQUIRED
+            return setting.name in standard and not is_given and setting.value == standard[setting.name]
+
+        return [replace(setting, is_for_digits=is_for_digits(setting)) for setting in settings_of(self.config, given)]
 
     def kind(self, config: Any) -> str:
         """The kind of artifact that it writes; with most stages it is always the same."""
@@ -130,6 +144,7 @@ def stage(
     check: Callable[[Any, Mapping[str, Any]], None] | None = None,
     trains: bool = False,
     proposes: Mapping[str, Propose] | None = None,
+    digits_defaults: tuple[str, ...] = (),
 ) -> Callable[[Callable[[ConfigT, Inputs, Draft, Runtime], None]], Stage]:
     """Declare a stage. Its help is the function's docstring; raise `version` when the same config gives other bytes."""
 
@@ -148,6 +163,7 @@ def stage(
             check,
             trains,
             proposes or {},
+            digits_defaults,
         )
 
     return declare

@@ -99,6 +99,7 @@ class ExtractSpec:
             needed=lambda config: False,
         )
     },
+    digits_defaults=("encoder.image_size",),
 )
 def extract_features(config: ExtractConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Turn every image into a grid of features.

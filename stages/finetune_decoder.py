@@ -46,6 +46,7 @@ def check_inputs(config: FinetuneDecoderConfig, inputs: Mapping[str, Any]) -> No
     check=check_inputs,
     example="smalti finetune-decoder --images digits/rar/train-images --tokenizer digits/rar/tokenizer --training.steps 200",
     externals=WEIGHTS,
+    digits_defaults=("views.size",),
 )
 def finetune_decoder(config: FinetuneDecoderConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Train the decoder of a tokenizer further, with its encoder and its codebook frozen.

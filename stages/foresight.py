@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.errors import UsageError
 from pipeline.recipe import Recipe, Step
+from stages.image_sizes import check_step_sizes
 
 DIGITS = 10
 
@@ -32,6 +33,7 @@ WORDS = {
 
 def check_recipe(recipe: Recipe) -> Recipe:
     """The recipe; UsageError (exit code 2) where two steps cannot fit together."""
+    check_step_sizes(recipe)
     facts: dict[str, Facts] = {}
     for step in recipe.steps:
         inputs = {

@@ -57,6 +57,7 @@ class TrainClassifierConfig(Config):
     writes="classifier",
     trains=True,
     example="smalti train-classifier --images digits/rar/train-images --held-out digits/rar/held-out-images --training.seed 1",
+    digits_defaults=("views.size",),
 )
 def train_classifier(config: TrainClassifierConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Train a classifier of labelled images, whose features then serve to score generated ones.

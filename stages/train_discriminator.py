@@ -51,6 +51,7 @@ def check_views(config: TrainDiscriminatorConfig, inputs: Mapping[str, Any]) -> 
     trains=True,
     check=check_views,
     example="smalti train-discriminator --images digits/rar/train-images --tokenizer digits/rar/tokenizer --training.steps 200",
+    digits_defaults=("views.size",),
 )
 def train_discriminator(config: TrainDiscriminatorConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Train a discriminator that tells the reconstructions of a frozen tokenizer from images.

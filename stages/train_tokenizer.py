@@ -55,6 +55,7 @@ class TrainTokenizerConfig(TokenizerLearning):
     check=check_start,
     example="smalti train-tokenizer --images digits/rar/train-images --held-out digits/rar/held-out-images --training.steps 800",
     externals=WEIGHTS,
+    digits_defaults=("views.size",),
 )
 def train_tokenizer(config: TrainTokenizerConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Train a tokenizer that turns images into codes and back.

@@ -9,7 +9,7 @@ import typer
 
 import cli.main
 from cli.options import COMMON
-from cli.single import _simple_fields
+from cli.single import optional_settings
 from stages import stages
 
 APP = typer.main.get_command(cli.main.app)
@@ -23,6 +23,7 @@ OTHERS = {
     "run": {"--images", "--path", "--set", *COMMON_FLAGS},
     "plan": {"--images", "--path", "--set", "--store", "--json"},
     "schema": {"--json"},
+    "config": {"--set", "--config", "--json"},
     "path": {"--store", "--json"},
     "status": {"--kind", "--store", "--json"},
     "verify": {"--store", "--json"},
@@ -54,7 +55,7 @@ def test_options_of_recipes_and_stores() -> None:
 
 def test_options_of_stages_are_their_inputs_fields_and_the_common_ones() -> None:
     for name, declared in stages().items():
-        own = [*declared.reads, *declared.externals, *(field for field, _, _ in _simple_fields(declared.config))]
+        own = [*declared.reads, *declared.externals, *(setting.name for setting, _ in optional_settings(declared))]
         assert flags(name) == {f"--{word.replace('_', '-')}" for word in own} | COMMON_FLAGS | {
             "--set",
             "--config",

@@ -65,7 +65,9 @@ def test_merge_alters_nothing() -> None:
         ({"pen": {"widht": 2}}, "unknown key 'widht' in here.pen: did you mean 'width'?"),
         ({"pen": {"width": 1.5}}, "here.pen.width"),
         ({"pen": {"width": "2"}}, "here.pen.width"),
-        ({"shape": {"kind": "square"}}, "here.shape.square.side is missing"),
+        ({"shape": {"kind": "square"}}, "here.shape.side is missing"),
+        ({"shape": {"kind": "sqare"}}, "here.shape.kind 'sqare' is unknown: did you mean 'square'?"),
+        ({"shape": {"kind": "square", "side": "2"}}, "here.shape.side"),
         ({"pen": {"width": float("nan")}}, "here holds a value"),
     ],
 )

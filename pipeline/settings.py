@@ -1,0 +1,217 @@
+"""The settings of a config: every field, with the value that it has where nothing else is said.
+
+Options and help of a command, `smalti config` and the JSON schema of recipes are made here alone. Values are filled in
+exactly as `parse_config` does, so what is shown is what the manifest will hold.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, TypeAdapter
+from pydantic.fields import FieldInfo
+
+from pipeline.config import KIND, Parts, defaults, kinds_of, merge, parts_of
+
+Definitions = dict[str, Any]
+"""Schemas by the names of their config classes, for `$ref`."""
+
+
+class Required:
+    """The value of a setting that has no default."""
+
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED: Final = Required()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a config, or of a config inside it.
+
+    name: dotted.  value: plain JSON, or REQUIRED.  choices: the words that it takes, where there are only some.
+    parts: the configs that it may be; several are told apart by `kind`.  within: the name of the part around it that is
+    absent unless it is asked for: `value` counts as soon as one of its settings is given.  is_for_digits: the value
+    suits the embedded digits, and other images need another one to be given.
+    """
+
+    name: str
+    field: FieldInfo
+    value: Any
+    choices: tuple[Any, ...] = ()
+    parts: Parts = ()
+    within: str = ""
+    is_for_digits: bool = False
+
+    @property
+    def key(self) -> str:
+        """The last word of its name."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def text(self) -> str:
+        """What it means."""
+        return self.field.description or ("which kind" if self.key == KIND else "")
+
+    @property
+    def type(self) -> str:
+        """Type and range in words, such as `integer, at least 1`."""
+        if self.choices:
+            words = "one of " + ", ".join(map(str, self.choices))
+            return f"{words}, or null" if type(None) in get_args(self.field.annotation) else words
+        return "settings" if self.parts else _words(value_schema(self.field))
+
+
+def settings_of(
+    model: type[BaseModel], given: Mapping[str, Any] | None = None, *, place: str = "", within: str = ""
+) -> Iterator[Setting]:
+    """Every setting of a config when `given` is asked for, in the order of the fields, a part before what is in it.
+
+    Of a part with several kinds, the settings are those of the kind that it has; while it is absent, only its kind and
+    what all kinds have in common are given.
+    """
+    given = given or {}
+    values = merge(defaults(model, given), given)
+    for name, field in fields_of(model):
+        value, parts = values.get(name, REQUIRED), parts_of(field.annotation)
+        yield Setting(place + name, field, value, choices_of(field.annotation), parts, within)
+        if not parts:
+            continue
+        inside = {
+            "place": f"{place}{name}.",
+            "within": within if isinstance(value, Mapping) else within or place + name,
+        }
+        part = part_of(parts, value)
+        if part is None:
+            yield from _common(parts, **inside)
+        else:
+            yield from _with_all_kinds(settings_of(part, value if isinstance(value, Mapping) else {}, **inside), parts)
+
+
+def schema_of(model: type[BaseModel], given: Mapping[str, Any], definitions: Definitions) -> dict[str, Any]:
+    """The JSON schema of changes to a config that has the values of `given`: nothing is required, defaults are these values.
+
+    A part that has a kind may be changed without it, or be given anew with it: then it has the defaults of that kind,
+    and its schema is put among the definitions.
+    """
+    values = merge(defaults(model, given), given)
+    properties = {
+        name: _field_schema(field, values.get(name, REQUIRED), definitions) for name, field in fields_of(model)
+    }
+    about = {"description": inspect.cleandoc(model.__doc__)} if model.__doc__ else {}
+    return {"type": "object", **about, "properties": properties, "additionalProperties": False}
+
+
+def value_at(values: Mapping[str, Any], name: str) -> Any:
+    """The value of a dotted name in nested mappings; REQUIRED where it is not there."""
+    found: Any = values
+    for word in name.split("."):
+        if not isinstance(found, Mapping) or word not in found:
+            return REQUIRED
+        found = found[word]
+    return found
+
+
+def fields_of(model: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
+    """The fields of a config, its kind first."""
+    return sorted(model.model_fields.items(), key=lambda item: item[0] != KIND)
+
+
+def part_of(parts: Parts, value: Any) -> type[BaseModel] | None:
+    """Which of the parts a value is; None where it does not say."""
+    if len(parts) == 1:
+        return parts[0]
+    named = value.get(KIND) if isinstance(value, Mapping) else None
+    return next((part for part in parts if named in kinds_of(part)), None)
+
+
+def choices_of(annotation: Any) -> tuple[Any, ...]:
+    """The words that a field takes, where its annotation lists them (and possibly null)."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if get_origin(annotation) in (Union, types.UnionType):
+        items = [item for item in get_args(annotation) if item is not type(None)]
+        return choices_of(items[0]) if len(items) == 1 else ()
+    return ()
+
+
+def value_schema(field: FieldInfo) -> dict[str, Any]:
+    """The JSON schema of a field that holds no config: its type and its range."""
+    annotation: Any = field.annotation
+    for limit in field.metadata:
+        annotation = Annotated[annotation, limit]
+    return TypeAdapter(annotation).json_schema()
+
+
+def _common(parts: Parts, *, place: str, within: str) -> Iterator[Setting]:
+    """The kind of an absent part, and the settings that all kinds have."""
+    shared = set.intersection(*(set(part.model_fields) for part in parts))
+    for setting in _with_all_kinds(settings_of(parts[0], place=place, within=within), parts):
+        if setting.name.removeprefix(place) in shared:
+            yield replace(setting, value=REQUIRED) if setting.key == KIND else setting
+
+
+def _with_all_kinds(settings: Iterator[Setting], parts: Parts) -> Iterator[Setting]:
+    """The settings of a part, whose first one, its kind, may be that of any of the parts."""
+    kinds = tuple(kind for part in parts for kind in kinds_of(part))
+    first = next(settings)
+    yield replace(first, choices=kinds) if first.key == KIND else first
+    yield from settings
+
+
+def _field_schema(field: FieldInfo, value: Any, definitions: Definitions) -> dict[str, Any]:
+    about = {"description": field.description} if field.description else {}
+    default = {} if value is REQUIRED or isinstance(value, Mapping) else {"default": value}
+    parts = parts_of(field.annotation)
+    if not parts:
+        return {**value_schema(field), **default, **about}
+    changed = [_changes(part_of(parts, value), value, definitions)] if isinstance(value, Mapping) else []
+    fresh = [_fresh(part, definitions) for part in parts if KIND in part.model_fields or not changed]
+    others = [TypeAdapter(item).json_schema() for item in get_args(field.annotation) if _is_plain(item)]
+    return {"anyOf": [*changed, *fresh, *others], **default, **about}
+
+
+def _changes(part: type[BaseModel] | None, value: Mapping[str, Any], definitions: Definitions) -> dict[str, Any]:
+    """Changes to a part that leave its kind as it is."""
+    assert part is not None, "a default names its kind"
+    schema = schema_of(part, value, definitions)
+    schema["properties"].pop(KIND, None)
+    return schema
+
+
+def _fresh(part: type[BaseModel], definitions: Definitions) -> dict[str, Any]:
+    """A part given anew, with the defaults of its kind."""
+    name = part.__name__
+    if name not in definitions:
+        schema = schema_of(part, {}, definitions)
+        more = part.model_config.get("json_schema_extra")
+        if callable(more):
+            more(schema)  # type: ignore[call-arg]  # pydantic allows a second argument, ours take one
+        definitions[name] = {**schema, "required": [KIND]} if KIND in part.model_fields else schema
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _is_plain(item: Any) -> bool:
+    return not parts_of(item) and not isinstance(item, FieldInfo)
+
+
+def _words(schema: Mapping[str, Any]) -> str:
+    """A JSON schema of one value in words."""
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_words(item) for item in schema["anyOf"]))
+    if "enum" in schema or "const" in schema:
+        return "one of " + ", ".join(map(str, schema.get("enum", [schema.get("const")])))
+    words = str(schema.get("type", "mapping"))
+    if words == "array":
+        item = schema.get("items") or (schema.get("prefixItems") or [{}])[0]
+        words = f"list of {_words(item)}" if item else "list"
+    limits = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    found = [f"{limits[name]} {schema[name]}" for name in limits if name in schema]
+    found += [f"a multiple of {schema['multipleOf']}"] if "multipleOf" in schema else []
+    return ", ".join([words, *found])
