@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -34,7 +34,10 @@ bench: $(INSTALLED)  ## measure speed and memory as ratios within one run (idle 
 crash: $(INSTALLED)  ## kill every stage at 50 seeded moments and compare with undisturbed runs
 	$(BIN)/python -m pytest -m crash --kills 50 --timeout 3600
 
-clean:  ## remove .venv, caches and the store
-	rm -rf .venv .mypy_cache .ruff_cache .hypothesis *.egg-info $(STORE)
+clean:  ## remove .venv and caches; the store stays
+	rm -rf .venv .mypy_cache .ruff_cache .hypothesis *.egg-info
 
-.PHONY: help install all test check bench crash clean
+clean-store:  ## remove the store with everything that was computed: STORE=store
+	rm -rf $(STORE)
+
+.PHONY: help install all test check bench crash clean clean-store

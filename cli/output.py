@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import ranks
-from pipeline.durable import REFUSALS
+from pipeline.durable import ONLY_WRITING, REFUSALS
 from pipeline.errors import CannotWrite, MemoryExhausted, SmaltiError, StorageError
 from pipeline.runtime import Terminated
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
-INTERRUPTED = "stopped; nothing is lost: the same command continues where this one was"
+INTERRUPTED = "stopped; the same command continues from what this one has saved"
 
 
 def guarded(command: CommandT) -> CommandT:
@@ -110,10 +110,13 @@ def readable_bytes(count: int) -> str:
 
 
 def _translate(error: OSError) -> SmaltiError:
-    where = error.filename or "a file"
-    if error.errno in REFUSALS and error.errno not in (errno.EPERM, errno.EEXIST):
-        return CannotWrite(f"cannot write {where}: {REFUSALS[error.errno]}", path=error.filename)
-    return StorageError(f"{where}: {error.strerror or error}", path=error.filename)
+    """Writing goes through `pipeline.durable`, which words what is refused: what else names a file was reading it."""
+    if error.errno in ONLY_WRITING:
+        return CannotWrite(f"cannot write {error.filename or 'a file'}: {REFUSALS[error.errno]}", path=error.filename)
+    if error.filename is None:
+        return StorageError(str(error.strerror or error))
+    reason = "there is no such file" if error.errno == errno.ENOENT else REFUSALS.get(error.errno or 0, error.strerror)
+    return StorageError(f"{error.filename} cannot be read: {reason}", path=error.filename)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

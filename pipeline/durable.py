@@ -33,6 +33,8 @@ REFUSALS = {
     errno.ENAMETOOLONG: "the name is too long",
 }
 
+ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what no reader is ever told
+
 watch: Callable[[str, Path], None] | None = None
 
 
@@ -115,16 +117,29 @@ def hash_file(path: Path) -> str:
 
 @contextmanager
 def refusals(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write below `path` into `CannotWrite`, and a failing disk into `StorageError`."""
+    """Turn the system's refusal to write `path` into `CannotWrite`, and a failing disk into `StorageError`.
+
+    An error that names a file elsewhere comes from what is read meanwhile, and passes.
+    """
     try:
         yield
     except OSError as error:
+        if not _concerns(error, path):
+            raise
         reason = REFUSALS.get(error.errno or 0)
         if reason is not None:
             raise CannotWrite(
                 f"cannot write {path}: {reason}", path=path, hint="free space or choose another --store"
             ) from error
         raise StorageError(f"writing {path} failed: {error.strerror or error}", path=path) from error
+
+
+def _concerns(error: OSError, path: Path) -> bool:
+    """Whether an error is about `path`, a file in its folder or a folder above it, or names nothing at all."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return True
+    named = Path(error.filename)
+    return path.parent in named.parents or named in (path, *path.parents)
 
 
 def _sync(path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
+
+from pipeline.durable import refusals, write_file
 
 LINE_SECONDS = 10.0
 
@@ -32,10 +36,13 @@ class Progress:
         return cls(None if quiet else sys.stderr)
 
     def into(self, log: Path) -> Progress:
-        """The same output, with metrics appended to `log`/metrics.jsonl."""
-        return Progress(self.stream, log / "metrics.jsonl")
+        """The same output, with metrics appended to `log`/metrics.jsonl, behind its last whole line."""
+        progress = Progress(self.stream, log / "metrics.jsonl")
+        progress.forget_after(math.inf)
+        return progress
 
     def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
         if self._above is not None:
             self._above.print(text, markup=False, highlight=False, soft_wrap=True)
         elif self.stream is not None:
@@ -44,8 +51,17 @@ class Progress:
     def record(self, event: str, **numbers: Any) -> None:
         """Append one JSON line to the log."""
         if self.log is not None:
-            with self.log.open("a") as file:
+            with refusals(self.log), self.log.open("a") as file:
                 file.write(json.dumps({"event": event, "time": round(time.time(), 3), **numbers}) + "\n")
+
+    def forget_after(self, step: float) -> None:
+        """Drop what an interrupted attempt logged after `step`, which comes again, and a line that was not finished."""
+        if self.log is None or not self.log.exists():
+            return
+        lines = self.log.read_bytes().splitlines(keepends=True)
+        kept = list(takewhile(lambda line: _is_until(step, line), lines))
+        if len(kept) < len(lines):
+            write_file(self.log, b"".join(kept))
 
     @contextmanager
     def bar(self, label: str, *, total: int, unit: str) -> Iterator[Bar]:
@@ -131,6 +147,14 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Any) -> Text:
         return Text(f"{task.fields['rate']:.1f} {self.unit}/s")
+
+
+def _is_until(step: float, line: bytes) -> bool:
+    """Whether a line of the log is whole and not about a later step."""
+    try:
+        return line.endswith(b"\n") and json.loads(line).get("step", 0) <= step
+    except ValueError:
+        return False
 
 
 def _columns(unit: str) -> list[ProgressColumn]:

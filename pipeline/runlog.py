@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from contextlib import nullcontext, suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline import durable
+from pipeline.errors import CannotWrite
 
 LIBRARIES = (
     "smalti",
@@ -58,7 +60,8 @@ class Attempt:
     ) -> None:
         self.entry["seconds"] = round(time.time() - self.started, 3)
         self.entry["outcome"] = "done" if kind is None else kind.__name__
-        self._write()
+        with suppress(CannotWrite) if error else nullcontext():  # on a full disk, say what could not be written first
+            self._write()
 
     def _write(self) -> None:
         text = json.dumps({"attempts": [*self.earlier, self.entry]}, indent=1)

@@ -28,6 +28,8 @@ from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, Stage, check_kinds
 from pipeline.store import Store
 
+CHECKED_IN_SILENCE = 2**28  # bytes of inputs that take less than a second
+
 State = Literal["done", "run", "damaged", "missing", "waits"]
 
 
@@ -172,14 +174,21 @@ class _Job:
 
     def work(self, draft: Draft) -> None:
         """Check the inputs' data, run the stage into the draft, and commit it."""
-        for artifact in self.inputs.flat():
-            _check_input(artifact)
         runtime = self._runtime(draft, self.options.progress)
         runtime.progress.say(_heading(draft, self.options.title))
+        self._check_inputs(runtime.progress)
         log, options = draft.log / "run.json", self.options
         with Attempt(log, device=options.device, threads=options.threads, command=options.command):
             self.declared.function(self.config, self.inputs, draft, runtime)
         draft.commit(self.store.path(self.declared.name, draft.request.key))
+
+    def _check_inputs(self, progress: Progress) -> None:
+        inputs = list(self.inputs.flat())
+        size = sum(entry.size for artifact in inputs for entry in artifact.files.values())
+        if size >= CHECKED_IN_SILENCE:
+            progress.say(f"  checking {size / 1e9:.1f} GB of inputs")
+        for artifact in inputs:
+            _check_input(artifact)
 
     def follow(self) -> Made:
         """In another process of a torchrun launch: take part in a training, whose artifact the first process writes."""

@@ -48,11 +48,21 @@ class Runtime:
 
     @contextmanager
     def deferred(self) -> Iterator[Stop]:
-        """Within this block SIGINT, SIGTERM and SIGUSR1 only set the flag: a step is finished and saved first."""
+        """Within this block SIGINT, SIGTERM and SIGUSR1 only set the flag: a step is finished and saved first.
+
+        Another SIGINT leaves at once: the draft is whole at every moment, and what was saved last is there.
+        """
         stop = Stop()
 
         def ask(number: int, frame: FrameType | None) -> None:
-            stop.requested = KeyboardInterrupt if number == signal.SIGINT else Terminated
+            is_first, stop.requested = (
+                stop.requested is None,
+                KeyboardInterrupt if number == signal.SIGINT else Terminated,
+            )
+            if is_first:
+                self.progress.say("  finishing the step and saving; press Ctrl-C again to leave at once")
+            elif number == signal.SIGINT:
+                stop.leave()
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         try:

@@ -69,5 +69,5 @@ def finetune_decoder(config: FinetuneDecoderConfig, inputs: Inputs, out: Draft, 
     )
     if outcome.is_first:
         save_weights(out, outcome.task.tokenizer.state_dict(), config_json(model))
-        describe(out, outcome.task, outcome.figures["psnr"], where=where(inputs))
+        describe(out, outcome.task, outcome.figures["psnr"], run, where=where(inputs))
         out.facts |= {CODES_OF: tokenizer_identity(parent)}

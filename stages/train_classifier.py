@@ -66,14 +66,11 @@ def train_classifier(config: TrainClassifierConfig, inputs: Inputs, out: Draft, 
     """
     from stages.training.classifier import ClassifierTask
     from stages.training.engine import train
-    from stages.training.images import TrainingImages
+    from stages.training.images import open_images
 
     for artifact in inputs.flat():
         check_classes(config, artifact)
-    images = TrainingImages(inputs["images"], views=config.views, seed=config.training.seed)
-    judged = images
-    if HELD_OUT in inputs:
-        judged = TrainingImages(inputs[HELD_OUT], views=config.views, seed=config.training.seed)
+    images, judged = open_images(inputs, run, views=config.views, seed=config.training.seed)
     outcome = train(
         lambda device: ClassifierTask(config, images, judged, device),
         config.training,

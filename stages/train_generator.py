@@ -157,6 +157,7 @@ def train_generator(config: TrainGeneratorConfig, inputs: Inputs, out: Draft, ru
     from stages.training.tokens import TrainingTokens
 
     first = inputs.all("tokens")[0]
+    run.progress.say("  reading and checking the codes, building the network")
     tokens = TrainingTokens(inputs.all("tokens"), like=first)
     card = make_card(config, tokens.attributes)
     # Those with a `fit` instead of a loss say so.
@@ -218,6 +219,8 @@ def learn(
     from stages.training.engine import train
     from stages.training.generator import GeneratorTask
 
+    if config.compiles:
+        run.progress.say("  the first step compiles the blocks, which takes a minute")
     outcome = train(
         lambda device: GeneratorTask(config, card, tokens, held_out, device, tokenizer=tokenizer),
         config.training,

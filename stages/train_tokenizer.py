@@ -64,6 +64,7 @@ def train_tokenizer(config: TrainTokenizerConfig, inputs: Inputs, out: Draft, ru
     An interrupted training continues from its last checkpoint.
     """
     from models.tokenizer import Tokenizer
+    from stages.training.engine import warn
     from stages.training.reconstruction import train_with_loss
 
     outcome = train_with_loss(
@@ -77,7 +78,8 @@ def train_tokenizer(config: TrainTokenizerConfig, inputs: Inputs, out: Draft, ru
     )
     if outcome.is_first:
         save_weights(out, outcome.task.tokenizer.state_dict(), config_json(config.model))
-        describe(out, outcome.task, outcome.figures["psnr"], where=where(inputs))
+        describe(out, outcome.task, outcome.figures["psnr"], run, where=where(inputs))
+        warn(run, config.training.steps, outcome.task.final_warning(out.facts["used"]))
 
 
 def where(inputs: Inputs) -> str:
@@ -85,8 +87,9 @@ def where(inputs: Inputs) -> str:
     return HELD_OUT if HELD_OUT in inputs else "training images"
 
 
-def describe(out: Draft, task: TokenizerTask, psnr: float, *, where: str) -> None:
+def describe(out: Draft, task: TokenizerTask, psnr: float, run: Runtime, *, where: str) -> None:
     """What later stages and people need to know of a tokenizer that was trained on images."""
+    run.progress.say(f"  counting the codes in use in {len(task.images):,} images")
     model, size, used = task.tokenizer.config, task.config.views.size, task.used_codes()
     out.facts = {
         "codebook_size": model.codebook_size,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -17,15 +21,29 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors words what the system answered
 
 
 def save_weights(out: Draft, state: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     """Write a network's tensors and its config as the two units "weights" and "config"."""
+    with out.writing("weights", WEIGHTS) as path:
+        write_tensors(path, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    out.put("config", {CONFIG: canonical_bytes(config) + b"\n"})
+
+
+def write_tensors(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Write contiguous CPU tensors as safetensors; OSError, as any other writer raises it, if the system refuses."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with out.writing("weights", WEIGHTS) as path:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
-    out.put("config", {CONFIG: canonical_bytes(config) + b"\n"})
+    try:
+        save_file(dict(state), path)
+    except SafetensorError as error:
+        answer = OS_ERROR.search(str(error))
+        if answer is None:
+            raise
+        number = int(answer[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def load_weights(artifact: Artifact) -> dict[str, torch.Tensor]:

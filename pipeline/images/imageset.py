@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
+from pipeline.durable import write_file
 from pipeline.errors import CorruptError, InputError
 from pipeline.images.decoding import CorruptImage, DecodePolicy, decode, read_file
 from pipeline.images.digits import DigitsSource, draw_digits
@@ -228,8 +229,7 @@ def drop_corrupt(image_set: ImageSet, *, threads: int = 1) -> tuple[Listing, lis
 def remember_root(directory: Path, root: Path) -> None:
     """Note beside the artifact where its images lie on this machine."""
     file = directory / ROOT_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"{root.resolve()}\n", encoding="utf-8")
+    write_file(file, f"{root.resolve()}\n".encode())
 
 
 def recall_root(directory: Path) -> Path | None:

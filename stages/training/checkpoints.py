@@ -15,6 +15,7 @@ from torch import Tensor
 from models.adapters.layout import compare, shapes, table
 from pipeline.draft import SCRATCH, Draft
 from pipeline.errors import CorruptError, NumericError
+from stages.weights import write_tensors
 
 KEEP = 2  # the last ones; an older one helps nobody but costs disk
 PREFIX = "checkpoint-"
@@ -54,15 +55,13 @@ def best_file(out: Draft, step: int) -> Path:
 
 def write_state(out: Draft, unit: str, state: State) -> None:
     """Record a unit of tensors, unless it is there already; a state with NaN or infinity is never written."""
-    from safetensors.torch import save_file
-
     if out.is_done(unit):
         return
     bad = [name for name, tensor in state.items() if not _is_sound(name, tensor)]
     if bad:
         raise NumericError(f"the training state holds NaN or infinity in {bad[0]} and is not saved ({unit})")
     with out.writing(unit, _file(unit)) as path:
-        save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}, path)
+        write_tensors(path, {name: one.detach().to("cpu", copy=True).contiguous() for name, one in state.items()})
 
 
 def read_state(path: Path) -> State:

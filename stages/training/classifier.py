@@ -30,7 +30,7 @@ class ClassifierTask(Task):
         self.config, self.images, self.judged, self.device = config, images, judged, device
         self.network = build(config.model, BUILDERS)
         self.parts = [Part(PART, self.network, config.training.optimizer, config.training.schedule)]
-        self.rows = len(images)
+        self.rows, self.judged_rows = len(images), len(judged)
         self.reads_ahead = not images.is_cached
 
     def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:

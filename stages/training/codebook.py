@@ -30,6 +30,17 @@ def collapse(config: TokenizerConfig, *, dead: float, tokens: int) -> str | None
     return f"{dead:.0%} of the {codes} codes are hardly used: the codebook collapses; {ADVICE[config.quantizer.kind]}"
 
 
+def collapsed(config: TokenizerConfig, *, used: int, tokens: int) -> str | None:
+    """The sentence of a warning, if a trained tokenizer uses far fewer codes than with an even use.
+
+    used: codes that occur among `tokens` ones.
+    """
+    codes = config.codebook_size
+    if used > (1 - COLLAPSE) * codes * -math.expm1(-tokens / codes):
+        return None
+    return f"the tokenizer uses {used} of its {codes} codes: the codebook collapsed; {ADVICE[config.quantizer.kind]}"
+
+
 def dead_below(config: TokenizerConfig) -> float:
     """Less than this share of an even use makes a code dead."""
     quantizer = config.quantizer

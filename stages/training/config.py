@@ -14,6 +14,8 @@ from pipeline.images import Views
 from pipeline.images.views import ShiftViews
 from pipeline.keys import NEUTRAL
 
+GRIDS = 10  # of reconstructions, over a whole training
+
 Rate = Annotated[float, Field(ge=0)]
 
 
@@ -148,6 +150,17 @@ def check_sees(discriminator: DiscriminatorConfig, pixels: int) -> None:
         )
 
 
+class ReconstructionsConfig(Config):
+    """Reconstructions to look at on the way, below their originals, as grids in the log. They leave no trace in the weights."""
+
+    every: int | None = Field(default=None, ge=1, description="steps between two grids; null: a tenth of the steps")
+    images: int = Field(default=20, ge=1, le=100, description="images of a grid, the same ones each time")
+
+    def every_of(self, steps: int) -> int:
+        """Steps between two grids of a training of so many steps."""
+        return self.every or max(1, steps // GRIDS)
+
+
 class TokenizerLearning(ReconstructionTraining):
     """What a training of a tokenizer, or of its decoder, is told besides."""
 
@@ -156,6 +169,11 @@ class TokenizerLearning(ReconstructionTraining):
         default=None,
         json_schema_extra=NEUTRAL,
         description="a discriminator that learns beside the tokenizer, and by how much that minds it; null: none",
+    )
+    reconstructions: ReconstructionsConfig | None = Field(
+        default=ReconstructionsConfig(),
+        json_schema_extra=NEUTRAL,
+        description="grids of reconstructions in log/ on the way; null: none",
     )
 
     @model_validator(mode="after")

@@ -79,16 +79,12 @@ def train(
 
 def _run_steps(trainer: Trainer, config: TrainingConfig, run: Runtime, label: str) -> None:
     task, first = trainer.task, trainer.step
-    metrics = Metrics(
-        run,
-        steps=config.steps,
-        batch=config.batch,
-        images=task.epoch_images or task.rows,
-        first_step=first,
-        has_board=trainer.is_first,
-    )
     saved, shown = time.monotonic(), dict[str, float]()
-    with run.deferred() as stop, run.progress.bar(label, total=config.steps * config.batch, unit=task.unit) as bar:
+    with (
+        _open_metrics(trainer, config, run) as metrics,
+        run.deferred() as stop,
+        run.progress.bar(label, total=config.steps * config.batch, unit=task.unit) as bar,
+    ):
         bar.skip(first * config.batch)
         for batch in read_batches(task, config, trainer.replicas, first):
             step = trainer.step
@@ -102,7 +98,7 @@ def _run_steps(trainer: Trainer, config: TrainingConfig, run: Runtime, label: st
                 figures = trainer.figures(losses)
                 metrics.write(step, figures)
                 shown = {name: figures[name] for name in task.shown if name in figures}
-                _warn(task, step, figures, run)
+                warn(run, step + 1, task.warning(step, figures))
             if config.evaluate_every and (step + 1) % config.evaluate_every == 0:
                 metrics.record("evaluate", step + 1, trainer.evaluate())
             if task.draws_every and (step + 1) % task.draws_every == 0:
@@ -113,7 +109,19 @@ def _run_steps(trainer: Trainer, config: TrainingConfig, run: Runtime, label: st
             if leaves:
                 stop.requested = stop.requested or Terminated
                 stop.leave()
-    metrics.close()
+    if task.judged_rows:
+        run.progress.say(f"  measuring the result on {task.judged_rows} {task.unit}")
+
+
+def _open_metrics(trainer: Trainer, config: TrainingConfig, run: Runtime) -> Metrics:
+    return Metrics(
+        run,
+        steps=config.steps,
+        batch=config.batch,
+        images=trainer.task.epoch_images or trainer.task.rows,
+        first_step=trainer.step,
+        has_board=trainer.is_first,
+    )
 
 
 class Trainer:
@@ -354,11 +362,11 @@ class Trainer:
             running.part.module.load_state_dict(checkpoints.part_of(state, f"model.{running.part.name}."))
 
 
-def _warn(task: Task, step: int, figures: dict[str, float], run: Runtime) -> None:
-    sentence = task.warning(step, figures)
+def warn(run: Runtime, step: int, sentence: str | None) -> None:
+    """Say and log a task's advice after `step` steps, if it has some."""
     if sentence is not None:
         run.progress.say(f"  warning: {sentence}")
-        run.progress.record("warning", step=step + 1, text=sentence)
+        run.progress.record("warning", step=step, text=sentence)
 
 
 def _silent(run: Runtime) -> Runtime:

@@ -75,6 +75,7 @@ class GeneratorTask(Task):
             compile_blocks(self.network)
         self.draws_every = config.samples.every if config.samples else 0
         self.rows, self.epoch_images = len(tokens), tokens.images
+        self.judged_rows = len(held_out) if held_out else 0
         # Loaded rows are read at once, but their orders take a while to draw, for which no GPU should wait.
         self.reads_ahead = not tokens.are_loaded or device.type == "cuda"
         self._window: tuple[int, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = (-1, [])

@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 
 from pipeline.artifact import Artifact
 from pipeline.images import ImageSet, ViewPolicy
+from pipeline.runtime import Runtime
+from pipeline.stage import Inputs
 from stages.passes import Pass
 from stages.training.draws import stream
+from stages.training.inputs import HELD_OUT
 
 # B rows of a global batch, P rows of this process's share, S pixels per side, N images, V views
 
@@ -45,7 +48,11 @@ class TrainingImages:
         for first in range(0, len(self), rows):
             numbers = np.arange(first, min(first + rows, len(self)))
             padded = np.concatenate([numbers, np.repeat(numbers[-1:], rows - len(numbers))])
-            yield Pass(self._pixels(padded, np.full(rows, self.views.upright)), len(numbers))
+            yield Pass(self.upright(padded), len(numbers))
+
+    def upright(self, rows_P: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The upright view of some images, (P, S, S, 3)."""
+        return self._pixels(rows_P, np.full(len(rows_P), self.views.upright))
 
     def _pixels(self, rows_P: NDArray[np.int64], views_P: NDArray[np.int64]) -> NDArray[np.uint8]:
         if self._views_NVSS3 is not None:
@@ -56,6 +63,17 @@ class TrainingImages:
 
     def _read_all(self) -> NDArray[np.uint8]:
         return self.image_set.all_views(range(len(self)), views=self.views, threads=1)
+
+
+def open_images(inputs: Inputs, run: Runtime, *, views: ViewPolicy, seed: int) -> tuple[TrainingImages, TrainingImages]:
+    """The images to train on, and those to judge by: the held-out ones, if they are given."""
+    artifacts = [inputs["images"], *inputs.all(HELD_OUT)]
+    counts = [f"{artifact.facts['images']:,}" for artifact in artifacts]
+    run.progress.say(
+        f"  reading {' images and '.join(counts)}{' held-out' * (len(counts) - 1)} images, building the networks"
+    )
+    opened = [TrainingImages(artifact, views=views, seed=seed) for artifact in artifacts]
+    return opened[0], opened[-1]
 
 
 def unit_pixels(pixels_PSS3: torch.Tensor) -> torch.Tensor:

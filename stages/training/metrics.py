@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from pipeline.runtime import Runtime
+from stages.training.board import Board
 
 LINES = 200  # log lines of one training, whatever its length
 TENSORBOARD_STEPS = 2000  # shorter trainings are over before anybody opens it
@@ -15,16 +15,14 @@ class Metrics:
     """Says when a step is logged, and where its figures go."""
 
     def __init__(self, run: Runtime, *, steps: int, batch: int, images: int, first_step: int, has_board: bool):
-        """images: of the data, in which epochs are counted."""
+        """Continue the log of the first `first_step` steps.  images: of the data, in which epochs are counted."""
+        run.progress.forget_after(first_step)
         self._run, self._images = run, images
         self._every = max(1, steps // LINES)
         self._steps, self._batch = steps, batch
         self._since, self._at = first_step, time.monotonic()
-        self._board: Any = None
-        if has_board and steps >= TENSORBOARD_STEPS:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run.log / "tensorboard"), purge_step=first_step)
+        has_board = has_board and steps >= TENSORBOARD_STEPS
+        self._board = Board(run.log / "tensorboard", first_step=first_step) if has_board else None
 
     def is_due(self, step: int) -> bool:
         return (step + 1) % self._every == 0 or step + 1 == self._steps
@@ -40,9 +38,11 @@ class Metrics:
     def record(self, event: str, step: int, figures: dict[str, float]) -> None:
         self._run.progress.record(event, step=step, **figures)
         if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(f"{event}/{name}", value, step)
+            self._board.add(event, step, figures)
 
-    def close(self) -> None:
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self._board is not None:
             self._board.close()

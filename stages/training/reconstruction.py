@@ -20,8 +20,8 @@ from stages.networks import read_tokenizer_config
 from stages.perceptual import PERCEPTUAL, find_perceptual, load_lpips
 from stages.training.config import AdversaryConfig, ReconstructionTraining, TokenizerLearning
 from stages.training.engine import Outcome, train
-from stages.training.images import TrainingImages
-from stages.training.inputs import HELD_OUT, given
+from stages.training.images import open_images
+from stages.training.inputs import given
 from stages.training.tokenizer import Learns, Players, TokenizerTask
 from stages.weights import fill, load_weights
 
@@ -65,10 +65,7 @@ def train_players(
     label: str,
 ) -> Outcome[TokenizerTask]:
     """Train what `make` builds on the images of the inputs, judged on the held-out ones, if they are given."""
-    images = TrainingImages(inputs["images"], views=config.views, seed=config.training.seed)
-    judged = images
-    if HELD_OUT in inputs:
-        judged = TrainingImages(inputs[HELD_OUT], views=config.views, seed=config.training.seed)
+    images, judged = open_images(inputs, run, views=config.views, seed=config.training.seed)
     return train(
         lambda device: TokenizerTask(config, make(), images, judged, device, learns=learns, adversarial=adversarial),
         config.training,

@@ -57,6 +57,8 @@ class Task(ABC):
     """Rows of the data; a step's batch is a choice of them."""
     epoch_images: int = 0
     """Images of the data, in which epochs are counted, where they are other than rows."""
+    judged_rows: int = 0
+    """Rows on which `evaluate` measures the result."""
     unit: str = "images"
     reads_ahead: bool = False
     """True if a batch takes time to read (decoding): a thread then reads the next ones meanwhile."""

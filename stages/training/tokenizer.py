@@ -15,8 +15,9 @@ from models.metrics import psnr
 from models.tokenizer import DecoderPass, Reconstructed, Tokenizer, TokenizerPass, to_bytes
 from stages.code_usage import CodeUsage
 from stages.passes import run_passes
-from stages.training.codebook import collapse
-from stages.training.config import AdversaryConfig, ReconstructionTraining
+from stages.training.codebook import collapse, collapsed
+from stages.training.config import AdversaryConfig, ReconstructionTraining, TokenizerLearning
+from stages.training.grids import draw_reconstructions
 from stages.training.images import TrainingImages, unit_pixels
 from stages.training.task import Batch, Losses, Modules, Part, Task
 
@@ -74,7 +75,9 @@ class TokenizerTask(Task):
             self.parts.append(Part(PART, self.seeing, config.training.optimizer, config.training.schedule))
         if self.adversary is not None:
             self.parts.append(_beside(self.adversary, adversarial or AdversaryConfig(), config))
-        self.rows = len(images)
+        self.rows, self.judged_rows = len(images), len(judged)
+        self.grids = config.reconstructions if isinstance(config, TokenizerLearning) else None
+        self.draws_every = self.grids.every_of(config.training.steps) if self.grids else 0
         self.reads_ahead = not images.is_cached
         self._has_warned = False
         self.seeing.to(device)
@@ -127,6 +130,12 @@ class TokenizerTask(Task):
         mean = float(np.minimum(decibels_N, PERFECT).mean())
         return {"psnr": mean, "loss": -mean}
 
+    def draw(self, step: int) -> dict[str, bytes]:
+        """A grid of originals and their reconstructions; every process makes its share."""
+        assert self.grids is not None
+        grid = draw_reconstructions(self.grids, self.tokenizer, self.judged, self.replicas, step)
+        return {f"reconstructions-{step:08d}.png": grid} if grid else {}
+
     def warning(self, step: int, stats: Mapping[str, Any]) -> str | None:
         """Advice, once, if most codes of the codebook are dead."""
         training = self.config.training
@@ -136,6 +145,11 @@ class TokenizerTask(Task):
         sentence = collapse(self.tokenizer.config, dead=stats["dead"], tokens=training.batch * rows * columns)
         self._has_warned = sentence is not None
         return sentence and f"after {step + 1} steps {sentence}"
+
+    def final_warning(self, used: int) -> str | None:
+        """Advice if the result uses few of its codes. used: codes that occur in the upright views of the training images."""
+        rows, columns = self.tokenizer.grid(self.config.views.size, self.config.views.size)
+        return collapsed(self.tokenizer.config, used=used, tokens=len(self.images) * rows * columns)
 
     def used_codes(self) -> int:
         """Codes that occur in the upright views of the training images."""

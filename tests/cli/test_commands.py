@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -321,6 +323,19 @@ def test_every_kind_of_failure_has_its_code(
     monkeypatch.setattr(recipes, "plan_recipe", fail)
     assert smalti("plan recipes/tiny.yaml").exit_code == code
     assert one_object(smalti("plan recipes/tiny.yaml --json"))["error"]["code"] == code
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOENT])
+def test_a_file_that_cannot_be_read_is_not_called_unwritable(
+    smalti: Any, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(number, os.strerror(number), "/x/y")
+
+    monkeypatch.setattr(recipes, "plan_recipe", fail)
+    result = smalti("plan recipes/tiny.yaml")
+    assert result.exit_code == 74
+    assert result.stderr.startswith("error: /x/y cannot be read: ")
 
 
 def test_wrong_options_of_the_console_script_are_2_and_one_object(tmp_path: Path) -> None:

@@ -100,6 +100,18 @@ def test_refusals_are_73_in_words(number: int, words: str) -> None:
     assert caught.value.hint
 
 
+def test_what_is_read_meanwhile_is_not_called_a_refusal_to_write(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    with pytest.raises(IsADirectoryError), durable.writing(tmp_path / "draft" / "x"):
+        (tmp_path / "images").read_bytes()
+    assert names(tmp_path / "draft") == []
+    elsewhere = tmp_path / "images" / "1.png"
+    with pytest.raises(PermissionError), durable.refusals(tmp_path / "draft" / "x"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(elsewhere))
+    with pytest.raises(CannotWrite), durable.refusals(tmp_path / "draft" / "x"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+
 def test_a_failing_disk_is_74() -> None:
     with pytest.raises(StorageError) as caught, durable.refusals(Path("/x/y")):
         raise OSError(errno.EIO, "Input/output error")

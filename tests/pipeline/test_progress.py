@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from sweep import in_child, limit_file_size
 
 from pipeline import progress as module
 from pipeline.progress import Progress
@@ -84,3 +85,32 @@ def test_without_a_log_nothing_is_written(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     run(Progress())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_line_that_was_not_finished_and_what_comes_again_are_dropped(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"event": "train", "step": step}) + "\n" for step in (1, 2, 3)]
+    log.write_text(lines[0] + '{"event": "progress", "units": 9}\n' + "".join(lines[1:]) + '{"event": "tr')
+    progress = Progress().into(tmp_path)
+    assert len(events(tmp_path)) == 4
+    progress.forget_after(2)
+    assert [event.get("step") for event in events(tmp_path)] == [1, None, 2]
+    before = log.stat()
+    progress.forget_after(2)
+    assert log.stat().st_ino == before.st_ino, "a log that fits is not written again"
+
+
+def test_a_log_that_cannot_be_written_is_73(tmp_path: Path) -> None:
+    def write() -> None:
+        for _ in range(10):
+            Progress(None, tmp_path / "metrics.jsonl").record("train", step=1)
+
+    assert in_child(write, before=lambda: limit_file_size(100)) == 73
+
+
+def test_sentences_stand_above_a_bar() -> None:
+    stream = Terminal()
+    progress = Progress(stream)
+    with progress.bar("features", total=10, unit="images"):
+        progress.say("  warning: [odd] things")
+    assert "  warning: [odd] things\n" in stream.getvalue().replace("\r", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -17,6 +18,7 @@ from pipeline.artifact import DIGEST, FORMAT, MANIFEST, manifest_bytes, open_art
 from pipeline.draft import Draft
 from pipeline.errors import Busy, CannotWrite, CorruptError, InputError, NewerFormat, StorageError
 from pipeline.keys import sha256
+from pipeline.progress import Progress
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.runner import Options, Planned, differences, make, plan, run
 from pipeline.runtime import Runtime
@@ -330,3 +332,11 @@ def test_differences_name_nested_fields() -> None:
     ]
     assert differences({"a": 1}, {"a": 1, "b": None}) == []
     assert differences({}, {"b": 2}) == ["b: None -> 2"]
+
+
+def test_a_long_check_of_inputs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.runner.CHECKED_IN_SILENCE", 1)
+    said = io.StringIO()
+    run_all(load(tmp_path), tmp_path / "store", Options(progress=Progress(said)))
+    lines = said.getvalue().splitlines()
+    assert lines[lines.index("sum (add)") + 1] == "  checking 0.0 GB of inputs"

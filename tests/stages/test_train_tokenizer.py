@@ -7,12 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.artifact import Artifact
 from pipeline.errors import InputError, UsageError
+from pipeline.keys import config_value
 from pipeline.progress import Progress
+from stages.code_usage import CodeUsage
 from stages.networks import NetworkFile, load_tokenizer
+from stages.train_tokenizer import TrainTokenizerConfig
 from tests.stages.conformance import check_every_crash, draw_folder, index_folder, run_stage
 
 AUTOENCODER = {"kind": "convolutional", "widths": [8, 8], "latent": 4}
@@ -22,6 +27,7 @@ TINY: dict[str, Any] = {
     "views": {"kind": "shifts", "size": 16, "pixels": 1},
     "rows_per_pass": 6,
     "training": {"steps": 4, "batch": 8},
+    "reconstructions": {"every": 2},
 }
 GAME: dict[str, Any] = {"discriminator": {"kind": "patch", "width": 4, "layers": 1}, "start": 1, "weight": None}
 BESIDE_A_DISCRIMINATOR = {**TINY, "adversarial": GAME, "training": {**TINY["training"], "ema": 0.9}}
@@ -141,9 +147,66 @@ def test_a_collapse_is_told_with_advice(tmp_path: Path, images: Artifact) -> Non
     config = {**TINY, "model": {"autoencoder": AUTOENCODER, "quantizer": quantizer}}
     said = io.StringIO()
     made = run_stage("train-tokenizer", tmp_path, config, inputs={"images": images}, progress=Progress(said))
-    (warning,) = lines_of(made, "warning")
-    assert "revive_every" in warning["text"]
-    assert f"warning: {warning['text']}" in said.getvalue()
+    on_the_way, at_the_end = lines_of(made, "warning")
+    assert on_the_way["text"].startswith("after 4 steps ")
+    assert at_the_end["text"].startswith(f"the tokenizer uses {made.facts['used']} of its 256 codes")
+    assert at_the_end["step"] == 4
+    for warning in (on_the_way, at_the_end):
+        assert "revive_every" in warning["text"]
+        assert f"warning: {warning['text']}" in said.getvalue()
+
+
+def test_one_code_of_256_is_told_at_the_end(tmp_path: Path, images: Artifact) -> None:
+    """Also where the training was too short for its running use to show it."""
+    quantizer = {"kind": "vector", "codes": 256, "init": "uniform"}
+    config = {**TINY, "model": {"autoencoder": AUTOENCODER, "quantizer": quantizer}}
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CodeUsage, "used", 1)
+        made = run_stage("train-tokenizer", tmp_path, config, inputs={"images": images}, progress=Progress(said))
+    assert made.facts["used"] == 1
+    assert "warning: the tokenizer uses 1 of its 256 codes: the codebook collapsed; revive codes" in said.getvalue()
+
+
+def test_what_is_computed_around_the_steps_is_said(tmp_path: Path, images: Artifact) -> None:
+    said = io.StringIO()
+    run_stage("train-tokenizer", tmp_path, TINY, inputs={"images": images, "held-out": images}, progress=Progress(said))
+    heading, before, bar, *after = said.getvalue().splitlines()
+    assert heading == "train-tokenizer"
+    assert before == "  reading 20 images and 20 held-out images, building the networks"
+    assert bar.startswith("  train-tokenizer: 32/32 images")
+    assert after == ["  measuring the result on 20 images", "  counting the codes in use in 20 images"]
+
+
+def grids(made: Artifact) -> dict[str, np.ndarray]:
+    return {path.name: np.array(Image.open(path)) for path in sorted((made.path / "log").glob("*.png"))}
+
+
+def test_grids_of_reconstructions_in_the_log_and_no_trace_in_the_weights(tmp_path: Path, images: Artifact) -> None:
+    config = {
+        **BESIDE_A_DISCRIMINATOR,
+        "training": {**TINY["training"], "steps": 20, "ema": 0.9},
+        "reconstructions": {},
+    }
+    inputs = {"images": images, "held-out": images}
+    drawn = run_stage("train-tokenizer", tmp_path, config, inputs=inputs)
+    assert list(grids(drawn)) == [f"reconstructions-{step:08d}.png" for step in range(2, 21, 2)]
+    first, last = grids(drawn)["reconstructions-00000002.png"], grids(drawn)["reconstructions-00000020.png"]
+    assert first.shape == (4 * (64 + 12 + 2) + 2, 10 * 66 + 2, 3)
+    originals, reconstructions = slice(0, 78), slice(80, 144)
+    assert (first[originals] == last[originals]).all()
+    assert (first[reconstructions] != last[reconstructions]).any()
+    plain = run_stage("train-tokenizer", tmp_path, {**config, "reconstructions": None}, inputs=inputs)
+    assert not grids(plain)
+    assert plain.file("weights.safetensors").read_bytes() == drawn.file("weights.safetensors").read_bytes()
+    assert not any(name.startswith("log") for name in drawn.files)
+    few = {**config, "reconstructions": {"every": 15, "images": 3}}
+    (grid,) = grids(run_stage("train-tokenizer", tmp_path, few, inputs=inputs)).values()
+    assert grid.shape == (2 * (64 + 12 + 2) + 2, 10 * 66 + 2, 3)
+
+
+def test_settings_without_grids_keep_their_key() -> None:
+    assert set(config_value(TrainTokenizerConfig())) == {"model", "loss", "views", "rows_per_pass", "training"}
 
 
 def test_lpips_without_its_weights_says_how_to_get_them_or_to_do_without(

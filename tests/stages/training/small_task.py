@@ -49,7 +49,7 @@ class SmallTask(Task):
     """Regression on rows that are functions of their number; `poison(step)` multiplies the loss."""
 
     def __init__(self, *, dropout: float, parts: int, poison: Poison, critic_first: bool = False):
-        self.rows = ROWS
+        self.rows = self.judged_rows = ROWS
         self.poison = poison
         self.network, self.critic = Network(dropout), nn.Linear(1, 1)
         self.parts = [Part("main", self.network, AdamW(learning_rate=0.05, weight_decay=0.1), SCHEDULE)]

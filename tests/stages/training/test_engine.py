@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sweep import in_child, limit_file_size
 
 from pipeline import durable
 from pipeline.errors import CorruptError, MemoryExhausted, NumericError, UsageError
+from pipeline.progress import Progress
 from pipeline.runtime import Terminated
 from stages.training import checkpoints
 from stages.training.draws import rows_of_step
@@ -270,6 +274,43 @@ def test_a_signal_saves_and_leaves(tmp_path: Path, number: signal.Signals, error
     assert weights_of(train_in(tmp_path / "left", tiny())) == weights_of(train_in(tmp_path / "whole", tiny()))
 
 
+def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+    """The first one is answered in a line; the second one ends the step in which it comes."""
+
+    def poison(step: int) -> float:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert "press Ctrl-C again to leave at once" in said.getvalue()
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("it stayed")
+        return 1.0
+
+    said = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        train_in(tmp_path / "left", tiny(), poison=poison, progress=Progress(said))
+    assert said.getvalue().count("Ctrl-C") == 1
+    newest = checkpoints.newest_checkpoint(draft_in(tmp_path / "left"))
+    assert newest is not None
+    assert newest.name == "checkpoint-00000004.safetensors"
+    assert weights_of(train_in(tmp_path / "left", tiny())) == weights_of(train_in(tmp_path / "whole", tiny()))
+
+
+@pytest.mark.parametrize("limit", [0, 300, 1000, 1500, 2000, 3000])
+def test_a_full_disk_is_73_and_the_training_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """Whatever does not fit, a checkpoint, the best weights, the journal, metrics or TensorBoard's file: no litter, nothing lost."""
+    monkeypatch.setattr("stages.training.metrics.TENSORBOARD_STEPS", 12)
+    config, full = tiny(evaluate_every=3, select="best"), tmp_path / "full"
+    whole = weights_of(train_in(tmp_path / "whole", config))
+    assert in_child(lambda: train_in(full, config), before=lambda: limit_file_size(limit)) == 73
+    written = [path.name for path in (full / "scratch").glob("*")] if (full / "scratch").exists() else []
+    assert all(re.fullmatch(r"(checkpoint|best)-\d{8}\.safetensors", name) for name in written), "litter"
+    assert weights_of(train_in(full, config)) == whole
+    assert steps_in(full) == list(range(1, 13))
+
+
 def test_metrics_have_every_loss_and_rate(tmp_path: Path) -> None:
     train_in(tmp_path, tiny(), parts=2)
     lines = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]
@@ -322,3 +363,43 @@ def test_long_trainings_write_to_tensorboard(tmp_path: Path, monkeypatch: pytest
     assert next((tmp_path / "log/tensorboard").iterdir()).name.startswith("events.out")
     train_in(tmp_path / "short", tiny(steps=11))
     assert not (tmp_path / "short/log/tensorboard").exists()
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps in the log, in its order."""
+    lines = [json.loads(line) for line in (folder / "log/metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if line["event"] == "train"]
+
+
+def test_after_a_kill_the_log_has_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps after the last checkpoint come again; a line that was being written is dropped; TensorBoard shows the same."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr("stages.training.metrics.TENSORBOARD_STEPS", 12)
+
+    def poison(step: int) -> float:
+        if attempt == 0 and step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)  # it saves step 5
+        if attempt == 1 and step == 9:
+            raise Killed
+        return 1.0
+
+    for attempt, error in enumerate((Terminated, Killed)):  # noqa: B007 - poison asks for the attempt
+        with pytest.raises(error):
+            train_in(tmp_path, tiny(evaluate_every=2), poison=poison, checkpoint_seconds=1e9)
+    assert steps_in(tmp_path) == list(range(1, 10))
+    with (tmp_path / "log/metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')
+    attempt = 2
+    train_in(tmp_path, tiny(evaluate_every=2), poison=poison)
+    assert steps_in(tmp_path) == list(range(1, 13))
+    board = EventAccumulator(str(tmp_path / "log/tensorboard")).Reload()
+    assert [point.step for point in board.Scalars("train/loss")] == list(range(1, 13))
+    assert [point.step for point in board.Scalars("evaluate/loss")] == list(range(2, 13, 2))
+
+
+def test_a_line_says_what_is_measured_after_the_last_step(tmp_path: Path) -> None:
+    said = io.StringIO()
+    outcome = train_in(tmp_path, tiny(), progress=Progress(said))
+    assert outcome.task.judged_rows == 24
+    assert said.getvalue().splitlines()[-1] == "  measuring the result on 24 images"
