@@ -26,7 +26,7 @@ from pipeline.errors import InputError, UsageError
 from pipeline.recipe import parse_setting, parse_yaml, put_setting
 from pipeline.runner import Made, Options, make, make_request
 from pipeline.settings import REQUIRED, Setting
-from pipeline.stage import Inputs, Read, Stage
+from pipeline.stage import Inputs, Read, Stage, imply
 from pipeline.store import Store
 from stages.image_sizes import IMAGES, check_sizes, check_unmade_sizes
 
@@ -115,7 +115,7 @@ def _without_autos(declared: Stage, settings: Mapping[str, Any]) -> dict[str, An
 
 
 def config_values(declared: Stage, values: Values) -> dict[str, Any]:
-    """Config as plain values: the file of --config, then the options, then --set."""
+    """Config as plain values: what external data stands for, the file of --config, then the options, then --set."""
     found: dict[str, Any] = _read_config(values["config"], declared) if values["config"] else {}
     for setting, kind in optional_settings(declared):
         given = values.get(_argument(setting.name))
@@ -124,7 +124,7 @@ def config_values(declared: Stage, values: Values) -> dict[str, Any]:
     for text in values["set"] or []:
         keys, value = parse_setting(text)
         put_setting(found, keys, value)
-    return found
+    return imply(declared, found, [name for name in declared.externals if values.get(_variable(name)) is not None])
 
 
 def _parse_value(declared: Stage, name: str, kind: Any, given: Any) -> Any:

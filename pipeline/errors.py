@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+from os import PathLike
+
 from smalti.errors import CorruptError, InputError, SmaltiError, UsageError
 
 __all__ = [
+    "BadImages",
     "Busy",
     "CannotWrite",
     "CorruptError",
@@ -57,3 +61,44 @@ class Busy(SmaltiError):
     """Somebody else holds the lock (exit code 75)."""
 
     exit_code = 75
+
+
+class BadImages(InputError):
+    """Images that cannot be used, which the step that indexes them can leave out (exit code 3).
+
+    command: the command of that step alone.  image_set: the key of their image set, "" while it is being made.
+    setting: what makes that step leave them out, "" if nothing does.  listed: a file that lists them for its --exclude, or "".
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | PathLike[str] | None = None,
+        command: str = "smalti index",
+        image_set: str = "",
+        setting: str = "decode.corrupt=skip",
+        listed: str = "",
+    ):
+        super().__init__(message, path=path)
+        self.command, self.image_set, self.setting, self.listed = command, image_set, setting, listed
+        self._advise(f"{command} --set ", "--exclude " if setting else f"{command} --exclude ")
+
+    def advise_in_recipe(self, step: str) -> None:
+        """Name in the hint the settings of the recipe's step that indexes the images."""
+        self._advise(f"--set {step}.", f"--set {step}.paths.exclude=")
+
+    def _advise(self, setting: str, exclude: str) -> None:
+        ways = [setting + self.setting] if self.setting else []
+        ways += [f"{exclude}{shlex.quote(self.listed)}, which lists all"] if self.listed else []
+        self.hint = (
+            f"repair or remove what is bad, or have it left out when the images are indexed: {', or '.join(ways)}"
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        rest = {name: getattr(self, name) for name in ("path", "command", "image_set", "setting", "listed")}
+        return (_rebuild_bad, (self.message, rest))
+
+
+def _rebuild_bad(message: str, rest: dict[str, str]) -> BadImages:
+    return BadImages(message, **rest)

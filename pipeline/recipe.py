@@ -28,7 +28,7 @@ from pydantic import BaseModel, Field
 from pipeline.config import Config, parse_config, unknown_key
 from pipeline.errors import InputError, UsageError
 from pipeline.settings import schema_of
-from pipeline.stage import Stage
+from pipeline.stage import Stage, imply
 
 RECIPES = "recipes"
 STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a part of a ref and of --set: no slash, no dot
@@ -251,7 +251,7 @@ def _step(
         raise UsageError(unknown_key(text.stage, f"{place}.stage", list(stages)))
     declared = stages[text.stage]
     _check_inputs(declared, text, recipe, place)
-    config = parse_config(declared.config, text.config, where=f"{place}.config")
+    config = parse_config(declared.config, imply(declared, text.config, text.paths), where=f"{place}.config")
     paths, missing = _fill_paths(declared, config, text, variables, place)
     return Step(name, declared, config, dict(text.inputs), paths, missing, text.config)
 

@@ -19,7 +19,7 @@ from pipeline import durable, ranks
 from pipeline.artifact import LOG, Artifact, check_data
 from pipeline.cluster import Cluster, InProcess
 from pipeline.draft import Draft, Request
-from pipeline.errors import CorruptError, InputError, SmaltiError
+from pipeline.errors import BadImages, CorruptError, InputError, SmaltiError
 from pipeline.keys import artifact_key, canonical_bytes, config_value
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, Step
@@ -128,7 +128,12 @@ def _run_steps(recipe: Recipe, store: Store, options: Options, force: set[str]) 
     for step in recipe.steps:
         inputs = Inputs({name: _pick(value, made) for name, value in step.inputs.items()})
         own = replace(options, title=step.name, force=step.name in force)
-        result = make(store, step.stage, step.config, inputs, step.paths, own)
+        try:
+            result = make(store, step.stage, step.config, inputs, step.paths, own)
+        except BadImages as error:
+            indexed = next((name for name, artifact in made.items() if artifact.key == error.image_set), step.name)
+            error.advise_in_recipe(indexed)
+            raise
         if ranks.is_first():
             store.set_ref(f"{recipe.name}/{step.name}", result.artifact)
         made[step.name] = result.artifact

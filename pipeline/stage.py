@@ -9,7 +9,7 @@ imports no torch: its functions import networks when they run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from pipeline.artifact import Artifact
-from pipeline.config import defaults
+from pipeline.config import defaults, merge
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError
 from pipeline.runtime import Runtime
@@ -46,11 +46,13 @@ class External:
     """Data from outside the store: what it is, and a function (config, path) -> content id that reads no pixels.
 
     needed: tells from the config whether this stage needs it at all (the embedded digits need no folder).
+    implies: settings that giving it stands for, over the defaults and under what is set.
     """
 
     help: str
     identify: Callable[[Any, Path], str]
     needed: Callable[[Any], bool] = lambda config: True
+    implies: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Inputs:
@@ -167,6 +169,15 @@ def stage(
         )
 
     return declare
+
+
+def imply(declared: Stage, settings: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """The settings, laid over those that the given external data stands for."""
+    found: dict[str, Any] = {}
+    for name, external in declared.externals.items():
+        if name in given:
+            found = merge(found, external.implies)
+    return merge(found, settings)
 
 
 def check_kinds(declared: Stage, inputs: Inputs) -> None:

@@ -1,50 +1,85 @@
-"""`index`: list a source of images (keys, labels, sizes); the images stay where they are."""
+"""`index`: list a source of images (keys, labels, sizes); the images stay where they are.
+
+Whatever cannot be used is found here, in one pass, because later steps count on the rows of the set: bad images stop it
+(`decode.corrupt=fail`), or are left out (`skip`), or were left out before by a list (`--exclude`).
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
+from pipeline import durable
 from pipeline.config import Config
 from pipeline.draft import Draft
-from pipeline.errors import InputError, UsageError
+from pipeline.errors import BadImages, InputError, UsageError
 from pipeline.images import (
     DecodePolicy,
     DigitsSource,
     ImageSet,
     ImageSource,
     Listing,
-    Skipped,
+    Problem,
     content_id,
+    describe_left_out,
     digest_listing,
-    drop_corrupt,
+    exclude,
+    identify_exclusions,
     index_files,
     list_images,
+    name_some,
+    read_exclusions,
+    write_exclusions,
 )
+from pipeline.keys import NEUTRAL
 from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, stage
 
 MOST_NAMES = 1000  # class names in the manifest; a larger list stays in images.json
+BAD_IMAGES = "bad-images.txt"
+LEFT_OUT = "left-out.txt"
+SKIP = "decode.corrupt=skip"
 
 
 class IndexConfig(Config):
-    """Which images, and how they will be decoded."""
+    """Which images, how they will be decoded, and what is checked before they are listed."""
 
     source: ImageSource = Field(default=DigitsSource.model_validate({}), description="where the images come from")
     decode: DecodePolicy = Field(
         default=DecodePolicy.model_validate({}), description="rules for decoding, and for images that cannot be"
     )
+    check: Literal["names", "headers", "pixels"] = Field(
+        "headers",
+        description="what is read of every file to find bad images: nothing, its header, or all of it "
+        "(slow, finds cut files too; always so with decode.corrupt=skip)",
+        json_schema_extra=NEUTRAL,
+    )
 
 
 def identify_images(config: IndexConfig, root: Path) -> str:
     """The content id of the images below `root`, for the key."""
+    need_folder(config, root)
+    return content_id(config.source, root)
+
+
+def identify_excluded(config: IndexConfig, file: Path) -> str:
+    """The content id of a list of images to leave out, for the key."""
+    need_folder(config, file)
+    return identify_exclusions(file)
+
+
+def need_folder(config: IndexConfig, given: Path) -> None:
     if isinstance(config.source, DigitsSource):
         raise UsageError(
-            f"index was given the folder {root}, but its source is digits, which reads none",
-            hint="leave --images out, or set source.kind=folder",
+            f"index was given {given}, but its source is digits, which reads no files",
+            hint="leave --images and --exclude out, or set source.kind=folder",
         )
-    return content_id(config.source, root)
 
 
 @stage(
@@ -56,24 +91,34 @@ def identify_images(config: IndexConfig, root: Path) -> str:
     example="smalti index --set source.kind=digits --set source.split=train",
     externals={
         "images": External(
-            help="folder of the images, one folder per class",
+            help="folder of the images, one folder per class or all in one; alone it means source.kind=folder",
             identify=identify_images,
             needed=lambda config: config.source.kind == "folder",
-        )
+            implies={"source": {"kind": "folder"}},
+        ),
+        "exclude": External(
+            help="text file of images to leave out: one path below the image folder per line, # begins a comment",
+            identify=identify_excluded,
+            needed=lambda config: False,
+        ),
     },
 )
 def index_images(config: IndexConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """List a folder of images, or the embedded digits, as an image set.
 
-    reads: the names and sizes below --images, and the files themselves if source.deep or decode.corrupt=skip asks for it.
+    reads: the names and sizes below --images, and of the files what `check`, source.deep or decode.corrupt=skip asks for.
     writes: images.json, keys.txt, labels.npy, sizes.npy, digests.npy, skipped.jsonl.  resumes: from the start.
     """
     root = run.paths.get("images")
     if not out.is_done("index"):
         listing = list_images(config.source, root)
         check_unchanged(listing, out, root)
-        listing, skipped = keep_good(config, listing, root, run.threads)
-        out.put("index", index_files(listing, source=config.source, decode=config.decode, skipped=skipped))
+        if "exclude" in run.paths:
+            listing = exclude(listing, run.paths["exclude"])
+        report_left_out(listing, run)
+        images = ImageSet(listing, source=config.source, decode=config.decode, root=root)
+        kept, skipped = keep_good(images, find_problems(config, images, run), run)
+        out.put("index", index_files(kept, source=config.source, decode=config.decode, skipped=skipped))
     describe(out, ImageSet.open(out.path, root=root))
 
 
@@ -84,11 +129,65 @@ def check_unchanged(listing: Listing, out: Draft, root: Path | None) -> None:
         raise InputError(f"the images below {root} changed while they were indexed", path=root, hint="run it again")
 
 
-def keep_good(config: IndexConfig, listing: Listing, root: Path | None, threads: int) -> tuple[Listing, list[Skipped]]:
-    """Under the policy `skip` decode everything once and leave out what cannot be; else the listing as it is."""
-    if config.decode.corrupt != "skip":
-        return listing, []
-    return drop_corrupt(ImageSet(listing, source=config.source, decode=config.decode, root=root), threads=threads)
+def report_left_out(listing: Listing, run: Runtime) -> None:
+    """Say what the rules passed over; the whole list goes to the log."""
+    if listing.left_out:
+        file = run.log / LEFT_OUT
+        durable.write_file(file, "".join(f"{key}\t{rule}\n" for key, rule in listing.left_out).encode())
+        run.progress.say(f"  left out: {describe_left_out(listing.left_out)}")
+
+
+def find_problems(config: IndexConfig, images: ImageSet, run: Runtime) -> list[Problem]:
+    """Everything that cannot be used, sorted by key: what the listing met, and what the asked-for check finds."""
+    found = list(images.listing.problems)
+    pixels = config.decode.corrupt == "skip" or config.check == "pixels"
+    if isinstance(config.source, DigitsSource) or (config.check == "names" and not pixels):
+        return found
+    with warnings.catch_warnings(), run.progress.bar("check images", total=len(images), unit="images") as bar:
+        warnings.simplefilter("ignore")  # Pillow's, of images that become problems or are fine
+        for count, problems in images.problems(pixels=pixels, threads=run.threads):
+            found += problems
+            bar.advance(count)
+    known = {problem.key: problem for problem in reversed(found)}  # one reason for each
+    return [known[key] for key in sorted(known)]
+
+
+def keep_good(images: ImageSet, problems: Sequence[Problem], run: Runtime) -> tuple[Listing, Sequence[Problem]]:
+    """The listing without the problems. Raises BadImages, naming all of them, where they may not be left out."""
+    if not problems:
+        return images.listing, []
+    bad = {problem.key for problem in problems}
+    rows = np.array([row for row, key in enumerate(images.keys) if key not in bad], dtype=np.intp)
+    refuse_problems(images, problems, left=len(rows), run=run)
+    run.progress.say(f"  skipped {len(problems)}, all are in skipped.jsonl: {name_problems(problems)}")
+    return replace(images.listing.keep(rows), problems=(), left_out=()), problems
+
+
+def refuse_problems(images: ImageSet, problems: Sequence[Problem], *, left: int, run: Runtime) -> None:
+    """BadImages if the policy does not leave the problems out; a file in the log lists them as --exclude reads them."""
+    policy, unread = images.decode_policy, sum(not problem.is_fixed for problem in problems)
+    refusal, setting = f"{len(problems)} of {len(problems) + left} images below {images.folder} cannot be used", SKIP
+    if policy.corrupt == "skip":
+        if 0 < policy.max_skipped < len(problems):
+            refusal += f", {policy.max_skipped} may be skipped"
+            setting = f"decode.max_skipped={len(problems)}"
+        elif unread:
+            refusal += f", and {unread} of them cannot be read here, which is not skipped"
+            setting = ""
+        elif left:
+            return
+        else:
+            setting = ""
+    file, excluded = run.log / BAD_IMAGES, run.paths.get("exclude")
+    before = list(read_exclusions(excluded)) if excluded is not None else []
+    durable.write_file(file, write_exclusions(problems, before).encode())
+    raise BadImages(
+        f"{refusal}: {name_problems(problems)}", path=file, command=images.command, setting=setting, listed=str(file)
+    )
+
+
+def name_problems(problems: Sequence[Problem]) -> str:
+    return name_some([f"{key} {reason}" for key, reason, _ in problems], between="; ")
 
 
 def describe(out: Draft, images: ImageSet) -> None:

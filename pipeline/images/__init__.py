@@ -1,10 +1,11 @@
 """Image sets: where images come from, how they are decoded, and the views under which they are seen. Without torch."""
 
-from pipeline.images.decoding import CorruptImage, DecodePolicy, decode
+from pipeline.images.decoding import CorruptImage, DecodePolicy, UnreadableImage, decode
 from pipeline.images.digits import DigitsSource
+from pipeline.images.exclusions import exclude, identify_exclusions, read_exclusions, write_exclusions
 from pipeline.images.folders import FolderSource
-from pipeline.images.imageset import ImageSet, Skipped, drop_corrupt, index_files, recall_root, remember_root
-from pipeline.images.listing import Listing, digest_listing
+from pipeline.images.imageset import ImageSet, index_files, recall_root, remember_root
+from pipeline.images.listing import Listing, Problem, describe_left_out, digest_listing, name_some
 from pipeline.images.sources import ImageSource, content_id, list_images
 from pipeline.images.views import ViewPolicy, Views, view_ids
 
@@ -16,16 +17,22 @@ __all__ = [
     "ImageSet",
     "ImageSource",
     "Listing",
-    "Skipped",
+    "Problem",
+    "UnreadableImage",
     "ViewPolicy",
     "Views",
     "content_id",
     "decode",
+    "describe_left_out",
     "digest_listing",
-    "drop_corrupt",
+    "exclude",
+    "identify_exclusions",
     "index_files",
     "list_images",
+    "name_some",
+    "read_exclusions",
     "recall_root",
     "remember_root",
     "view_ids",
+    "write_exclusions",
 ]

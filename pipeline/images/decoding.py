@@ -10,14 +10,17 @@
 | more pixels than the policy allows | refused from the header, before a pixel is decoded |
 | truncated, empty, garbage, another format, 32-bit samples | refused |
 
+The header alone shows what is empty, too large or of another format; only decoding shows what is cut or damaged.
 A JPEG carries no checksum: one that is whole but altered inside decodes to altered pixels. A deep index notices that.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +28,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
 from pipeline.config import Config
-from pipeline.errors import InputError
+from pipeline.errors import BadImages, InputError
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
@@ -38,7 +41,9 @@ class DecodePolicy(Config):
     corrupt: Literal["fail", "skip"] = Field(
         "fail", description="an image that cannot be decoded: stop, or leave it out and list it"
     )
-    max_skipped: int = Field(0, ge=0, description="how many images `skip` may leave out before it stops too")
+    max_skipped: int = Field(
+        0, ge=0, description="how many images `skip` may leave out before it stops too; 0: any number"
+    )
     exif: Literal["ignore", "apply"] = Field("ignore", description="what to do with the EXIF orientation")
     max_pixels: int = Field(
         80_000_000, ge=1, le=178_000_000, description="refuse larger images (the largest of ImageNet has 61 million)"
@@ -46,36 +51,64 @@ class DecodePolicy(Config):
     alpha: Literal["white"] = Field("white", description="what transparent images are laid over")
 
 
-class CorruptImage(InputError):
+class CorruptImage(BadImages):
     """An image that cannot be decoded. `reason`: a fixed phrase that names no path, fit for a report."""
 
-    def __init__(self, reason: str, *, path: str):
-        super().__init__(f"image {path} {reason}", path=path, hint="repair or remove it, or set decode.corrupt to skip")
+    def __init__(self, reason: str, *, path: str, command: str = "smalti index", image_set: str = ""):
+        super().__init__(f"image {path} {reason}", path=path, command=command, image_set=image_set)
         self.reason = reason
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (self.reason, self.path))
+        return (_rebuild, (self.reason, self.path, self.command, self.image_set))
+
+
+class UnreadableImage(InputError):
+    """An image file that cannot be read, or that is not the one that was indexed. `reason` names no path."""
+
+    def __init__(self, reason: str, *, path: Path, hint: str | None = None):
+        super().__init__(f"image {path} {reason}", path=path, hint=hint)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_unreadable, (self.reason, self.path, self.hint))
 
 
 def decode(source: bytes | Path, policy: DecodePolicy, *, name: str | None = None) -> NDArray[np.uint8]:
     """An image file, or its bytes, as uint8 (H, W, 3). `name` stands for the bytes in errors.
 
-    Raises CorruptImage for what the rules above refuse, InputError for a file that cannot be read.
+    Raises CorruptImage for what the rules above refuse, UnreadableImage for a file that cannot be read.
     """
     name = name or (str(source) if isinstance(source, Path) else f"of {len(source)} bytes")
     data = read_file(source) if isinstance(source, Path) else source
-    if not data:
-        raise CorruptImage("is empty", path=name)
+    with opened(io.BytesIO(data), policy, name) as image:
+        if image.format == "PNG":
+            check_png(data)
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1) if policy.exif == "apply" else 1
+        image.load()
+        pixels_HW3 = to_rgb(ImageOps.exif_transpose(image) if orientation != 1 else image)
+    return pixels_HW3
+
+
+def check_header(path: Path, policy: DecodePolicy) -> None:
+    """Read the header of an image file. Raises CorruptImage for what it shows to be unfit, UnreadableImage as `decode`."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with path.open("rb") as file, opened(file, policy, str(path)):
+            pass
+    except OSError as cause:
+        raise UnreadableImage(f"cannot be read: {cause.strerror}", path=path) from cause
+
+
+@contextmanager
+def opened(file: BinaryIO, policy: DecodePolicy, name: str) -> Iterator[Image.Image]:
+    """An image of which the header was read, and accepted; CorruptImage for that and for whatever fails in the block."""
+    if not file.read(1):
+        raise CorruptImage("is empty", path=name)
+    file.seek(0)
+    try:
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > policy.max_pixels:
                 raise CorruptImage(_too_large(policy), path=name)
-            if image.format == "PNG":
-                check_png(data)
-            orientation = image.getexif().get(EXIF_ORIENTATION, 1) if policy.exif == "apply" else 1
-            image.load()
-            oriented = ImageOps.exif_transpose(image) if orientation != 1 else image
-            return to_rgb(oriented)
+            yield image
     except (CorruptImage, MemoryError):
         raise
     except UnidentifiedImageError as cause:
@@ -83,15 +116,17 @@ def decode(source: bytes | Path, policy: DecodePolicy, *, name: str | None = Non
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as cause:
         raise CorruptImage(_too_large(policy), path=name) from cause
     except Exception as cause:  # Pillow's readers raise a dozen kinds on bad bytes; each means the same here
+        if isinstance(cause, OSError) and cause.errno is not None:  # the disk, not the image
+            raise
         raise CorruptImage("is truncated or damaged", path=name) from cause
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of an image file. Raises InputError if it is missing or unreadable."""
+    """The bytes of an image file. Raises UnreadableImage if it is missing or unreadable."""
     try:
         return path.read_bytes()
     except OSError as cause:
-        raise InputError(f"image {path} cannot be read: {cause.strerror}", path=path) from cause
+        raise UnreadableImage(f"cannot be read: {cause.strerror}", path=path) from cause
 
 
 def check_png(data: bytes) -> None:
@@ -132,5 +167,9 @@ def _too_large(policy: DecodePolicy) -> str:
     return f"has more than {policy.max_pixels} pixels (decode.max_pixels)"
 
 
-def _rebuild(reason: str, path: str) -> CorruptImage:
-    return CorruptImage(reason, path=path)
+def _rebuild(reason: str, path: str, command: str, image_set: str) -> CorruptImage:
+    return CorruptImage(reason, path=path, command=command, image_set=image_set)
+
+
+def _rebuild_unreadable(reason: str, path: str, hint: str | None) -> UnreadableImage:
+    return UnreadableImage(reason, path=Path(path), hint=hint)

@@ -1,27 +1,40 @@
-"""An image folder in ImageNet layout, root/<class>/<image>, as an image source.
+"""A folder of images as an image source: root/<class>/<image> as in ImageNet, or root/<image>, which is one class.
 
-Rules. A class is a folder; its index is its rank by name (UTF-8 bytes). An image is a file with a known ending, at any
-depth below its class folder. Names that begin with a dot and files with other endings are no images and are passed
-over. A link must lead to a file below the root: links that leave it are refused, and so are links to folders, which
-would list images twice or without end.
+Rules. A class is a folder with images; its index is its rank by name (UTF-8 bytes). An image is a file with a known
+ending, at any depth below its class folder. Without class folders the images of the folder itself are one class.
+Links to files and folders are followed, wherever they lead: an image is known by its path below the root. A link to a
+folder that it lies in is a problem, and so are links to nothing, names that cannot be keys, and what cannot be read.
+Hidden names, files with other endings, folders without images, and images beside class folders are left out.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from pipeline.config import Config
 from pipeline.errors import InputError
-from pipeline.images.listing import Listing, check_name
+from pipeline.images.listing import LeftOut, Listing, Problem, escape, name_fault, name_some
 
 ENDINGS = (".jpeg", ".jpg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+ONE_CLASS = "images"  # the class of a folder without class folders; not the folder's name, which is no part of the key
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+BESIDE = "images beside the class folders"
+HIDDEN = "hidden files or folders"
+OTHER = "files that are not images"
+EMPTY = "folders without images"
+
+Place = tuple[int, int]
+"""Device and inode of a folder."""
 
 
 class FolderSource(Config):
@@ -42,108 +55,139 @@ class FolderSource(Config):
 
 
 def list_folder(source: FolderSource, root: Path) -> Listing:
-    """All images of a folder, in the order of their keys. Raises InputError where the rules above are broken."""
+    """All images of a folder, in the order of their keys, and what else lies there.
+
+    Raises InputError if the folder cannot be listed, holds no images, or holds splits instead of classes.
+    """
     folder = root / source.split
-    found: list[tuple[str, int, int]] = []  # key, size, label
-    classes = classes_of(folder)
-    for label, name in enumerate(classes):
-        images = [(key, size, label) for key, size in images_of(folder / name, name + "/", folder.resolve())]
-        if not images:
-            raise InputError(
-                f"class folder {folder / name} has no images ({', '.join(ENDINGS)})",
-                path=folder / name,
-                hint="add images or remove the folder",
-            )
-        found += images
-    found.sort()  # by code points, which is the order of the UTF-8 bytes
-    keys = [key for key, _, _ in found]
+    walk = walk_folder(folder)
+    classes = sorted({key.partition("/")[0] for key in [*walk.images, *walk.problem_keys] if "/" in key})
+    if any("/" in key for key in walk.images):
+        refuse_splits(classes, list(walk.images), folder)
+        beside = {key for key in walk.images if "/" not in key}
+    else:
+        classes, beside = [ONE_CLASS], set()
+    if not walk.images and not walk.problems:
+        raise InputError(
+            f"image folder {folder} has no images ({', '.join(ENDINGS)})",
+            path=folder,
+            hint="give a folder with a folder of images per class, or with images",
+        )
+    keys = sorted(walk.images.keys() - beside)  # by code points, which is the order of the UTF-8 bytes
+    ranks = {name: rank for rank, name in enumerate(classes)}
+    digests, unread = digest_files(folder, keys) if source.deep else (None, [])
     return Listing(
         keys=keys,
-        labels=np.array([label for _, _, label in found], dtype=np.int32),
-        sizes=np.array([size for _, size, _ in found], dtype=np.int64),
+        labels=np.array([ranks.get(key.partition("/")[0], 0) for key in keys], dtype=np.int32),
+        sizes=np.array([walk.images[key] for key in keys], dtype=np.int64),
         classes=classes,
-        digests=digest_files(folder, keys) if source.deep else None,
+        digests=digests,
+        problems=tuple(sorted([*walk.problems, *unread])),
+        left_out=tuple(sorted([*walk.left_out, *(LeftOut(key, BESIDE) for key in beside)])),
     )
 
 
-def classes_of(folder: Path) -> list[str]:
-    """Names of the class folders, sorted. Raises InputError if the folder is missing, unreadable or has none."""
+@dataclass
+class Walk:
+    """What lies below a folder. images: key -> bytes."""
+
+    images: dict[str, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    @property
+    def problem_keys(self) -> list[str]:
+        return [problem.key for problem in self.problems]
+
+    def take_all(self, folder: str | Path, prefix: str, above: frozenset[Place]) -> None:
+        """Everything in a folder. above: the folder itself and those that it lies in."""
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                self.take(entry, prefix, above)
+
+    def take(self, entry: os.DirEntry[str], prefix: str, above: frozenset[Place]) -> None:
+        """One file or folder."""
+        key = prefix + entry.name
+        if entry.name.startswith("."):
+            self.left_out.append(LeftOut(escape(key), HIDDEN))
+            return
+        try:
+            is_folder = entry.is_dir()
+            if not is_folder and not _may_be_image(entry):
+                self.left_out.append(LeftOut(escape(key), OTHER))
+            elif (fault := name_fault(entry.name)) is not None:
+                self.problems.append(Problem(escape(key), fault))
+            elif is_folder:
+                self.enter(entry, key, above)
+            elif entry.is_file():
+                self.images[key] = entry.stat().st_size
+            else:
+                fault = "is a link to nothing" if entry.is_symlink() else "is not a file"
+                self.problems.append(Problem(key, fault))
+        except OSError as cause:
+            reason = f"cannot be read: {cause.strerror}"
+            self.problems.append(Problem(escape(key), reason, is_fixed=cause.errno == errno.ELOOP))
+
+    def enter(self, entry: os.DirEntry[str], key: str, above: frozenset[Place]) -> None:
+        """A folder, or a link to one."""
+        place = _place(entry.stat())
+        if place in above:
+            self.problems.append(Problem(key, "is a link to a folder that it lies in"))
+            return
+        before = len(self.images) + len(self.problems)
+        self.take_all(entry.path, f"{key}/", above | {place})
+        if len(self.images) + len(self.problems) == before:
+            self.left_out.append(LeftOut(key, EMPTY))
+
+
+def walk_folder(folder: Path) -> Walk:
+    """Everything below a folder. Raises InputError if there is none or it cannot be read."""
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise InputError(
-            f"image folder {folder} should hold one folder per class, but there is {found}",
+            f"image folder {folder} should hold images, or one folder per class, but there is {found}",
             path=folder,
             hint="give the folder of the images with --images",
         )
-    with _scan(folder) as entries:
-        classes = [entry.name for entry in entries if _is_seen(entry) and _is_folder(entry)]
-    if not classes:
+    walk = Walk()
+    try:
+        walk.take_all(folder, "", frozenset({_place(folder.stat())}))
+    except OSError as cause:
+        raise InputError(f"image folder {folder} cannot be read: {cause.strerror}", path=folder) from cause
+    return walk
+
+
+def refuse_splits(classes: list[str], keys: list[str], folder: Path) -> None:
+    """InputError if what should be classes is the parts of a data set, each with its own classes."""
+    is_nested = all(key.count("/") != 1 for key in keys)
+    if {name.lower() for name in classes} <= SPLITS and (len(classes) > 1 or is_nested):
         raise InputError(
-            f"image folder {folder} has no class folders, expected {folder}/<class>/<image>",
+            f"image folder {folder} holds {name_some(classes)}, which are parts of a data set and not classes",
             path=folder,
-            hint="put the images of each class into a folder with its name",
+            hint=f"index each by itself: smalti index --images {folder} --set source.split={classes[0]}",
         )
-    for name in classes:
-        check_name(name, str(folder / name))
-    return sorted(classes)
 
 
-def images_of(folder: Path, prefix: str, root: Path) -> Iterator[tuple[str, int]]:
-    """Key and size in bytes of each image at any depth below a class folder, in no order."""
-    with _scan(folder) as entries:
-        for entry in entries:
-            if not _is_seen(entry):
-                continue
-            if _is_folder(entry):
-                check_name(entry.name, entry.path)
-                yield from images_of(Path(entry.path), f"{prefix}{entry.name}/", root)
-            elif entry.name.lower().endswith(ENDINGS):
-                check_name(entry.name, entry.path)
-                yield prefix + entry.name, _size(entry, root)
-
-
-def digest_files(folder: Path, keys: list[str]) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
-    """SHA-256 of each file, uint8 (N, 32)."""
-    digests_N32 = np.empty((len(keys), 32), dtype=np.uint8)
+def digest_files(folder: Path, keys: list[str]) -> tuple[NDArray[np.uint8], list[Problem]]:
+    """SHA-256 of each file, uint8 (N, 32); zeros for those that cannot be read, which are listed."""
+    digests_N32 = np.zeros((len(keys), 32), dtype=np.uint8)
+    unread = []
     for row, key in enumerate(keys):
         try:
             with (folder / key).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").digest()
         except OSError as cause:
-            raise InputError(f"image {folder / key} cannot be read: {cause.strerror}", path=folder / key) from cause
-        digests_N32[row] = np.frombuffer(digest, dtype=np.uint8)
-    return digests_N32
+            unread.append(Problem(key, f"cannot be read: {cause.strerror}", is_fixed=False))
+        else:
+            digests_N32[row] = np.frombuffer(digest, dtype=np.uint8)
+    return digests_N32, unread
 
 
-def _scan(folder: Path) -> os._ScandirIterator[str]:
-    try:
-        return os.scandir(folder)
-    except OSError as cause:
-        raise InputError(f"image folder {folder} cannot be read: {cause.strerror}", path=folder) from cause
+def _may_be_image(entry: os.DirEntry[str]) -> bool:
+    """By its ending; a link without ending that leads nowhere may have been a folder of images."""
+    name = entry.name
+    return name.lower().endswith(ENDINGS) or (entry.is_symlink() and "." not in name and not entry.is_file())
 
 
-def _is_seen(entry: os.DirEntry[str]) -> bool:
-    return not entry.name.startswith(".")
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    if entry.is_symlink() and entry.is_dir():
-        raise InputError(
-            f"{entry.path} is a link to a folder, expected a folder",
-            path=entry.path,
-            hint="copy or bind-mount the folder",
-        )
-    return entry.is_dir(follow_symlinks=False)
-
-
-def _size(entry: os.DirEntry[str], root: Path) -> int:
-    try:
-        if entry.is_symlink() and not Path(entry.path).resolve(strict=True).is_relative_to(root):
-            raise InputError(
-                f"image {entry.path} is a link that leaves {root}",
-                path=entry.path,
-                hint="copy the file into the folder",
-            )
-        return entry.stat().st_size
-    except OSError as cause:
-        raise InputError(f"image {entry.path} cannot be read: {cause.strerror}", path=entry.path) from cause
+def _place(status: os.stat_result) -> Place:
+    return (status.st_dev, status.st_ino)

@@ -6,7 +6,7 @@
 | `keys.txt` | one key per line, UTF-8, in the order of the set |
 | `labels.npy`, `sizes.npy` | int32 and int64 (N,): index into the class names; bytes of each file |
 | `digests.npy` | uint8 (N, 32): SHA-256 of each file; only of a deep index |
-| `skipped.jsonl` | what was left out and why; only with `corrupt: skip` |
+| `skipped.jsonl` | what could not be used and why; only with `corrupt: skip` |
 
 The root of the images depends on the machine: it is remembered in `log/images-root.txt`, which no digest covers.
 """
@@ -16,9 +16,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,10 +29,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.durable import write_file
 from pipeline.errors import CorruptError, InputError
-from pipeline.images.decoding import CorruptImage, DecodePolicy, decode, read_file
+from pipeline.images.decoding import CorruptImage, DecodePolicy, UnreadableImage, check_header, decode, read_file
 from pipeline.images.digits import DigitsSource, draw_digits
 from pipeline.images.folders import FolderSource
-from pipeline.images.listing import Listing, digest_listing
+from pipeline.images.listing import Listing, Problem, digest_listing
 from pipeline.images.sources import ImageSource, need_root
 from pipeline.images.views import ViewPolicy
 
@@ -40,17 +40,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 FORMAT = 1
+CHECKED_AT_ONCE = 64  # images of one piece of work for a thread
 ROOT_FILE = Path("log") / "images-root.txt"
 # What no line of keys may hold; searched for in the whole text at once, because there may be a million lines.
 UNSAFE = ("\n\n", "\n/", "//", "/\n", "/./", "\n./", "\n.\n", "/.\n", "/../", "\n../", "\n..\n", "/..\n", "\0", "\r")
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """An image that was left out, and why."""
-
-    key: str
-    reason: str
 
 
 class ImageSet:
@@ -60,12 +53,19 @@ class ImageSet:
     """
 
     def __init__(
-        self, listing: Listing, *, source: DigitsSource | FolderSource, decode: DecodePolicy, root: Path | None = None
+        self,
+        listing: Listing,
+        *,
+        source: DigitsSource | FolderSource,
+        decode: DecodePolicy,
+        root: Path | None = None,
+        key: str = "",
     ):
         self.listing = listing
         self.source = source
         self.decode_policy = decode
         self.root = root
+        self.key = key
 
     @classmethod
     def open(cls, directory: Path, *, root: Path | None = None) -> ImageSet:
@@ -82,7 +82,7 @@ class ImageSet:
             raise CorruptError(
                 f"image set {directory}: images.json does not fit this version", path=directory
             ) from cause
-        return cls(listing, source=source, decode=policy, root=root or recall_root(directory))
+        return cls(listing, source=source, decode=policy, root=root or recall_root(directory), key=directory.name)
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -118,11 +118,47 @@ class ImageSet:
         return draw_digits(self.keys, self.source.size)
 
     def image(self, index: int) -> NDArray[np.uint8]:
-        """Image `index`, uint8 (H, W, 3). Raises InputError if it is gone or changed, CorruptImage if undecodable."""
+        """Image `index`, uint8 (H, W, 3). Raises UnreadableImage if it is gone or changed, CorruptImage if undecodable."""
         if isinstance(self.source, DigitsSource):
             digit_HW3: NDArray[np.uint8] = self._digits[index]
             return digit_HW3
-        return decode(self._bytes(index), self.decode_policy, name=str(self.folder / self.keys[index]))
+        path = self._path(index)
+        try:
+            return decode(self._bytes(index), self.decode_policy, name=str(path))
+        except CorruptImage as error:
+            raise CorruptImage(error.reason, path=str(path), command=self.command, image_set=self.key) from error
+
+    @property
+    def command(self) -> str:
+        """The command that indexes these images."""
+        assert isinstance(self.source, FolderSource)
+        settings = {"split": self.source.split, "deep": "true" if self.source.deep else ""}
+        chosen = "".join(f" --set source.{name}={shlex.quote(value)}" for name, value in settings.items() if value)
+        return f"smalti index --images {shlex.quote(str(self.root))}{chosen}"
+
+    def problem(self, index: int, *, pixels: bool) -> Problem | None:
+        """Why image `index` cannot be used; None if it can. pixels: decode it; else its header alone is read."""
+        try:
+            if pixels:
+                self.image(index)
+            elif isinstance(self.source, FolderSource):
+                check_header(self._path(index), self.decode_policy)
+        except CorruptImage as error:
+            return Problem(self.keys[index], error.reason)
+        except UnreadableImage as error:
+            return Problem(self.keys[index], error.reason, is_fixed=False)
+        return None
+
+    def problems(self, *, pixels: bool, threads: int = 1) -> Iterator[tuple[int, list[Problem]]]:
+        """Every image that cannot be used, in the order of the set: block by block, with the size of the block."""
+
+        def check(start: int) -> tuple[int, list[Problem]]:
+            block = range(start, min(start + CHECKED_AT_ONCE, len(self)))
+            found = [self.problem(index, pixels=pixels) for index in block]
+            return len(block), [problem for problem in found if problem is not None]
+
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(check, range(0, len(self), CHECKED_AT_ONCE))
 
     def batch(self, indices: Sequence[int], *, threads: int = 1) -> list[NDArray[np.uint8]]:
         """Several images, each of its own size, in the order asked for."""
@@ -146,31 +182,23 @@ class ImageSet:
 
         return np.stack(_map(see, [int(index) for index in indices], threads))
 
+    def _path(self, index: int) -> Path:
+        return self.folder / self.keys[index]
+
     def _bytes(self, index: int) -> bytes:
-        path = self.folder / self.keys[index]
-        if not path.resolve().is_relative_to(self.folder):
-            raise InputError(
-                f"image {path} leads out of {self.folder}", path=path, hint="copy the file into the folder"
-            )
-        data = read_file(path)
-        if len(data) != self.listing.sizes[index]:
-            raise InputError(
-                f"image {path} has {len(data)} bytes, but had {self.listing.sizes[index]} when it was indexed",
-                path=path,
-                hint="restore it, or index the folder anew",
-            )
+        path = self._path(index)
+        data, size = read_file(path), int(self.listing.sizes[index])
+        anew = "restore it, or index the folder again with smalti index"
+        if len(data) != size:
+            raise UnreadableImage(f"has {len(data)} bytes, but had {size} when it was indexed", path=path, hint=anew)
         digests = self.listing.digests
         if digests is not None and hashlib.sha256(data).digest() != digests[index].tobytes():
-            raise InputError(
-                f"image {path} is not the file that was indexed: its SHA-256 differs",
-                path=path,
-                hint="restore it, or index the folder anew",
-            )
+            raise UnreadableImage("is not the file that was indexed: its SHA-256 differs", path=path, hint=anew)
         return data
 
 
 def index_files(
-    listing: Listing, *, source: DigitsSource | FolderSource, decode: DecodePolicy, skipped: Sequence[Skipped] = ()
+    listing: Listing, *, source: DigitsSource | FolderSource, decode: DecodePolicy, skipped: Sequence[Problem] = ()
 ) -> dict[str, bytes]:
     """The data files of an image set by name, the same bytes for the same arguments."""
     description = {
@@ -193,37 +221,6 @@ def index_files(
         lines = [json.dumps({"key": one.key, "reason": one.reason}, ensure_ascii=False) + "\n" for one in skipped]
         files["skipped.jsonl"] = "".join(lines).encode()
     return files
-
-
-def drop_corrupt(image_set: ImageSet, *, threads: int = 1) -> tuple[Listing, list[Skipped]]:
-    """Decode every image once; the listing of those that can be decoded, and the others with the reason.
-
-    Raises InputError when more than `max_skipped` images cannot, CorruptImage at the first under the policy `fail`.
-    """
-
-    def why_not(index: int) -> str | None:
-        try:
-            image_set.image(index)
-        except CorruptImage as error:
-            if policy.corrupt == "fail":
-                raise
-            return error.reason
-        return None
-
-    policy = image_set.decode_policy
-    reasons = _map(why_not, range(len(image_set)), threads)
-    skipped = [Skipped(key, why) for key, why in zip(image_set.keys, reasons, strict=True) if why is not None]
-    if len(skipped) > policy.max_skipped:
-        raise InputError(
-            f"{len(skipped)} of {len(image_set)} images cannot be decoded, {policy.max_skipped} may be skipped; "
-            f"the first is {skipped[0].key}, which {skipped[0].reason}",
-            path=skipped[0].key,
-            hint="repair or remove them, or raise decode.max_skipped",
-        )
-    kept = np.flatnonzero([why is None for why in reasons])
-    if not len(kept):
-        raise InputError(f"none of the {len(image_set)} images can be decoded; the first {skipped[0].reason}")
-    return image_set.listing.keep(kept), skipped
 
 
 def remember_root(directory: Path, root: Path) -> None:

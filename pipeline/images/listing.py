@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import InputError
-
 HEADER = b"smalti image list 1\n"
+SHOWN = 10  # names in a sentence; whole lists go to log/
+
+
+class Problem(NamedTuple):
+    """Something that stands where an image should be, and why it cannot be used.
+
+    key: its path below the folder, with what no key may hold escaped.  reason: a phrase that names no path.
+    is_fixed: it follows from the files themselves, so that leaving it out gives the same set wherever they lie;
+    what only this machine or moment cannot read is not.
+    """
+
+    key: str
+    reason: str
+    is_fixed: bool = True
+
+
+class LeftOut(NamedTuple):
+    """Something below the folder that was passed over by the rules, and by which one."""
+
+    key: str
+    rule: str
 
 
 @dataclass(frozen=True)
@@ -19,6 +41,7 @@ class Listing:
 
     keys: N distinct names (of a folder: the path below the root, with "/").  labels: int32 (N,), index into `classes`.
     sizes: int64 (N,), bytes of each file.  digests: uint8 (N, 32), SHA-256 of each file, or None if not asked for.
+    problems, left_out: what else lies there.
     """
 
     keys: list[str]
@@ -26,6 +49,8 @@ class Listing:
     sizes: NDArray[np.int64]
     classes: list[str]
     digests: NDArray[np.uint8] | None = None
+    problems: tuple[Problem, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -37,7 +62,7 @@ class Listing:
 
 
 def digest_listing(listing: Listing) -> str:
-    """SHA-256 (hex) of the sorted list (key, size, label, and the file's SHA-256 where it is known).
+    """SHA-256 (hex) of the sorted list (key, size, label, and the file's SHA-256 where it is known), and of the problems.
 
     Each line ends in its fixed fields and a key holds no newline, so two lists never give the same bytes.
     """
@@ -51,15 +76,35 @@ def digest_listing(listing: Listing) -> str:
             f"{key}\t{size}\t{label}\t{sha256}\n"
             for key, size, label, sha256 in zip(listing.keys, sizes, labels, hexes, strict=True)
         ]
+    lines += [f"{key}\t{reason}\n" for key, reason, _ in listing.problems]
     digest.update("".join(lines).encode())
     return digest.hexdigest()
 
 
-def check_name(name: str, path: str) -> None:
-    """Refuse a file or folder name that cannot be a key: not UTF-8, or with a line break."""
+def describe_left_out(left_out: Sequence[LeftOut]) -> str:
+    """One sentence of what was passed over, counted by rule with the first names of each."""
+    counts = Counter(rule for _, rule in left_out)
+    return "; ".join(
+        f"{rule}: {count} ({name_some([key for key, its in left_out if its == rule], most=3)})"
+        for rule, count in sorted(counts.items())
+    )
+
+
+def name_some(names: Sequence[str], *, most: int = SHOWN, between: str = ", ") -> str:
+    """The first names, and how many more there are."""
+    rest = f"{between}and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + rest
+
+
+def name_fault(name: str) -> str | None:
+    """Why a file or folder name cannot be part of a key, or None."""
     try:
         name.encode()
-    except UnicodeEncodeError as cause:
-        raise InputError(f"the name of {path!r} is not UTF-8", path=ascii(path), hint="rename it") from cause
-    if "\n" in name or "\r" in name:
-        raise InputError(f"the name of {path!r} has a line break", path=path, hint="rename it")
+    except UnicodeEncodeError:
+        return "has a name that is not UTF-8"
+    return "has a line break in its name" if "\n" in name or "\r" in name else None
+
+
+def escape(name: str) -> str:
+    """The name as text of one line in UTF-8."""
+    return name.encode(errors="backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.images.decoding import CorruptImage, DecodePolicy, decode
+from pipeline.images.decoding import CorruptImage, DecodePolicy, UnreadableImage, check_header, decode
 
 POLICY = DecodePolicy()
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
@@ -146,8 +146,11 @@ def test_exif_orientation_is_ignored_unless_asked_for() -> None:
     np.testing.assert_array_equal(decode(plain, DecodePolicy(exif="apply")), np.asarray(image))
 
 
-def test_bomb_is_refused_from_its_header() -> None:
+def test_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
     forged = png(60_000, 60_000, depth=8, colour=2, rows=b"\0")
+    (tmp_path / "bomb.png").write_bytes(forged)
+    with pytest.raises(CorruptImage, match="more than 80000000 pixels"):
+        check_header(tmp_path / "bomb.png", POLICY)
     with pytest.raises(CorruptImage, match="more than 80000000 pixels"):
         decode(forged, POLICY)
     with pytest.raises(CorruptImage, match="more than 959 pixels"):
@@ -189,6 +192,9 @@ def test_garbage_is_refused_with_a_name(tmp_path: Path, data: bytes) -> None:
     assert caught.value.exit_code == 3
     assert caught.value.path == str(path)
     assert str(tmp_path) not in caught.value.reason
+    with pytest.raises(CorruptImage) as from_header:
+        check_header(path, POLICY)
+    assert str(from_header.value) == str(caught.value)
 
 
 def test_32_bit_samples_are_refused() -> None:
@@ -201,6 +207,9 @@ def test_missing_file_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file") as caught:
         decode(tmp_path / "gone.png", POLICY)
     assert not isinstance(caught.value, CorruptImage)
+    with pytest.raises(UnreadableImage, match="No such file") as from_header:
+        check_header(tmp_path / "gone.png", POLICY)
+    assert str(pickle.loads(pickle.dumps(from_header.value))) == str(caught.value)
 
 
 def test_error_travels_between_processes() -> None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import CorruptError, InputError
+from pipeline.errors import BadImages, CorruptError, InputError
 from pipeline.images import (
     CorruptImage,
     DecodePolicy,
     DigitsSource,
     FolderSource,
     ImageSet,
-    drop_corrupt,
+    Problem,
     index_files,
     list_images,
     remember_root,
@@ -128,49 +129,53 @@ def test_deep_set_refuses_other_bytes_of_the_same_size(tmp_path: Path, root: Pat
         images.image(0)
 
 
-def test_link_that_now_leads_out_is_refused(folder_set: Path, root: Path) -> None:
+def test_link_that_leaves_the_folder_is_followed(folder_set: Path, root: Path) -> None:
     images = ImageSet.open(folder_set)
-    path = root / "train" / images.keys[0]
-    path.rename(root / "outside.png")
-    path.symlink_to(root / "outside.png")
-    with pytest.raises(InputError, match="leads out of"):
-        images.image(0)
+    path, before = root / "train" / images.keys[0], images.image(0)
+    path.rename(root.parent / "outside.png")
+    path.symlink_to(root.parent / "outside.png")
+    np.testing.assert_array_equal(images.image(0), before)
 
 
-class TestCorruptImages:
+class TestBadImages:
     @pytest.fixture
     def damaged(self, root: Path) -> ImageSet:
-        for key in ("n0/2.png", "n1/3.png"):
-            (root / "train" / key).write_bytes(b"garbage")
+        (root / "train/n0/2.png").write_bytes(b"garbage")
+        cut = root / "train/n1/3.png"
+        cut.write_bytes(cut.read_bytes()[:-30])
         source = FolderSource(split="train")
-        return ImageSet(list_images(source, root), source=source, decode=SKIP, root=root)
+        return ImageSet(list_images(source, root), source=source, decode=DecodePolicy(), root=root)
 
-    def test_fail_names_the_path(self, damaged: ImageSet) -> None:
-        strict = ImageSet(damaged.listing, source=damaged.source, decode=DecodePolicy(), root=damaged.root)
-        with pytest.raises(CorruptImage, match=r"n0/2\.png is none of JPEG") as caught:
-            drop_corrupt(strict)
-        assert caught.value.exit_code == 3
+    def find(self, images: ImageSet, *, pixels: bool, threads: int = 1) -> list[Problem]:
+        return [problem for _, problems in images.problems(pixels=pixels, threads=threads) for problem in problems]
 
-    def test_skip_leaves_out_and_lists(self, damaged: ImageSet) -> None:
-        listing, skipped = drop_corrupt(damaged, threads=2)
-        assert listing.keys == ["n0/0.png", "n0/4.png", "n1/1.png", "n1/5.png"]
-        assert listing.labels.tolist() == [0, 0, 1, 1]
-        report = index_files(listing, source=damaged.source, decode=SKIP, skipped=skipped)["skipped.jsonl"].decode()
-        assert [json.loads(line)["key"] for line in report.splitlines()] == ["n0/2.png", "n1/3.png"]
+    def test_headers_show_what_is_no_image_and_pixels_what_is_cut(self, damaged: ImageSet) -> None:
+        garbage = Problem("n0/2.png", "is none of JPEG, PNG, GIF, BMP, WEBP, TIFF, PPM")
+        assert self.find(damaged, pixels=False) == [garbage]
+        assert self.find(damaged, pixels=True) == [garbage, Problem("n1/3.png", "is truncated or damaged")]
 
-    def test_more_than_the_bound_is_refused(self, damaged: ImageSet) -> None:
-        tighter = DecodePolicy(corrupt="skip", max_skipped=1)
-        images = ImageSet(damaged.listing, source=damaged.source, decode=tighter, root=damaged.root)
-        with pytest.raises(
-            InputError, match=r"2 of 6 images cannot be decoded, 1 may be skipped; the first is n0/2\.png"
-        ):
-            drop_corrupt(images)
+    def test_threads_and_blocks_change_nothing(self, damaged: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pipeline.images.imageset.CHECKED_AT_ONCE", 4)
+        assert [size for size, _ in damaged.problems(pixels=True)] == [4, 2]
+        assert self.find(damaged, pixels=True, threads=3) == self.find(damaged, pixels=True)
 
-    def test_nothing_left_is_refused(self, damaged: ImageSet) -> None:
-        only = ImageSet(damaged.listing.keep(np.array([1, 4])), source=damaged.source, decode=SKIP, root=damaged.root)
-        assert only.keys == ["n0/2.png", "n1/3.png"]
-        with pytest.raises(InputError, match="none of the 2 images"):
-            drop_corrupt(only)
+    def test_what_cannot_be_read_is_no_property_of_the_file(self, damaged: ImageSet, root: Path) -> None:
+        (root / "train/n0/2.png").unlink()
+        for pixels in (False, True):
+            (gone, *_) = self.find(damaged, pixels=pixels)
+            assert gone == Problem("n0/2.png", "cannot be read: No such file or directory", is_fixed=False)
+
+    def test_the_error_names_the_command_that_leaves_it_out_and_travels(self, folder_set: Path, root: Path) -> None:
+        (root / "train/n0/0.png").write_bytes(bytes((root / "train/n0/0.png").stat().st_size))
+        with pytest.raises(CorruptImage, match=r"n0/0\.png is none of JPEG") as caught:
+            ImageSet.open(folder_set).image(0)
+        error = pickle.loads(pickle.dumps(caught.value))
+        assert isinstance(error, BadImages)
+        assert error.image_set == "set"
+        command = f"smalti index --images {root} --set source.split=train --set decode.corrupt=skip"
+        assert str(error).endswith(command)
+        error.advise_in_recipe("train-images")
+        assert str(error).endswith("--set train-images.decode.corrupt=skip")
 
 
 class TestDamagedSets:

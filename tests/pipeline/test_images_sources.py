@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from pipeline.errors import InputError
-from pipeline.images import DigitsSource, FolderSource, content_id, list_images
+from pipeline.images import DigitsSource, FolderSource, Problem, content_id, describe_left_out, list_images
 from pipeline.images.digits import draw_digits, load_digits, share_among
 
 FOLDER = FolderSource()
@@ -59,11 +59,20 @@ def test_split_is_a_folder_below_the_root(root: Path) -> None:
             FolderSource(split=split)
 
 
-def test_hidden_and_foreign_files_are_passed_over(root: Path) -> None:
+def test_hidden_and_foreign_files_are_counted_and_change_no_identity(root: Path) -> None:
     before = content_id(FOLDER, root)
     for name in ("README.txt", "n01/.DS_Store", "n01/._z.jpg", "n01/list.csv", ".cache/a/x.png", "n01/.thumbs/z.jpg"):
         write(root / name)
+    write(root / "stray.png")
+    (root / "n03/empty").mkdir(parents=True)
     assert content_id(FOLDER, root) == before
+    listing = list_images(FOLDER, root)
+    assert listing.classes == ["n01", "n02"]
+    assert describe_left_out(listing.left_out) == (
+        "files that are not images: 2 (README.txt, n01/list.csv); folders without images: 2 (n03, n03/empty); "
+        "hidden files or folders: 4 (.cache, n01/.DS_Store, n01/._z.jpg, and 1 more); "
+        "images beside the class folders: 1 (stray.png)"
+    )
 
 
 def test_content_id_follows_names_sizes_and_labels_only(root: Path) -> None:
@@ -108,49 +117,99 @@ def refuse(root: Path | None, match: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_links_out_and_to_folders_are_refused(root: Path) -> None:
-    (root / "n01/out.jpg").symlink_to(write(root.parent / "secret.jpg"))
-    refuse(root, "leaves")
-    (root / "n01/out.jpg").unlink()
-    (root / "n01/loop").symlink_to(root / "n01")
-    refuse(root, "link to a folder")
-    (root / "n01/loop").unlink()
-    (root / "n03").symlink_to(root / "n01")
-    refuse(root, "link to a folder")
+def problems(root: Path) -> dict[str, str]:
+    return {key: reason for key, reason, _ in list_images(FOLDER, root).problems}
+
+
+def test_a_flat_folder_is_one_class(tmp_path: Path) -> None:
+    for name in ("b.PNG", "a.jpg", "c.webp"):
+        write(tmp_path / "flat" / name)
+    (tmp_path / "flat" / "notes").mkdir()
+    listing = list_images(FOLDER, tmp_path / "flat")
+    assert (listing.keys, listing.labels.tolist(), listing.classes) == (
+        ["a.jpg", "b.PNG", "c.webp"],
+        [0] * 3,
+        ["images"],
+    )
+    moved = (tmp_path / "flat").rename(tmp_path / "moved")  # the name of the folder is no part of the set
+    assert list_images(FOLDER, moved).classes == ["images"]
+
+
+def test_links_to_folders_and_out_of_the_root_are_followed(root: Path) -> None:
+    write(root.parent / "elsewhere/pic.png", b"1234567")
+    (root / "n03").symlink_to(root.parent / "elsewhere")
+    (root / "n01/inner").symlink_to("../n02")
+    (root / "n01/out.jpg").symlink_to(root.parent / "elsewhere/pic.png")
+    listing = list_images(FOLDER, root)
+    assert listing.problems == ()
+    assert listing.classes == ["n01", "n02", "n03"]
+    assert {"n01/inner/a.png", "n01/out.jpg", "n03/pic.png"} <= set(listing.keys)
+    before = content_id(FOLDER, root)
     (root / "n03").unlink()
+    (root.parent / "elsewhere").rename(root / "n03")  # a folder instead of a link: the same paths, the same set
+    (root / "n01/out.jpg").unlink()
+    write(root / "n01/out.jpg", b"1234567")
+    assert content_id(FOLDER, root) == before
+
+
+def test_all_problems_are_found_in_one_pass(root: Path) -> None:
+    before = content_id(FOLDER, root)
+    (root / "n01/loop").symlink_to("..")
+    (root / "n02/self.png").symlink_to("self.png")
     (root / "n01/broken.jpg").symlink_to("nowhere.jpg")
-    refuse(root, "broken.jpg cannot be read")
+    (root / "n03").symlink_to("nowhere")
+    os.mkfifo(root / "n02/pipe.png")
+    (root / "n01/notes.txt").symlink_to("nowhere")  # would not be an image if it were there
+    assert problems(root) == {
+        "n01/broken.jpg": "is a link to nothing",
+        "n01/loop": "is a link to a folder that it lies in",
+        "n02/pipe.png": "is not a file",
+        "n02/self.png": "cannot be read: Too many levels of symbolic links",
+        "n03": "is a link to nothing",
+    }
+    assert content_id(FOLDER, root) != before  # what may be skipped is a part of the set's identity
 
 
 def test_missing_and_empty_folders_are_refused(root: Path, tmp_path: Path) -> None:
     refuse(None, "none is given")
-    refuse(tmp_path / "nowhere", "nowhere should hold one folder per class, but there is nothing")
+    refuse(tmp_path / "nowhere", "nowhere should hold images, or one folder per class, but there is nothing")
     refuse(write(tmp_path / "file"), "but there is a file")
-    (tmp_path / "empty").mkdir()
-    refuse(tmp_path / "empty", "has no class folders")
-    write(root / "n03/notes.txt")
-    refuse(root, "class folder .*n03 has no images")
+    (tmp_path / "empty/n01").mkdir(parents=True)
+    refuse(tmp_path / "empty", "has no images")
 
 
-def test_unreadable_folder_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scan = os.scandir
+def test_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
+    write(tmp_path / "set/train/n01/a.png")
+    refuse(tmp_path / "set", "holds train, which are parts.*--set source.split=train")
+    write(tmp_path / "set/val/a.png")
+    refuse(tmp_path / "set", "holds train, val, which are parts of a data set and not classes")
+    write(tmp_path / "vehicles/train/a.png")
+    assert list_images(FOLDER, tmp_path / "vehicles").classes == ["train"]
+    write(tmp_path / "set/cat/a.png")
+    assert list_images(FOLDER, tmp_path / "set").classes == ["cat", "train", "val"]
+
+
+def test_unreadable_folders(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan, denied = os.scandir, "n01"
 
     def deny(path: Path) -> object:  # mode bits would not bind the user root
-        if Path(path).name == "n01":
+        if Path(path).name == denied:
             raise PermissionError(13, "Permission denied")
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", deny)
-    refuse(root, "n01 cannot be read: Permission denied")
+    assert list_images(FOLDER, root).problems == (Problem("n01", "cannot be read: Permission denied", is_fixed=False),)
+    denied = root.name
+    refuse(root, "images cannot be read: Permission denied")
 
 
-@pytest.mark.parametrize("name", [b"new\nline.jpg", b"\xff.jpg"])
-def test_names_that_cannot_be_keys_are_refused(root: Path, name: bytes) -> None:
+@pytest.mark.parametrize(("name", "shown"), [(b"new\nline.jpg", "new\\nline.jpg"), (b"\xff.jpg", "\\udcff.jpg")])
+def test_names_that_cannot_be_keys_are_problems(root: Path, name: bytes, shown: str) -> None:
     try:
         Path(os.fsdecode(os.fsencode(root / "n01") + b"/" + name)).write_bytes(b"1")
     except OSError:
         pytest.skip("this file system does not take such names")
-    refuse(root, "line break|not UTF-8")
+    assert list(problems(root)) == [f"n01/{shown}"]
 
 
 class TestDigits:

@@ -1,0 +1,88 @@
+"""A list of images to leave out: a text file with one path below the image folder per line.
+
+Empty lines and lines that begin with # are comments. A folder's path leaves out all that lies below it. What is left
+out is treated as if it were not there: a class that loses all its images is not a class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import InputError
+from pipeline.images.listing import Listing, Problem, name_some
+
+COMMENT = "#"
+
+
+def read_exclusions(file: Path) -> dict[str, int]:
+    """path -> number of its line. InputError if the file cannot be read or is not UTF-8."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except OSError as cause:
+        raise InputError(f"the list of excluded images {file} cannot be read: {cause.strerror}", path=file) from cause
+    except UnicodeDecodeError as cause:
+        raise InputError(f"the list of excluded images {file} is not UTF-8", path=file) from cause
+    paths = {number: line.removesuffix("\r") for number, line in enumerate(lines, 1)}
+    return {
+        path.removeprefix("./").rstrip("/"): number
+        for number, path in paths.items()
+        if path.strip() and not path.startswith(COMMENT)
+    }
+
+
+def identify_exclusions(file: Path) -> str:
+    """SHA-256 (hex) of what the list names; order and comments are no part of it."""
+    return hashlib.sha256("".join(f"{path}\n" for path in sorted(read_exclusions(file))).encode()).hexdigest()
+
+
+def exclude(listing: Listing, file: Path) -> Listing:
+    """The listing as if what `file` names were not there. InputError if a line matches nothing, or no image is left."""
+    lines = read_exclusions(file)
+    used: set[str] = set()
+
+    def is_kept(key: str) -> bool:
+        matching = [path for path in _with_parents(key) if path in lines]
+        used.update(matching)
+        return not matching
+
+    rows = np.array([row for row, key in enumerate(listing.keys) if is_kept(key)], dtype=np.intp)
+    problems = tuple(problem for problem in listing.problems if is_kept(problem.key))
+    left_out = tuple(item for item in listing.left_out if is_kept(item.key))
+    unused = [f"line {number}: {path!r}" for path, number in lines.items() if path not in used]
+    if unused:
+        raise InputError(
+            f"{len(unused)} of {len(lines)} lines of {file} match nothing below the image folder: {name_some(unused)}",
+            path=file,
+            hint="give paths below the folder of the class folders, such as n01/a.jpg, and remove lines without use",
+        )
+    if not len(rows):
+        raise InputError(f"{file} leaves out every one of the {len(listing)} images", path=file)
+    return replace(_without_empty_classes(listing.keep(rows), problems), problems=problems, left_out=left_out)
+
+
+def write_exclusions(problems: Sequence[Problem], before: Sequence[str] = ()) -> str:
+    """The text of a list that leaves these out, with the reason above each, and what was left out `before`."""
+    head = f"{COMMENT} {len(problems)} bad images, as `smalti index --exclude` reads them\n"
+    bad = "".join(f"{COMMENT} {reason}:\n{key}\n" for key, reason, _ in problems)
+    return head + bad + "".join([f"{COMMENT} left out before:\n" if before else "", *(f"{path}\n" for path in before)])
+
+
+def _with_parents(key: str) -> Iterable[str]:
+    """The key and every folder that it lies in."""
+    yield key
+    while "/" in key:
+        key = key.rpartition("/")[0]
+        yield key
+
+
+def _without_empty_classes(listing: Listing, problems: Sequence[Problem]) -> Listing:
+    troubled = {problem.key.partition("/")[0] for problem in problems}
+    filled = set(listing.labels.tolist())
+    kept = [label for label, name in enumerate(listing.classes) if label in filled or name in troubled]
+    labels = np.searchsorted(kept, listing.labels).astype(np.int32)
+    return replace(listing, labels=labels, classes=[listing.classes[label] for label in kept])
