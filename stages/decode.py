@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -19,7 +20,7 @@ from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
 from smalti.tokens import TokenSet, check_codes, check_labels, open_tokens
 from stages.decoding import ImagesConfig, captions, decode_pass, grid_texts, plan_layout, size_facts, write_beside
-from stages.devices import threads
+from stages.devices import products, threads
 from stages.identity import check_same_tokenizer, tokenizer_identity
 from stages.image_files import ImageLayout, Images_BHW3, open_pictures
 from stages.networks import NetworkFile, read_tokenizer_config
@@ -33,6 +34,11 @@ class DecodeConfig(ImagesConfig):
 
     crop: int = Field(default=0, ge=0, description="which crop of each image to decode")
     rows_per_pass: int = Field(default=64, ge=1, description="images that go through the network together")
+    precision: Literal["float32", "tf32"] = Field(
+        default="float32",
+        json_schema_extra=NEUTRAL,
+        description="tf32: products that CUDA rounds to 11 bits, as published",
+    )
     views: Views | None = Field(
         default=None,
         json_schema_extra=NEUTRAL,
@@ -126,7 +132,7 @@ def decode_shard(spec: DecodeSpec, number: int) -> dict[str, bytes]:
     codes_ICT = tokens.tokens.read_rows(start, stop)
     check_codes(codes_ICT, tokens.codes, start, CorruptError, str(spec.tokens / "tokens"))
     codes_Ihw = codes_ICT[:, spec.config.crop].reshape(-1, *tokens.grid).astype(np.int64)
-    with threads(1):
+    with threads(1), products(spec.config.precision):
         images = [
             decode_pass(spec.tokenizer, codes_Ihw[first : first + rows], rows=rows)
             for first in range(0, stop - start, rows)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
+
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -18,6 +20,7 @@ def pick_device(name: str) -> torch.device:
 
     # A sampler asks for attention over one key more at every step, and cuDNN would make a plan for each number of keys.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32 unless `products` says otherwise
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -41,6 +44,23 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     own = psutil.Process().memory_info().rss
     return int(min(psutil.virtual_memory().available, MEMORY_LIMIT - own))
+
+
+@contextmanager
+def products(precision: Precision) -> Iterator[None]:
+    """Within this block float32 products on CUDA keep all digits, or, but for "float32", those of TF32 (11 bits).
+
+    The setting is the whole process's, so all that runs meanwhile in other threads shares it.
+    """
+    import torch
+
+    is_rounded = precision != "float32"
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_rounded
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +22,7 @@ from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
 from smalti.arrays import metadata_bytes
 from stages.decoding import ImagesConfig, captions, decode_pass, grid_texts, plan_layout, size_facts, write_beside
-from stages.devices import pick_device, threads
+from stages.devices import pick_device, products, threads
 from stages.image_files import ImageLayout, Images_BHW3
 from stages.networks import NetworkFile, load_tokenizer, read_tokenizer_config
 from stages.pictures import grid_png
@@ -78,7 +77,8 @@ def generate_images(config: GenerateConfig, inputs: Inputs, out: Draft, run: Run
     """Sample and decode at the same time.
 
     Writes uint8 images, their labels and codes as zarr arrays, and grid.png. The images are those of `sample` and then
-    `decode`, to the byte, in less time: a pass is decoded while the next one is sampled.
+    `decode`, to the byte, in less time: a pass is decoded while the next one is sampled. (On CUDA, `precision` is that of
+    both; bfloat16 decodes as tf32 does.)
     """
     card = known_card(inputs)
     check_order(config.order, card)
@@ -104,7 +104,7 @@ def generate_images(config: GenerateConfig, inputs: Inputs, out: Draft, run: Run
 def generate_shard(spec: GenerateSpec, number: int) -> dict[str, bytes]:
     """The files of one shard: its images, and its codes."""
     shard = spec.images.spec.shard_range(number)
-    with threads(1):
+    with threads(1), products(spec.config.precision):
         passes = sampled_passes(spec.generator, spec.config, spec.labels_I, *shard)
         codes_IT, images_IHW3 = decode_meanwhile(spec, passes)
     return {**spec.images.shard(number, images_IHW3), **spec.codes.shard(number, codes_IT[:, None])}
@@ -116,11 +116,12 @@ def decode_meanwhile(spec: GenerateSpec, passes: Iterator[NDArray[np.int64]]) ->
     waiting_IT = np.empty((0, spec.codes.attributes.tokens), np.int64)
     codes: list[NDArray[np.int64]] = []
     coming: list[Future[Images_BHW3]] = []
-    with second_thread(spec.tokenizer) as thread:
+    thread = decoding_thread(spec.tokenizer, grid, rows)
 
-        def decode(some_IT: NDArray[np.int64]) -> None:
-            coming.append(thread.submit(decode_pass, spec.tokenizer, some_IT.reshape(-1, *grid), rows=rows))
+    def decode(some_IT: NDArray[np.int64]) -> None:
+        coming.append(thread.submit(decode_pass, spec.tokenizer, some_IT.reshape(-1, *grid), rows=rows))
 
+    try:
         for drawn_IT in passes:
             codes.append(drawn_IT)
             waiting_IT = np.concatenate([waiting_IT, drawn_IT])
@@ -130,20 +131,24 @@ def decode_meanwhile(spec: GenerateSpec, passes: Iterator[NDArray[np.int64]]) ->
         if len(waiting_IT):
             decode(waiting_IT)
         images = [future.result() for future in coming]
+    except BaseException:
+        for future in coming:
+            future.cancel()
+        raise
     return np.concatenate(codes), np.concatenate(images)
 
 
-@contextmanager
-def second_thread(tokenizer: NetworkFile) -> Iterator[ThreadPoolExecutor]:
-    """A thread beside this one; on CUDA whatever it does is in a stream of its own. Work not begun is dropped on errors."""
-    device = pick_device(tokenizer.device)
+@lru_cache(2)
+def decoding_thread(tokenizer: NetworkFile, grid: tuple[int, int], rows: int) -> ThreadPoolExecutor:
+    """The thread of this process that decodes such passes; on CUDA whatever it does is in a stream of its own.
+
+    It is made once, since the device keeps the memory of every stream, and it decodes a pass now: kernels are loaded and
+    workspaces taken before steps are recorded, during which nothing may wait for the whole device.
+    """
     load_tokenizer(tokenizer)
-    thread = ThreadPoolExecutor(1, initializer=partial(_enter_stream, device))
-    try:
-        thread.submit(int).result()  # it starts now: once steps are recorded, nothing may wait for the whole device
-        yield thread
-    finally:
-        thread.shutdown(cancel_futures=True)
+    thread = ThreadPoolExecutor(1, initializer=partial(_enter_stream, pick_device(tokenizer.device)))
+    thread.submit(decode_pass, tokenizer, np.zeros((1, *grid), np.int64), rows=rows).result()
+    return thread
 
 
 def draw_grid(spec: GenerateSpec, key: str, images_NHW3: Images_BHW3) -> bytes:

@@ -42,7 +42,7 @@ def needed_bytes(card: GeneratorCard, config: SampleConfig, rows: int, device_ty
             classes=card.classes,
             rows=rows,
             guided=config.sampling.guided,
-            bytes_per_number={"float32": 4, "bfloat16": 2}[config.precision],
+            bytes_per_number=2 if config.precision == "bfloat16" else 4,
             device_type=device_type,
         )
     )

@@ -25,7 +25,7 @@ from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
 from smalti.attributes import TokenAttributes
 from smalti.tokens import open_tokens
-from stages.devices import threads
+from stages.devices import Precision, products, threads
 from stages.networks import GeneratorCard, NetworkFile, join_tokenizer, load_generator, read_card
 from stages.pass_rows import propose_rows
 from stages.shard_sizes import ShardSizes
@@ -55,8 +55,9 @@ class SampleConfig(ShardSizes):
     order: tuple[int, ...] | None = Field(
         default=None, description="the image position that each step produces, left out for raster order"
     )
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of weights and cache; logits are float32"
+    precision: Precision = Field(
+        default="float32",
+        description="tf32: float32 with the products that CUDA rounds to 11 bits, as published; bfloat16: blocks and cache",
     )
     rows_per_pass: int = Field(default=64, ge=1, description="samples that go through the network together")
 
@@ -207,7 +208,8 @@ def sampled_passes(
         ids_B[ids_B >= stop] = first
         labels_B = torch.from_numpy(labels_I[ids_B].astype(np.int64))
         try:
-            codes_BT = sample(decoder, labels_B, torch.from_numpy(ids_B), config=config.sampling, seed=config.seed)
+            with products(config.precision):
+                codes_BT = sample(decoder, labels_B, torch.from_numpy(ids_B), config=config.sampling, seed=config.seed)
         except FloatingPointError as error:
             raise NumericError(
                 f"samples {first} to {min(first + rows, stop) - 1} cannot be drawn: {error}",
@@ -218,13 +220,14 @@ def sampled_passes(
 
 
 @lru_cache(2)
-def _decoder(file: NetworkFile, rows: int, guided: bool, order: tuple[int, ...] | None, precision: str) -> Any:
+def _decoder(file: NetworkFile, rows: int, guided: bool, order: tuple[int, ...] | None, precision: Precision) -> Any:
     """The static cache of this process, made once and used by every pass."""
     import torch
 
     model = load_generator(file)
     orders = None if order is None else torch.tensor(order)
-    return model.decoder(rows=rows, guided=guided, orders=orders, dtype=getattr(torch, precision))
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return model.decoder(rows=rows, guided=guided, orders=orders, dtype=dtype)
 
 
 def _check_asked(asked: Sequence[int], classes: int) -> None:

@@ -41,7 +41,11 @@ class RarDecoder:
     """
 
     def __init__(self, model: Rar, *, rows: int, guided: bool, orders: Tensor | None, dtype: torch.dtype | None):
-        """orders: (T,) for all rows or (rows, T) one each, default raster; dtype: of weights and cache, default theirs."""
+        """orders: (T,) for all rows or (rows, T) one each, default raster.
+
+        dtype: of the blocks' weights and of the cache, default theirs. The residual stream and the modulations are float32:
+        rounding them would cost more than rounding all the rest.
+        """
         weight = model.lm_head.weight
         self.device, self.dtype = weight.device, dtype or weight.dtype
         self.rows, self.guided, self.streams = rows, guided, rows * (1 + guided)
@@ -50,7 +54,7 @@ class RarDecoder:
         orders = orders.to(self.device)
         self.orders_BT = orders.expand(rows, -1)
         with torch.inference_mode():
-            self.places_JBD = _places(model, orders).to(self.dtype)
+            self.places_JBD = _places(model, orders).float()
             self._read_weights(model)
             self.run = self._choose_step(model)
             self.graphs: StepGraphs | None = None
@@ -58,11 +62,11 @@ class RarDecoder:
                 self.use_graphs(GraphPool(self.device))
 
     def _read_weights(self, model: Rar) -> None:
-        self.embeddings = model.embeddings.weight.to(self.dtype)
-        self.cls_D = model.cls_token[0, 0].to(self.dtype)
-        self.class_embeddings_CD = model.embeddings.weight[model.codes + 1 :].float()
+        self.embeddings = model.embeddings.weight.float()
+        self.cls_D = model.cls_token[0, 0].float()
+        self.class_embeddings_CD = self.embeddings[model.codes + 1 :]
         self.steps_JD = model.timesteps_embeddings[0, : self.tokens + 1].float()
-        self.modulations = [part.to(self.dtype) for part in _join_modulations(model)]
+        self.modulations = _join_modulations(model)
 
     def _choose_step(self, model: Rar) -> Step:
         """By the shape of a pass and the device alone, so that a sample's bytes depend on nothing else."""
@@ -89,7 +93,7 @@ class RarDecoder:
         self.distinct_U, self.picks_R = labels_R.unique(return_inverse=True)
         self.stretch = range(0)
         self._feed(self._both((self.cls_D + self.places_JBD[0]).expand(self.rows, -1)), 0)
-        classes_RD = self.class_embeddings_CD.to(self.dtype)[labels_R]
+        classes_RD = self.class_embeddings_CD[labels_R]
         self.position = 1
         return self._feed(classes_RD + self._both(self.places_JBD[1].expand(self.rows, -1)), 1)
 
@@ -133,7 +137,7 @@ class RarDecoder:
         start = position // length * length
         self.stretch = range(start, min(start + length, self.tokens + 1))
         conditions_USD = self.class_embeddings_CD[self.distinct_U, None] + self.steps_JD[start : self.stretch.stop]
-        activated_USD = F.silu(conditions_USD).to(self.dtype)
+        activated_USD = F.silu(conditions_USD)
         weight_MD, bias_M = self.modulations
         self.table_USM = None  # the last one's memory is free before the next takes its own
         self.table_USM = activated_USD.new_empty(*activated_USD.shape[:2], len(bias_M))
@@ -163,19 +167,20 @@ def sampling_bytes(
     bytes_per_number: int,
     device_type: str,
 ) -> int:
-    """About how much memory a decoder and its network take; the network's own weights are float32."""
+    """About how much memory a decoder and its network take; `bytes_per_number` is that of blocks and cache alone."""
     width, layers, streams, positions = config.width, config.layers, rows * (1 + guided), tokens + 1
     modulations = (6 * layers + 2) * width
     block = 4 * width * width + 2 * width * config.mlp_width
     own = layers * block + modulations * width + (2 * codes + classes + 3 * (positions + SPARE_POSITIONS)) * width
-    # On the CPU many rows read transposed weights; where nothing is copied, modulations lie beside the network's.
+    # Joined modulations lie beside the network's; on the CPU many rows read transposed weights of blocks and head.
     is_copied = (device_type == "cpu" and streams > FEW_STREAMS) or bytes_per_number != 4
-    weights = 4 * own + bytes_per_number * (own if is_copied else modulations * width)
+    copied = bytes_per_number * layers * block + 4 * codes * width if is_copied else 0
+    weights = 4 * own + 4 * modulations * width + copied
     cache = 2 * layers * streams * max(positions, SHORTEST_PRODUCT) * width
     table = min(rows, classes + 1) * min(STRETCH, positions) * modulations
-    largest_table = max(table_bytes(device_type), SHORTEST_STRETCH * rows * modulations * bytes_per_number)
+    largest_table = max(table_bytes(device_type), SHORTEST_STRETCH * rows * modulations * 4)
     work = streams * (modulations + 12 * width + config.mlp_width + 8 * codes + 2 * positions * config.heads)
-    passes = bytes_per_number * (cache + work) + min(bytes_per_number * table, largest_table)
+    passes = bytes_per_number * cache + 4 * work + min(4 * table, largest_table)
     joining = 3 * 4 * modulations * width  # modulations as they are, in pieces and joined, before there is a cache
     return weights + max(passes, joining)
 

@@ -13,6 +13,7 @@ from pipeline.config import Config
 from pipeline.images import Views
 from pipeline.images.views import ShiftViews
 from pipeline.keys import NEUTRAL
+from stages.devices import Precision
 
 GRIDS = 10  # of reconstructions, over a whole training
 
@@ -88,8 +89,10 @@ class TrainingConfig(Config):
     )
     optimizer: Optimizer = Field(default=AdamW(), description="optimizer of the network")
     schedule: Schedule = Field(default=Constant(), description="learning rate over the steps")
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="bfloat16: autocast, with weights and optimizer in float32"
+    precision: Precision = Field(
+        default="float32",
+        description="tf32: float32 with the products that CUDA rounds to 11 bits; bfloat16: autocast, with weights and "
+        "optimizer in float32",
     )
     accumulation: int = Field(default=1, ge=1, description="parts in which each process computes its share of a batch")
     clip: float | None = Field(default=1.0, gt=0, description="largest global norm of the gradient, or null")

@@ -23,7 +23,7 @@ from pipeline.durable import write_file
 from pipeline.errors import NumericError
 from pipeline.progress import Progress
 from pipeline.runtime import Runtime, Terminated
-from stages.devices import threads
+from stages.devices import products, threads
 from stages.training import checkpoints
 from stages.training.batches import read_batches
 from stages.training.config import TrainingConfig
@@ -66,6 +66,7 @@ def train(
     replicas = Replicas(device=run.device, precision=config.precision)
     with ExitStack() as around:
         around.enter_context(threads(run.threads))
+        around.enter_context(products(config.precision))
         around.enter_context(same_kernels(replicas.device, is_deterministic=config.is_deterministic))
         around.enter_context(memory_in_words(config, replicas.world))
         replicas.seed(torch_seed(config.seed, "first weights", 0))

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from stages.devices import pick_device
+from stages.devices import Precision, pick_device
 
-Precision = Literal["float32", "bfloat16"]
-ACCELERATE_NAMES = {"float32": "no", "bfloat16": "bf16"}
+ACCELERATE_NAMES = {"float32": "no", "tf32": "no", "bfloat16": "bf16"}
 CHUNK = 2**22  # bytes of which a checksum is made at a time
 
 

@@ -22,7 +22,7 @@ from pipeline.stage import Inputs
 from pipeline.store import Store
 from smalti.tokens import open_tokens
 from stages.decode import DecodeConfig, decode_tokens
-from stages.generate import GenerateConfig, generate_images
+from stages.generate import GenerateConfig, decoding_thread, generate_images
 from stages.image_files import open_pictures
 from stages.sample import SampleConfig, choose_labels, draw_samples
 from tests.stages.small_artifacts import (
@@ -133,6 +133,7 @@ def test_a_pass_is_decoded_while_the_next_one_is_sampled(
         return result
 
     def held_back(*place: Any) -> Iterator[Any]:
+        decoded.clear()  # the thread decodes a pass when it is made
         for number, codes_BT in enumerate(sampled(*place)):
             if number == 1:
                 waits.append(decoded.wait(timeout=30))
@@ -150,17 +151,26 @@ def test_every_five_thousand_of_the_published_protocol_hold_each_class_five_time
         assert (np.bincount(labels_I[first : first + 5_000], minlength=1000) == 5).all()
 
 
-def test_a_decoding_that_fails_is_said_and_ends_the_thread(
-    generator: Artifact, tokenizer: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_thread_decodes_all_shards_of_a_process(generator: Artifact, tokenizer: Artifact, tmp_path: Path) -> None:
+    decoding_thread.cache_clear()
+    run(Store(tmp_path / "first"), generator, tokenizer)
+    after_one = threading.active_count()
+    run(Store(tmp_path / "second"), generator, tokenizer)
+    assert threading.active_count() == after_one
+    assert decoding_thread.cache_info().misses == 1
+
+
+def test_a_decoding_that_fails_is_said_and_the_thread_serves_on(
+    images: Artifact, generator: Artifact, tokenizer: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*place: Any, **more: Any) -> Any:
         raise CorruptError("this code has no picture")
 
-    before = threading.active_count()
-    monkeypatch.setattr(stages.generate, "decode_pass", fail)
-    with pytest.raises(CorruptError, match="this code has no picture"):
-        run(Store(tmp_path), generator, tokenizer)
-    assert threading.active_count() == before
+    with monkeypatch.context() as patched:
+        patched.setattr(stages.generate, "decode_pass", fail)
+        with pytest.raises(CorruptError, match="this code has no picture"):
+            run(Store(tmp_path), generator, tokenizer)
+    assert digests(run(Store(tmp_path), generator, tokenizer)) == digests(images)
 
 
 def test_weights_that_are_not_numbers_are_a_numeric_error(origin: Store, tokenizer: Artifact, tmp_path: Path) -> None:

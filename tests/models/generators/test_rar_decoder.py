@@ -195,6 +195,32 @@ def test_a_fresh_published_network_is_its_input_and_its_head() -> None:
     torch.testing.assert_close(rar(codes_BT, labels_B, orders_BT), expected)
 
 
+def test_bfloat16_is_nearer_to_float32_than_autocast() -> None:
+    """Residual stream and modulations are float32; guidance multiplies what is left of the error."""
+    torch.manual_seed(0)
+    loud = RarInit(linear=0.06, codes=0.5, classes=0.5, positions=0.5, steps=0.5, adaln=0.05)
+    config = RarConfig(width=128, layers=6, heads=4, mlp_width=256, dropout=0.0, attention_dropout=0.0, init=loud)
+    rar = Rar(config, codes=64, tokens=16, classes=3).eval()
+    codes_BT, labels_B = torch.randint(64, (8, 16)), torch.randint(3, (8,))
+    orders_BT = torch.arange(16).expand(8, -1)
+
+    def guided(conditional: Tensor, unconditional: Tensor) -> Tensor:
+        return unconditional + 4 * (conditional - unconditional)
+
+    def decoded(dtype: torch.dtype) -> Tensor:
+        decoder = rar.decoder(rows=8, guided=True, dtype=dtype)
+        logits = [decoder.prefill(labels_B), *(decoder.step(codes_B) for codes_B in codes_BT[:, :-1].T)]
+        return guided(*torch.stack(logits, dim=1).chunk(2))
+
+    exact = decoded(torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        both = [rar(codes_BT[:, :-1], some_B, orders_BT).float() for some_B in (labels_B, torch.full_like(labels_B, 3))]
+    rounded, autocast = (
+        float((one - exact).square().mean().sqrt()) for one in (decoded(torch.bfloat16), guided(*both))
+    )
+    assert 0 < rounded < 0.9 * autocast
+
+
 def test_dropped_labels_are_the_class_of_none() -> None:
     torch.manual_seed(0)
     rar = Rar(CONFIG, codes=12, tokens=6, classes=3).eval()
