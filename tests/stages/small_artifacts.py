@@ -21,7 +21,6 @@ from models.tokenizer import Tokenizer
 from models.tokenizer_config import TokenizerConfig
 from pipeline import durable
 from pipeline.artifact import Artifact
-from pipeline.cluster import Outcome
 from pipeline.draft import Draft, Request
 from pipeline.keys import config_value, sha256
 from pipeline.store import Store
@@ -41,7 +40,7 @@ class Killed(BaseException):
 class Backwards:
     """A cluster that sends each shard through pickle, as workers get it, and runs the last one first."""
 
-    def map(self, function: Callable[[int], Any], numbers: Iterable[int]) -> Iterator[Outcome]:
+    def map(self, function: Callable[[int], Any], numbers: Iterable[int], **where: Any) -> Iterator[Any]:
         for number in reversed(list(numbers)):
             yield number, pickle.loads(pickle.dumps(function))(number)
 
