@@ -72,7 +72,7 @@ class Dask:
     def __init__(self, client: Any):
         self.client = client
         self.named: set[str] = set()
-        """Workers whose refusal was told already."""
+        """Workers, or hosts of workers, that were told to be unused already."""
 
     def map(self, function: Callable[[int], Any], numbers: Iterable[int], *, folder: Path, say: Say) -> Outcomes:
         with proof.asking(folder) as nonce:
@@ -126,7 +126,12 @@ class _Distribution:
             self.proofs[self._submit(address, proof.answer, self.nonce, proof.SEEN_SECONDS)] = address
         self.proved &= self.threads.keys()
         self.refused = {address: text for address, text in self.refused.items() if address in self.threads}
-        self.proofs = {future: address for future, address in self.proofs.items() if address in self.threads}
+        for future, address in list(self.proofs.items()):
+            if address not in self.threads:
+                del self.proofs[future]
+                self._name(
+                    address.rpartition(":")[0], f"worker {address} left before it answered: does it run our code?"
+                )
         for future, (number, address) in list(self.shards.items()):
             if address not in self.threads:
                 del self.shards[future]
@@ -168,7 +173,7 @@ class _Distribution:
 
     def _waited_for(self) -> str:
         if self.proofs:
-            return f"waits for an answer of {len(self.proofs)} dask workers at {self._address()}, which may be busy"
+            return f"waits for an answer of the dask workers at {self._address()} ({len(self.proofs)} asked): they may be busy"
         limit = f"at most {DESERTED_SECONDS:.0f} s"
         return f"waits for a worker of the dask scheduler at {self._address()} ({limit}): `dask worker` starts one"
 
@@ -191,7 +196,8 @@ class _Distribution:
             time.sleep(POLL_SECONDS)
             return []
         try:
-            return list(wait(futures, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED").done)
+            with self.client.as_current():  # `wait` asks the default client, which may be another one
+                return list(wait(futures, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED").done)
         except TimeoutError:
             return []
         except CancelledError as error:
@@ -209,19 +215,23 @@ class _Distribution:
         )
         if not is_hope:
             raise StorageError(
-                f"none of the {len(self.refused)} dask workers can use {self.nonce.parent}: {reason}",
+                f"no dask worker can be used ({len(self.refused)} asked): {reason}",
                 path=self.nonce.parent,
                 hint="start workers that reach this folder under this path, or choose another --store",
             )
-        if address not in self.cluster.named:
-            self.cluster.named.add(address)
+        self._name(address, reason)
+
+    def _name(self, who: str, reason: str) -> None:
+        """Say once why a worker is not used; a nanny may start the same one again and again at other ports."""
+        if who not in self.cluster.named:
+            self.cluster.named.add(who)
             self.say(f"not used: {reason}")
 
     def _doubt(self, address: str, future: Any) -> str:
         try:
             given = future.result(timeout=RESULT_SECONDS)
         except Exception as error:  # without our code, or gone
-            return f"worker {address} failed ({type(error).__name__}: {error})"
+            return f"worker {address} cannot run a task of ours: {_root(error)}"
         reason = proof.doubt(self.nonce, given)
         return reason and f"worker {address} ({given.who}) cannot use {self.nonce.parent}: {reason}"
 
@@ -295,8 +305,17 @@ def attempt(function: Callable[[int], Any], number: int) -> Any:
 def _raised(kind: type[SmaltiError], error: Exception, verdict: Literal["retry", "stop"]) -> Failure:
     """Text of an exception, and not the exception itself: not every one can travel."""
     place = extract_tb(error.__traceback__)[-1]
-    text = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+    text = f"{_first_line(error)} ({place.filename}:{place.lineno})"
     return Failure(kind(text), verdict, "".join(format_exception(error)))
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def _root(error: BaseException) -> str:
+    """What dask's own errors of a task that could not travel are about, such as a module that is not installed there."""
+    return _first_line(error) if error.__cause__ is None else _root(error.__cause__)
 
 
 def _outcome(future: Any, number: int) -> Any:
@@ -308,8 +327,9 @@ def _outcome(future: Any, number: int) -> Any:
         return _death(number)
     except CancelledError as error:
         raise _lost() from error
-    except Exception as error:  # the shard or its result could not travel
-        return _raised(WorkerError, error, "stop")
+    except Exception as error:
+        sentence = f"the shard or its result cannot travel between here, the scheduler and a worker: {_root(error)}"
+        return Failure(WorkerError(sentence), "stop", "".join(format_exception(error)))
 
 
 def _death(number: int) -> Failure:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -132,11 +132,13 @@ class OwnCluster:
         self.processes: list[subprocess.Popen[bytes]] = []
         self._start("dask_scheduler", "--port", "0", "--host", "127.0.0.1", "--no-dashboard", folder=folder)
 
-    def add_worker(self, folder: Path) -> subprocess.Popen[bytes]:
-        return self._start("dask_worker", "--no-nanny", "--nthreads", "1", "--no-dashboard", folder=folder)
+    def add_worker(self, folder: Path, *, before: str = "") -> subprocess.Popen[bytes]:
+        """before: a folder whose packages it imports instead of ours."""
+        words = ("--no-nanny", "--nthreads", "1", "--no-dashboard")
+        return self._start("dask_worker", *words, folder=folder, before=before)
 
-    def _start(self, program: str, *words: str, folder: Path) -> subprocess.Popen[bytes]:
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "faults")])
+    def _start(self, program: str, *words: str, folder: Path, before: str = "") -> subprocess.Popen[bytes]:
+        paths = os.pathsep.join([before, str(ROOT), str(ROOT / "tests" / "faults")])
         command = [sys.executable, "-m", f"distributed.cli.{program}", "--scheduler-file", str(self.file), *words]
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, cwd=folder, **silent)
@@ -221,6 +223,20 @@ def test_workers_are_used_as_they_come_and_go(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".nonce-*"))
 
 
+def test_a_worker_without_our_code_is_named_and_not_used(tmp_path: Path) -> None:
+    other = tmp_path / "other" / "pipeline" / "__init__.py"
+    other.parent.mkdir(parents=True)
+    other.write_text("raise ImportError('another package')")
+    said: list[str] = []
+    with own_cluster(tmp_path) as (cluster, own):
+        own.add_worker(tmp_path, before=str(other.parents[1]))
+        shards = cluster.map(slow_process, range(300), folder=tmp_path, say=said.append)
+        seen = {process for _, process in takewhile(lambda _: not said, shards)}
+        shards.close()
+    assert len(seen) == 1
+    assert "not used: worker tcp://127.0.0.1:" in said[0]
+
+
 @dataclass
 class Elsewhere:
     """Two workers of one scheduler: one started in `here`, the other in `there`."""
@@ -296,7 +312,7 @@ def test_where_no_worker_sees_the_draft_nothing_is_computed(
     (elsewhere.there / "hidden" / "count").mkdir(parents=True)
     started = time.monotonic()
     with pytest.raises(
-        StorageError, match=r"none of the 2 dask workers can use /proc/self/cwd/hidden/count/"
+        StorageError, match=r"2 asked.* cannot use /proc/self/cwd/hidden/count/.*: it does not see"
     ) as caught:
         run_in(elsewhere, OTHERWISE / "hidden", tmp_path)
     assert time.monotonic() - started < 15
