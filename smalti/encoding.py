@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +26,21 @@ def metadata_bytes(spec: ArraySpec) -> bytes:
     return store._store_dict["zarr.json"].to_bytes()
 
 
-def group_metadata_bytes(attributes: Mapping[str, Any]) -> bytes:
-    """The zarr.json of a group (not consolidated: a consolidated view can be stale)."""
+def group_files(attributes: Mapping[str, Any], arrays: Mapping[str, ArraySpec]) -> dict[str, bytes]:
+    """Every zarr.json of a group of arrays, by path; that of the group is the last, since it repeats the others.
+
+    With this consolidated view zarr knows the arrays without listing the folder, where it warns of every other file.
+    """
     import zarr  # takes a quarter of a second: paid by writers alone
     from zarr.storage import MemoryStore
 
     store = MemoryStore()
     zarr.create_group(store, attributes=dict(attributes), zarr_format=3)
-    return store._store_dict["zarr.json"].to_bytes()
+    files = {f"{name}/zarr.json": metadata_bytes(spec) for name, spec in arrays.items()}
+    document = json.loads(store._store_dict["zarr.json"].to_bytes())
+    members = {name: json.loads(files[f"{name}/zarr.json"]) for name in sorted(arrays)}
+    document["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": members}
+    return {**files, "zarr.json": json.dumps(document, indent=2).encode()}
 
 
 def encode_shard(spec: ArraySpec, shard: int, block: NDArray[Any]) -> tuple[str, bytes]:

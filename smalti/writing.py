@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from smalti.attributes import TokenAttributes, attributes_to_document
 from smalti.card import card_bytes, croissant_bytes, sums_bytes
-from smalti.encoding import encode_shard, group_metadata_bytes, metadata_bytes
+from smalti.encoding import encode_shard, group_files
 from smalti.errors import InputError, UsageError
 from smalti.layout import ArraySpec, Profile
 from smalti.listing import SUMS, FileEntry
@@ -163,7 +163,6 @@ def _array_files(
     attributes: TokenAttributes, specs: dict[str, ArraySpec], sources: dict[str, Sliceable]
 ) -> Iterator[tuple[str, bytes]]:
     for name, spec in specs.items():
-        yield f"{name}/zarr.json", metadata_bytes(spec)
         for shard in range(spec.shards):
             start, stop = spec.shard_range(shard)
             block = np.asarray(sources[name][start:stop]).reshape(stop - start, *spec.row_shape)
@@ -171,7 +170,7 @@ def _array_files(
                 check_codes(block, attributes.codes, start, InputError, "tokens")
             key, data = encode_shard(spec, shard, block)
             yield f"{name}/{key}", data
-    yield "zarr.json", group_metadata_bytes(attributes_to_document(attributes))
+    yield from group_files(attributes_to_document(attributes), specs).items()
 
 
 def _write_whole(target: Path, files: Iterator[tuple[str, bytes]]) -> None:

@@ -58,7 +58,7 @@ class DecodeSpec:
 
 @stage(
     "decode",
-    version=1,
+    version=2,
     config=DecodeConfig,
     reads={
         "tokens": read("token-set", help="the codes"),
@@ -86,7 +86,12 @@ def decode_tokens(config: DecodeConfig, inputs: Inputs, out: Draft, run: Runtime
     map_shards(out, run, decode_shard, spec, layout.sizes, label="decode")
     originals = next(iter(inputs.all(ORIGINALS)), None)
     write_beside(
-        config, out, layout, tokens.labels, lambda images_NHW3: draw_grid(config, out, tokens, originals, images_NHW3)
+        config,
+        out,
+        layout,
+        tokens.labels,
+        lambda images_NHW3: draw_grid(config, out, tokens, originals, images_NHW3),
+        others={},
     )
     out.facts = {
         "images": tokens.n_images,

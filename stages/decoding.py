@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pipeline.artifact import Artifact
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError
 from pipeline.keys import canonical_bytes, config_value
-from smalti.arrays import MappedArray
+from smalti.arrays import ArraySpec, MappedArray
 from smalti.attributes import TokenAttributes
 from stages.image_files import ImageLayout, Images_BHW3, write_labels_and_metadata
 from stages.networks import NetworkFile, load_tokenizer
@@ -80,12 +80,14 @@ def write_beside(
     layout: ImageLayout,
     labels_I: NDArray[np.int32],
     draw: Callable[[Images_BHW3], bytes],
+    *,
+    others: Mapping[str, ArraySpec],
 ) -> None:
     """Everything besides the shards, which must be in the draft already.
 
-    draw: makes the grid's PNG of its images.
+    draw: makes the grid's PNG of its images.  others: arrays beside images and labels, by name.
     """
-    write_labels_and_metadata(out, layout, labels_I)
+    write_labels_and_metadata(out, layout, labels_I, others=others)
     if not out.is_done("grid"):
         shown = min(config.grid_images, layout.images)
         out.put("grid", {GRID: draw(MappedArray(out.path / "images").read_rows(0, shown))})

@@ -20,7 +20,7 @@ from pipeline.keys import canonical_bytes, config_value
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import External, Inputs, read, stage
-from smalti.arrays import ArraySpec, encode_shard, group_metadata_bytes, metadata_bytes
+from smalti.arrays import ArraySpec, encode_shard, group_files
 from stages.devices import pick_device, threads
 from stages.encoder_weights import published_weights
 from stages.encoding import ENCODER, ENCODER_WEIGHTS, load_encoder
@@ -87,7 +87,7 @@ class ExtractSpec:
 
 @stage(
     "extract",
-    version=1,
+    version=2,
     config=ExtractConfig,
     reads={"images": read("image-set", help="image set to describe")},
     writes="features",
@@ -201,14 +201,7 @@ def write_metadata(out: Draft, features: ArraySpec, image_set: ImageSet) -> None
         name, data = encode_shard(labels, 0, image_set.labels)
         out.put("labels", {f"labels/{name}": data})
     if not out.is_done("metadata"):
-        out.put(
-            "metadata",
-            {
-                "features/zarr.json": metadata_bytes(features),
-                "labels/zarr.json": metadata_bytes(labels),
-                "zarr.json": group_metadata_bytes({}),
-            },
-        )
+        out.put("metadata", group_files({}, {"features": features, "labels": labels}))
 
 
 def describe(out: Draft, config: ExtractConfig, features: ArraySpec, image_set: ImageSet) -> None:

@@ -20,7 +20,6 @@ from pipeline.draft import Draft
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
-from smalti.arrays import metadata_bytes
 from stages.decoding import ImagesConfig, captions, decode_pass, grid_texts, plan_layout, size_facts, write_beside
 from stages.devices import pick_device, products, threads
 from stages.image_files import ImageLayout, Images_BHW3
@@ -63,7 +62,7 @@ class GenerateSpec:
 
 @stage(
     "generate",
-    version=3,
+    version=4,
     config=GenerateConfig,
     reads={
         "generator": read("generator", help="the generator to sample from"),
@@ -89,9 +88,8 @@ def generate_images(config: GenerateConfig, inputs: Inputs, out: Draft, run: Run
     generator, decoder = NetworkFile.of(inputs["generator"], run.device), NetworkFile.of(inputs[TOKENIZER], run.device)
     spec = GenerateSpec(generator, decoder, config, codes, images, labels_I)
     map_shards(out, run, generate_shard, spec, images.sizes, label="generate")
-    if not out.is_done("tokens"):
-        out.put("tokens", {"tokens/zarr.json": metadata_bytes(codes.specs["tokens"])})
-    write_beside(config, out, images, labels_I, partial(draw_grid, spec, out.request.key))
+    others = {"tokens": codes.specs["tokens"]}
+    write_beside(config, out, images, labels_I, partial(draw_grid, spec, out.request.key), others=others)
     out.facts = {
         "images": config.images,
         **size_facts(images),

@@ -6,7 +6,7 @@ An artifact of kind "images" is a zarr group: `images/` uint8 (image, height, wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from pipeline.draft import Draft
 from pipeline.errors import CorruptError, InputError
 from pipeline.images import ImageSet, ViewPolicy
 from pipeline.images.views import CenterViews
-from smalti.arrays import ArraySpec, MappedArray, encode_shard, group_metadata_bytes, metadata_bytes
+from smalti.arrays import ArraySpec, MappedArray, encode_shard, group_files
 from smalti.limits import read_json
 
 FORMAT = 1
@@ -62,16 +62,20 @@ class ImageLayout:
         return {f"images/{name}": data}
 
 
-def write_labels_and_metadata(out: Draft, layout: ImageLayout, labels_I: NDArray[np.int32]) -> None:
-    """Everything of an images artifact besides the shards, which must be in the draft already."""
+def write_labels_and_metadata(
+    out: Draft, layout: ImageLayout, labels_I: NDArray[np.int32], *, others: Mapping[str, ArraySpec]
+) -> None:
+    """Everything of an images artifact besides the shards, which must be in the draft already.
+
+    others: arrays beside images and labels, by name.
+    """
     spec = ArraySpec(shape=labels_I.shape, dtype="int32", chunk_rows=max(1, len(labels_I)), dimension_names=("image",))
     if not out.is_done("labels"):
         name, data = encode_shard(spec, 0, labels_I)
         out.put("labels", {f"labels/{name}": data})
     if not out.is_done("metadata"):
         attributes = {ATTRIBUTES: {"format": FORMAT, **layout.described}}
-        files = {"images/zarr.json": metadata_bytes(layout.spec), "labels/zarr.json": metadata_bytes(spec)}
-        out.put("metadata", {**files, "zarr.json": group_metadata_bytes(attributes)})
+        out.put("metadata", group_files(attributes, {"images": layout.spec, "labels": spec, **others}))
 
 
 @dataclass(frozen=True)

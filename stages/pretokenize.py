@@ -77,7 +77,7 @@ def check_views(config: PretokenizeConfig, inputs: Mapping[str, Any]) -> None:
 
 @stage(
     "pretokenize",
-    version=1,
+    version=2,
     config=PretokenizeConfig,
     reads={
         "images": read("image-set", help="images to turn into codes"),

@@ -74,7 +74,7 @@ class SampleSpec:
 
 @stage(
     "sample",
-    version=3,
+    version=4,
     config=SampleConfig,
     reads={
         "generator": read("generator", help="the generator to sample from"),

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError, InputError
 from pipeline.keys import sha256
-from smalti.arrays import ArraySpec, encode_shard, group_metadata_bytes, metadata_bytes
+from smalti.arrays import ArraySpec, encode_shard, group_files
 from smalti.attributes import TokenAttributes, attributes_to_document
 from smalti.card import card_bytes, croissant_bytes, sums_bytes
 from smalti.listing import SUMS
@@ -97,8 +97,7 @@ def _array_files(spec: ArraySpec, name: str, block: NDArray[Any]) -> dict[str, b
 
 
 def _metadata(layout: TokenLayout) -> dict[str, bytes]:
-    arrays = {f"{name}/zarr.json": metadata_bytes(spec) for name, spec in layout.specs.items()}
-    return {**arrays, "zarr.json": group_metadata_bytes(attributes_to_document(layout.attributes))}
+    return group_files(attributes_to_document(layout.attributes), layout.specs)
 
 
 def _cards(out: Draft, attributes: TokenAttributes) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,19 @@ def test_any_zarr_reader_opens_it(token_set, codes_ICT):
     assert group["labels"].dtype == np.int32
     assert bytes(group["keys"][7]).decode() == "käse/007"
     assert group.attrs["smalti"]["format"] == 1
-    assert "consolidated_metadata" not in (token_set.path / "zarr.json").read_text()
+
+
+def test_zarr_does_not_warn_of_the_files_beside_the_arrays(token_set):
+    (token_set.path / "manifest.json").touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        group = zarr.open_group(token_set.path, mode="r")
+        assert sorted(group) == sorted(name for name, _ in group.members()) == ["keys", "labels", "tokens"]
+        assert "tokens (50, 3, 8) uint16" in str(group.tree())
+        for name, array in group.arrays():
+            alone = zarr.open_array(token_set.path / name, mode="r")
+            assert array.metadata == alone.metadata
+            np.testing.assert_array_equal(array[:], alone[:])
 
 
 @pytest.mark.parametrize(

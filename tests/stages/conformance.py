@@ -6,6 +6,7 @@ A test gives a function `make_in(store folder) -> Artifact` that makes the stage
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -16,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked child hangs in OpenMP 
 
 import numpy as np
 import torch
+import zarr
 from PIL import Image
 
 from pipeline import durable
@@ -157,3 +159,10 @@ def flip_bit(path: Path, *, place: int) -> None:
     data = bytearray(path.read_bytes())
     data[place % len(data)] ^= 1 << (place % 8)
     path.write_bytes(bytes(data))
+
+
+def zarr_members(artifact: Artifact) -> list[str]:
+    """The arrays that zarr lists in an artifact, without a warning about the files beside them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return sorted(zarr.open_group(artifact.path, mode="r"))

@@ -132,7 +132,7 @@ def images_artifact(
 
     def write(out: Draft) -> None:
         out.put("shard", layout.shard(0, images_NHW3))
-        write_labels_and_metadata(out, layout, labels_N.astype(np.int32))
+        write_labels_and_metadata(out, layout, labels_N.astype(np.int32), others={})
 
     return made(store, "images", write, name=name, size=layout.height)
 

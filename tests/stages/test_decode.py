@@ -25,7 +25,7 @@ from stages.decode import decode_tokens as decode
 from stages.image_files import open_pictures
 from stages.networks import NetworkFile, load_tokenizer
 from stages.pictures import grid_png, interleave
-from tests.stages.conformance import draw_folder, index_folder, run_stage
+from tests.stages.conformance import draw_folder, index_folder, run_stage, zarr_members
 from tests.stages.small_artifacts import (
     CODES,
     SIZE,
@@ -91,6 +91,7 @@ def test_plain_zarr_opens_it(images: Artifact) -> None:
     group = zarr.open_group(images.path, mode="r")
     assert group["images"].shape == (IMAGES, SIZE, SIZE, 3)
     assert group["labels"][:].tolist() == LABELS_I.tolist()
+    assert zarr_members(images) == ["images", "labels"]
 
 
 def test_a_grid_that_is_not_square(origin: Store, tokenizer: Artifact, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from tests.stages.conformance import (
     index_folder,
     run_stage,
     two_workers,
+    zarr_members,
 )
 
 ENCODER = {"kind": "whitened-patches", "image_size": 16, "cells": 2, "patch": 8, "dims": 5}
@@ -68,6 +69,7 @@ def test_features_are_those_of_the_fitted_encoder(images: Artifact, tmp_path: Pa
     np.testing.assert_allclose(expected.reshape(-1, 5).std(0), 1, atol=0.05)  # whitened over the whole set
     group = zarr.open_group(artifact.path, mode="r")
     assert np.asarray(group["labels"]).tolist() == [0] * 8 + [1] * 8
+    assert zarr_members(artifact) == ["features", "labels"]
 
 
 def test_all_views_are_rows(images: Artifact, tmp_path: Path) -> None:

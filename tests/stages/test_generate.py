@@ -25,6 +25,7 @@ from stages.decode import DecodeConfig, decode_tokens
 from stages.generate import GenerateConfig, decoding_thread, generate_images
 from stages.image_files import open_pictures
 from stages.sample import SampleConfig, choose_labels, draw_samples
+from tests.stages.conformance import zarr_members
 from tests.stages.small_artifacts import (
     CODES,
     Killed,
@@ -92,6 +93,8 @@ def test_the_images_of_sampling_and_then_decoding(
     assert (grids[0] == grids[1]).all()
     kept = zarr.open_group(at_once.path, mode="r")["tokens"][:]
     assert (kept == open_tokens(codes.artifact.path).tokens.read()).all()
+    assert zarr_members(at_once) == ["images", "labels", "tokens"]
+    assert zarr_members(codes.artifact) == ["keys", "labels", "tokens"]
 
 
 def test_an_images_artifact_like_any_other(images: Artifact) -> None:
