@@ -114,3 +114,15 @@ def test_sentences_stand_above_a_bar() -> None:
     with progress.bar("features", total=10, unit="images"):
         progress.say("  warning: [odd] things")
     assert "  warning: [odd] things\n" in stream.getvalue().replace("\r", "")
+
+
+def test_a_sentence_beside_a_bar_is_a_line_of_its_own() -> None:
+    stream = Terminal()
+    progress = Progress(stream)
+    with progress.bar("features", total=10, unit="images") as bar:
+        bar.advance(5)
+        progress.say("waits for [a worker]")
+    progress.say("over")
+    lines = [line.split("\x1b[2K")[-1].strip() for line in stream.getvalue().splitlines()]
+    assert "waits for [a worker]" in lines
+    assert lines[-1].endswith("over")
