@@ -14,6 +14,7 @@ from cli.output import guarded, print_json, print_table, readable_bytes, say
 from pipeline.artifact import Artifact
 from pipeline.config import unknown_key
 from pipeline.errors import UsageError
+from pipeline.foresight import check_recipe
 from pipeline.recipe import STEP_NAME, Recipe, Step, dump_schema, load_recipe
 from pipeline.runlog import total_seconds
 from pipeline.runner import Made, Planned
@@ -21,7 +22,7 @@ from pipeline.runner import plan as plan_recipe
 from pipeline.runner import run as run_recipe
 from pipeline.store import Store
 from stages import stages
-from stages.foresight import check_recipe
+from stages.image_sizes import check_step_sizes
 
 ALL = "all"
 
@@ -118,6 +119,7 @@ def schema(json: options.JsonOption = False) -> None:
 
 def _load(recipe: Path, settings: list[str] | None, pairs: list[str] | None, images: Path | None) -> Recipe:
     loaded = load_recipe(recipe, stages(), settings=settings or [], paths=options.parse_paths(pairs, images))
+    check_step_sizes(loaded)
     return check_recipe(loaded)
 
 

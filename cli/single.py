@@ -23,6 +23,7 @@ from cli.sources import Unmade, bring, find_made
 from pipeline.artifact import Artifact
 from pipeline.config import KIND, parse_config
 from pipeline.errors import InputError, UsageError
+from pipeline.foresight import settle
 from pipeline.recipe import parse_setting, parse_yaml, put_setting
 from pipeline.runner import Made, Options, make, make_request
 from pipeline.settings import REQUIRED, Setting
@@ -107,7 +108,7 @@ def _settle(
         proposal = declared.proposes[name](config, inputs, values["device"], max(1, values["workers"]))
         say_so(f"  --{_flag(name)} {proposal.value}: {proposal.reason}")
         settled[name] = proposal.value
-    return parse_config(declared.config, settled, where=declared.name)
+    return settle(declared, parse_config(declared.config, settled, where=declared.name), inputs)
 
 
 def _without_autos(declared: Stage, settings: Mapping[str, Any]) -> dict[str, Any]:

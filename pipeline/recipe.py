@@ -302,7 +302,8 @@ def _order(steps: Mapping[str, Step], where: str) -> list[str]:
     depth: dict[str, int] = {}
     for name in found:
         depth[name] = max([position[name], *(depth[parent] for parent in graph[name])])
-    return sorted(found, key=lambda name: (depth[name], found.index(name)))
+    # What reads no other step comes first: an image folder's classes are known before anything is computed.
+    return sorted(found, key=lambda name: (bool(graph[name]), depth[name], found.index(name)))
 
 
 def dump_schema(stages: Mapping[str, Stage]) -> str:

@@ -20,7 +20,9 @@ from pipeline.artifact import LOG, Artifact, check_data
 from pipeline.cluster import Cluster, InProcess
 from pipeline.draft import Draft, Request
 from pipeline.errors import BadImages, CorruptError, InputError, SmaltiError
+from pipeline.foresight import foresee, look_ahead, settle, settled
 from pipeline.keys import artifact_key, canonical_bytes, config_value
+from pipeline.known import Known
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, Step
 from pipeline.runlog import Attempt
@@ -91,8 +93,11 @@ def plan(recipe: Recipe, store: Store, *, force: Collection[str] = ()) -> list[P
     force: names of steps that would be made again.
     """
     planned: dict[str, Planned] = {}
-    for step in recipe.steps:
+    known: dict[str, Known] = {}
+    for written in recipe.steps:
+        step = settled(written, known)
         planned[step.name] = _plan_step(recipe, step, planned, store, is_forced=step.name in force)
+        known[step.name] = look_ahead(step, known, planned[step.name].artifact)
     return list(planned.values())
 
 
@@ -137,6 +142,7 @@ def _run_steps(recipe: Recipe, store: Store, options: Options, force: set[str]) 
         if ranks.is_first():
             store.set_ref(f"{recipe.name}/{step.name}", result.artifact)
         made[step.name] = result.artifact
+        foresee(recipe, made)  # a folder's classes are known as soon as it is indexed, before anything is trained
         yield step, result
 
 
@@ -150,6 +156,7 @@ def make(
 ) -> Made:
     """The artifact of one stage: the finished one if there is one that fits, else made now (or continued)."""
     check_kinds(declared, inputs)
+    config = settle(declared, config, inputs)
     request = make_request(declared, config, inputs, paths)
     if not options.force and store.is_current(request):
         return Made(_remember_paths(store.open(request.stage, request.key), paths), reused=True)
@@ -266,6 +273,8 @@ def _plan_step(recipe: Recipe, step: Step, planned: Mapping[str, Planned], store
     unknown = [parent.step.name for value in parents.values() for parent in _flat(value) if parent.key is None]
     if unknown:
         return Planned(step, None, "waits", f"waits for {', '.join(dict.fromkeys(unknown))}")
+    if not step.stage.is_settled(step.config):
+        return Planned(step, None, "waits", f"takes settings from {', '.join(dict.fromkeys(step.parents()))}")
     try:
         externals = {name: step.stage.externals[name].identify(step.config, path) for name, path in step.paths.items()}
     except InputError as error:

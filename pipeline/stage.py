@@ -20,6 +20,7 @@ from pipeline.artifact import Artifact
 from pipeline.config import defaults, merge
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError
+from pipeline.known import Foresee, Settle
 from pipeline.runtime import Runtime
 from pipeline.settings import REQUIRED, Setting, settings_of, value_at
 
@@ -119,6 +120,11 @@ class Stage:
     digits_defaults: tuple[str, ...] = ()
     """Dotted settings whose default suits the embedded digits alone: other images need them to be given."""
 
+    foresees: Foresee | None = None
+    """What follows for the output from the config and what is known of the inputs; refuses what does not fit together."""
+    settles: Settle | None = None
+    """The config with what the inputs decide of it; its `is_settled` says whether they told everything already."""
+
     def settings(self, given: Mapping[str, Any] | None = None) -> list[Setting]:
         """Every setting when `given` is asked for (see `pipeline.settings`)."""
         standard = {name: value_at(defaults(self.config, {}), name) for name in self.digits_defaults}
@@ -128,6 +134,10 @@ class Stage:
             return setting.name in standard and not is_given and setting.value == standard[setting.name]
 
         return [replace(setting, is_for_digits=is_for_digits(setting)) for setting in settings_of(self.config, given)]
+
+    def is_settled(self, config: Any) -> bool:
+        """Whether nothing of the config is left to inputs that are not made yet."""
+        return self.settles is None or bool(config.is_settled)
 
     def kind(self, config: Any) -> str:
         """The kind of artifact that it writes; with most stages it is always the same."""
@@ -147,6 +157,8 @@ def stage(
     trains: bool = False,
     proposes: Mapping[str, Propose] | None = None,
     digits_defaults: tuple[str, ...] = (),
+    foresees: Foresee | None = None,
+    settles: Settle | None = None,
 ) -> Callable[[Callable[[ConfigT, Inputs, Draft, Runtime], None]], Stage]:
     """Declare a stage. Its help is the function's docstring; raise `version` when the same config gives other bytes."""
 
@@ -166,6 +178,8 @@ def stage(
             trains,
             proposes or {},
             digits_defaults,
+            foresees,
+            settles,
         )
 
     return declare

@@ -15,6 +15,7 @@ from pipeline.draft import Draft
 from pipeline.errors import CorruptError, InputError
 from pipeline.images import Views
 from pipeline.keys import NEUTRAL
+from pipeline.known import Facts, Known, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
@@ -46,6 +47,56 @@ class DecodeConfig(ImagesConfig):
     )
 
 
+def foresee(config: DecodeConfig, inputs: KnownInputs) -> Facts:
+    """Images of the codes, as large as the grid and the tokenizer make them."""
+    tokens, tokenizer = inputs["tokens"], inputs["tokenizer"]
+    if tokenizer.kind == "codebook":
+        raise inputs.refusal(f"decodes with {tokenizer.name}, which makes a K-Means codebook and has no decoder")
+    if tokens.facts.get("tokenizer", 0) is None:
+        raise inputs.refusal(
+            f"cannot decode the codes of {tokens.name}, which do not say which tokenizer made them",
+            hint="give the step that imports the generator, or the one that samples, the input tokenizer",
+        )
+    facts = inputs.agree([tokens, tokenizer], "tokenizer", "codes")
+    if config.crop >= tokens.get("crops", config.crop + 1):
+        raise inputs.refusal(
+            f"decodes crop {config.crop}, but {tokens.name} has {tokens.get('crops')} crops of each image"
+        )
+    pixels = _side(tokens, tokenizer, inputs)
+    _check_originals(config, pixels, inputs)
+    sized = {} if pixels is None else {"pixels": pixels}
+    return {**facts, **tokens.only("images", "classes", "class_names", "labels", "listed"), **sized}
+
+
+def _side(tokens: Known, tokenizer: Known, inputs: KnownInputs) -> int | None:
+    """Pixels from top to bottom; a refusal where the codes say another size than the tokenizer makes of them."""
+    grid, downsample = tokens.get("grid"), tokenizer.get("downsample")
+    said: int | None = tokens.get("pixels")
+    if not grid or not downsample:
+        return said
+    if said not in (None, min(grid) * downsample):
+        raise inputs.refusal(
+            f"cannot decode {tokens.name}, whose grid of {grid[0]}x{grid[1]} codes stands for images of {said} pixels, with "
+            f"{tokenizer.name}, which makes {downsample} pixels of a code"
+        )
+    return int(grid[0] * downsample)
+
+
+def _check_originals(config: DecodeConfig, pixels: int | None, inputs: KnownInputs) -> None:
+    for originals in inputs.all(ORIGINALS):
+        if "listed" in inputs["tokens"].facts and inputs["tokens"].facts["listed"] is None:
+            raise inputs.refusal(
+                f"shows {originals.name} as originals, but the codes of {inputs['tokens'].name} are samples"
+            )
+        inputs.agree([inputs["tokens"], originals], "listed", "images")
+        seen = config.views.size if config.views else None
+        size = originals.get("pixels") if originals.kind == "images" else seen
+        if pixels is not None and size not in (None, pixels):
+            raise inputs.refusal(
+                f"shows originals of {size} pixels ({originals.name}) beside images of {pixels} pixels"
+            )
+
+
 @dataclass(frozen=True)
 class DecodeSpec:
     """What a worker needs for any shard."""
@@ -71,6 +122,7 @@ class DecodeSpec:
     },
     writes="images",
     example="smalti decode --tokens digits/rar/samples --tokenizer digits/rar/tokenizer",
+    foresees=foresee,
 )
 def decode_tokens(config: DecodeConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Turn codes into images.

@@ -17,6 +17,7 @@ from pipeline.errors import InputError, NumericError, UsageError
 from pipeline.images import ImageSet, Views
 from pipeline.images.views import CenterViews
 from pipeline.keys import canonical_bytes, config_value
+from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import External, Inputs, read, stage
@@ -25,6 +26,7 @@ from stages.devices import pick_device, threads
 from stages.encoder_weights import published_weights
 from stages.encoding import ENCODER, ENCODER_WEIGHTS, load_encoder
 from stages.hub import HubWeights
+from stages.known_images import check_rgb, check_seen
 from stages.passes import ImagesAt, run_passes, to_images, view_passes
 from stages.shard_sizes import ShardSizes
 
@@ -73,6 +75,18 @@ def identify_weights(config: ExtractConfig, path: Path) -> str:
         raise InputError(f"the weight file {path} cannot be read: {error.strerror}", path=path) from error
 
 
+def foresee(config: ExtractConfig, inputs: KnownInputs) -> Facts:
+    """The features are those of all views of all images."""
+    check_seen(config.seen, inputs, "images")
+    check_rgb(config.encoder, "encoder", inputs)
+    return {
+        **inputs["images"].only("images", "classes", "class_names", "listed"),
+        "views": config.seen.count,
+        "grid": config.encoder.grid,
+        "pixels": config.encoder.image_size,
+    }
+
+
 @dataclass(frozen=True)
 class ExtractSpec:
     """What a shard needs to know."""
@@ -100,6 +114,7 @@ class ExtractSpec:
         )
     },
     digits_defaults=("encoder.image_size",),
+    foresees=foresee,
 )
 def extract_features(config: ExtractConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Turn every image into a grid of features.

@@ -8,14 +8,16 @@ from typing import Any
 from pydantic import Field
 
 from pipeline.draft import Draft
+from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from stages.identity import CODES_OF, tokenizer_identity
+from stages.known_images import check_codes_fit
 from stages.networks import read_tokenizer_config
 from stages.tokenizing import code_grid
 from stages.train_tokenizer import describe, where
 from stages.training.config import AdamW, TokenizerLearning, TrainingConfig, WarmupCosine
-from stages.training.inputs import IMAGES, START, WEIGHTS, check_start
+from stages.training.inputs import IMAGES, START, WEIGHTS, check_images, check_known_start, check_start
 from stages.weights import config_json, save_weights
 
 
@@ -36,6 +38,14 @@ def check_inputs(config: FinetuneDecoderConfig, inputs: Mapping[str, Any]) -> No
     code_grid(inputs["tokenizer"], config.views.size)
 
 
+def foresee(config: FinetuneDecoderConfig, inputs: KnownInputs) -> Facts:
+    """The same codes as before."""
+    check_images(config, None, inputs)
+    check_known_start(config, inputs)
+    grid = check_codes_fit(config.views, inputs["tokenizer"], inputs)
+    return {**inputs["tokenizer"].only("tokenizer", "codes", "downsample"), "grid": grid, "pixels": config.views.size}
+
+
 @stage(
     "finetune-decoder",
     version=1,
@@ -47,6 +57,7 @@ def check_inputs(config: FinetuneDecoderConfig, inputs: Mapping[str, Any]) -> No
     example="smalti finetune-decoder --images digits/rar/train-images --tokenizer digits/rar/tokenizer --training.steps 200",
     externals=WEIGHTS,
     digits_defaults=("views.size",),
+    foresees=foresee,
 )
 def finetune_decoder(config: FinetuneDecoderConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Train the decoder of a tokenizer further, with its encoder and its codebook frozen.

@@ -32,6 +32,7 @@ from stages.sample import (
     SampleConfig,
     check_order,
     choose_labels,
+    foresee,
     known_card,
     plan_codes,
     sampled_passes,
@@ -71,6 +72,7 @@ class GenerateSpec:
     },
     writes="images",
     example="smalti generate --generator digits/rar/generator --tokenizer digits/rar/tokenizer --images 100",
+    foresees=foresee,
 )
 def generate_images(config: GenerateConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Sample and decode at the same time.

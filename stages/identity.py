@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.artifact import Artifact
 from pipeline.errors import CorruptError
 from pipeline.keys import canonical_bytes, sha256
+from pipeline.known import made_by
 from stages.weights import CONFIG, WEIGHTS, load_config
 
 COMPARED = ("config_sha256", "weights_sha256")
@@ -30,6 +31,14 @@ def tokenizer_identity(artifact: Artifact) -> dict[str, str]:
         return {str(name): str(value) for name, value in artifact.facts[CODES_OF].items()}
     digests = {name: _digest(artifact, file) for name, file in zip(COMPARED, (CONFIG, WEIGHTS), strict=True)}
     return {"id": sha256(canonical_bytes(digests)), "family": _family(artifact), **digests}
+
+
+def digest_of(made: Artifact | None) -> str | None:
+    """What tells a finished tokenizer from others in `pipeline.known`; None of one that is not made."""
+    if made is None:
+        return None
+    origin = made_by(tokenizer_identity(made), made.name)
+    return origin.digest if origin else None
 
 
 def is_same_tokenizer(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -16,11 +16,13 @@ from pipeline.draft import Draft
 from pipeline.durable import hash_file
 from pipeline.errors import CorruptError, InputError, UsageError
 from pipeline.keys import config_value
+from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, read, stage
 from stages.discriminators import DiscriminatorCard
 from stages.foreign import read_state
 from stages.hub import HubWeights, download
+from stages.identity import digest_of
 from stages.networks import GeneratorCard, join_tokenizer
 from stages.weights import save_weights
 
@@ -86,6 +88,20 @@ def identify_weights(config: ImportConfig, path: Path) -> str:
         raise InputError(f"the weight file {path} cannot be read: {error.strerror}", path=path) from error
 
 
+def foresee(config: ImportConfig, inputs: KnownInputs) -> Facts:
+    """What the config says; the rest is in the file."""
+    kind = LAYOUTS[config.layout].kind
+    if "tokenizer" in inputs and kind != "generator":
+        raise inputs.refusal(f"imports a {kind} (layout {config.layout}), and takes no tokenizer as input")
+    if kind == "tokenizer":
+        return {"tokenizer": inputs.own(digest_of(inputs.made)), "pixels": config.resolution}
+    if kind == "discriminator":
+        return {}
+    tokenizer = inputs.all("tokenizer")
+    named = {"classes": IMAGENET_CLASSES} if config.class_names else {}
+    return {"tokenizer": None, **named, **(tokenizer[0].only("tokenizer", "codes") if tokenizer else {})}
+
+
 @stage(
     "import-weights",
     version=1,
@@ -102,6 +118,7 @@ def identify_weights(config: ImportConfig, path: Path) -> str:
             needed=lambda config: config.hub is None,
         )
     },
+    foresees=foresee,
 )
 def import_weights(config: ImportConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Turn a published weight file into a tokenizer, a generator or a discriminator.

@@ -37,7 +37,9 @@ from pipeline.images import (
     read_exclusions,
     write_exclusions,
 )
+from pipeline.images.digits import CLASSES
 from pipeline.keys import NEUTRAL
+from pipeline.known import Facts, KnownInputs, Origin
 from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, stage
 
@@ -82,6 +84,26 @@ def need_folder(config: IndexConfig, given: Path) -> None:
         )
 
 
+def foresee(config: IndexConfig, inputs: KnownInputs) -> Facts:
+    """Everything of the digits; of a folder what its index says."""
+    if isinstance(config.source, DigitsSource):
+        return foresee_digits(config.source, inputs)
+    return {"listed": inputs.own(inputs.made.files["keys.txt"].sha256 if inputs.made else None)}
+
+
+def foresee_digits(source: DigitsSource, inputs: KnownInputs) -> Facts:
+    names = tuple(str(digit) for digit in range(CLASSES))
+    part = f"digits, {source.split} of split {source.split_seed} with {source.held_out}"
+    listed = Origin(inputs.name, digest=part)
+    return {
+        "images": source.images,
+        "classes": len(names),
+        "class_names": names,
+        "pixels": source.size,
+        "listed": listed,
+    }
+
+
 @stage(
     "index",
     version=1,
@@ -102,6 +124,7 @@ def need_folder(config: IndexConfig, given: Path) -> None:
             needed=lambda config: False,
         ),
     },
+    foresees=foresee,
 )
 def index_images(config: IndexConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """List a folder of images, or the embedded digits, as an image set.

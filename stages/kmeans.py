@@ -16,12 +16,14 @@ from pipeline.artifact import Artifact
 from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.errors import InputError, NumericError
+from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.arrays import MappedArray
 from stages.code_usage import CodeUsage
 from stages.devices import pick_device
 from stages.encoding import ENCODER, ENCODER_WEIGHTS
+from stages.identity import digest_of
 from stages.reservoir import hash_rows, smallest_rows
 from stages.tokenizing import CENTROIDS, ENCODER_PREFIX
 from stages.weights import save_weights
@@ -45,6 +47,27 @@ class KMeansConfig(Config):
     )
 
 
+def foresee(config: KMeansConfig, inputs: KnownInputs) -> Facts:
+    """The codes are those of the encoder's grid; there must be as many features as clusters."""
+    features = inputs["features"]
+    if config.max_rows < config.clusters:
+        raise inputs.refusal(f"wants {config.clusters} clusters of at most {config.max_rows} features (max_rows)")
+    known = [features.get(name) for name in ("images", "views", "grid")]
+    if None not in known:
+        images, views, (height, width) = known
+        rows = images * views * height * width
+        if rows < config.clusters:
+            raise inputs.refusal(
+                f"wants {config.clusters} clusters, but {features.name} has {rows} features of {images} images",
+                hint="lower clusters, or extract features of more images",
+            )
+    return {
+        "tokenizer": inputs.own(digest_of(inputs.made)),
+        "codes": config.clusters,
+        **features.only("grid", "pixels"),
+    }
+
+
 @stage(
     "kmeans",
     version=1,
@@ -52,6 +75,7 @@ class KMeansConfig(Config):
     reads={"features": read("features", help="features to cluster")},
     writes="codebook",
     example="smalti kmeans --features digits/rar/features --clusters 128",
+    foresees=foresee,
 )
 def fit_kmeans(config: KMeansConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Cluster features with K-Means; the centroids and the encoder together turn images into codes.

@@ -16,6 +16,7 @@ from pipeline.draft import Draft
 from pipeline.errors import UsageError
 from pipeline.images import ImageSet, Views, digest_listing
 from pipeline.images.views import CenterViews, RandomCropViews
+from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
@@ -24,6 +25,7 @@ from smalti.attributes import TokenAttributes
 from stages.code_usage import CodeUsage
 from stages.devices import pick_device, threads
 from stages.identity import tokenizer_identity
+from stages.known_images import check_codes_fit, check_seen
 from stages.networks import NetworkFile
 from stages.passes import ImagesAt, run_passes, view_passes
 from stages.shard_sizes import ShardSizes
@@ -75,6 +77,29 @@ def check_views(config: PretokenizeConfig, inputs: Mapping[str, Any]) -> None:
     code_grid(inputs["tokenizer"], seen_views(config, inputs["tokenizer"]).size)
 
 
+def foresee(config: PretokenizeConfig, inputs: KnownInputs) -> Facts:
+    """The codes are the tokenizer's, the labels those of the images."""
+    images, tokenizer = inputs["images"], inputs["tokenizer"]
+    if config.views is None and tokenizer.facts.get("pixels", 0) is None:
+        raise inputs.refusal(
+            f"has no views, and {tokenizer.name} does not say for which size it was made: set views.size"
+        )
+    pixels = config.views.size if config.views else tokenizer.get("pixels")
+    seen = config.views or (CenterViews(size=pixels) if pixels else None)
+    grid = None
+    if seen is not None:
+        check_seen(seen, inputs, "images")
+        grid = check_codes_fit(seen, tokenizer, inputs)
+    found = {
+        **images.only("images", "classes", "class_names", "listed"),
+        **tokenizer.only("tokenizer", "codes"),
+        "crops": seen.count if seen else 1,
+        "grid": grid,
+        "pixels": pixels,
+    }
+    return {name: fact for name, fact in found.items() if fact is not None}
+
+
 @stage(
     "pretokenize",
     version=2,
@@ -86,6 +111,7 @@ def check_views(config: PretokenizeConfig, inputs: Mapping[str, Any]) -> None:
     writes="token-set",
     example="smalti pretokenize --images digits:train --tokenizer digits/rar/codebook",
     check=check_views,
+    foresees=foresee,
 )
 def pretokenize(config: PretokenizeConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Turn every view of every image into codes.

@@ -14,6 +14,7 @@ from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError, InputError, UsageError
 from pipeline.keys import canonical_bytes
+from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.tokens import TokenSet, open_tokens
@@ -45,6 +46,21 @@ def check_inputs(config: ProbeConfig, inputs: Any) -> None:
         )
 
 
+def foresee(config: ProbeConfig, inputs: KnownInputs) -> Facts:
+    """Both token sets are alike, of two classes at least, and the codebook is theirs."""
+    facts = inputs.agree([inputs["train"], inputs["held-out"]], "tokenizer", "codes", "grid", "classes", "class_names")
+    if facts.get("classes") == 1:
+        raise inputs.refusal(f"needs images of two classes at least, but {inputs['train'].name} has one")
+    if (config.inputs == "centroids") != ("codebook" in inputs):
+        raise inputs.refusal(
+            "has inputs: centroids, but reads no codebook"
+            if config.inputs == "centroids"
+            else f"reads the codebook {inputs['codebook'].name}, but has inputs: {config.inputs}; set inputs: centroids"
+        )
+    inputs.agree([inputs["train"], *inputs.all("codebook")], "tokenizer", "codes")
+    return {}
+
+
 @stage(
     "probe",
     version=1,
@@ -57,6 +73,7 @@ def check_inputs(config: ProbeConfig, inputs: Any) -> None:
     writes="metrics",
     example="smalti probe --train digits/rar/semantic-tokens --held-out digits/rar/semantic-tokens-held-out",
     check=check_inputs,
+    foresees=foresee,
 )
 def probe_codes(config: ProbeConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Fit a linear classifier on codes and judge it on held-out images.

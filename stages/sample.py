@@ -20,12 +20,14 @@ from pipeline.artifact import Artifact
 from pipeline.draft import Draft
 from pipeline.errors import NumericError, UsageError
 from pipeline.keys import config_value
+from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
 from smalti.attributes import TokenAttributes
 from smalti.tokens import open_tokens
 from stages.devices import Precision, products, threads
+from stages.known_codes import check_guidance, check_labels
 from stages.networks import GeneratorCard, NetworkFile, join_tokenizer, load_generator, read_card
 from stages.pass_rows import propose_rows
 from stages.shard_sizes import ShardSizes
@@ -62,6 +64,38 @@ class SampleConfig(ShardSizes):
     rows_per_pass: int = Field(default=64, ge=1, description="samples that go through the network together")
 
 
+def foresee(config: SampleConfig, inputs: KnownInputs) -> Facts:
+    """Codes of the generator's tokenizer, for labels among its classes."""
+    generator, tokenizers, like = inputs["generator"], inputs.all(TOKENIZER), inputs.all(LABELS)
+    facts = generator.only("codes", "grid", "classes", "class_names", "pixels", "tokenizer")
+    facts |= inputs.agree([generator, *tokenizers], "tokenizer", "codes")
+    if tokenizers and tokenizers[0].get("downsample") and facts.get("grid"):
+        facts["pixels"] = min(facts["grid"]) * tokenizers[0].facts["downsample"]
+    classes, grid = facts.get("classes"), facts.get("grid")
+    if (config.labels == "like") != bool(like):
+        raise inputs.refusal(
+            "has labels: like, but reads no token set as labels"
+            if not like
+            else f"reads the labels of {like[0].name}, but has labels: {config.labels}; set labels: like"
+        )
+    if like and config.classes is not None:
+        raise inputs.refusal("has both classes and labels: like, which both choose the labels; give one of them")
+    if like and classes is not None and like[0].get("labels", like[0].get("classes", 0)) > classes:
+        raise inputs.refusal(
+            f"takes the labels of {like[0].name}, which has {like[0].get('classes')} classes, but {generator.name} knows "
+            f"{classes}"
+        )
+    check_labels(config.classes, classes, inputs)
+    check_guidance(config.sampling, generator.name, generator.facts, inputs)
+    if config.order is not None and grid and sorted(config.order) != list(range(grid[0] * grid[1])):
+        raise inputs.refusal(
+            f"gives an order of {len(config.order)} positions, but an image has {grid[0] * grid[1]} codes, and each has to be "
+            "named once"
+        )
+    labels = {"labels": max(config.classes) + 1} if config.classes else {}
+    return {**facts, **labels, "images": config.images, "crops": 1, "listed": None}
+
+
 @dataclass(frozen=True, eq=False)
 class SampleSpec:
     """What a worker needs for any shard."""
@@ -84,6 +118,7 @@ class SampleSpec:
     writes="token-set",
     example="smalti sample --generator digits/rar/generator --images 100 --sampling.guidance-scale 0.3",
     proposes={"rows_per_pass": propose_rows},
+    foresees=foresee,
 )
 def draw_samples(config: SampleConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Draw codes for given classes from a generator.

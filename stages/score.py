@@ -35,8 +35,10 @@ from stages.scoring.protocol import (
     common_size,
     extractor_ids,
     feature_counts,
+    foresee,
     have_these_extractors,
     input_suffix,
+    protocol_of,
 )
 
 METRICS = "metrics.json"
@@ -70,6 +72,7 @@ FORMAT = 1
         ),
         PERCEPTUAL: PERCEPTUAL_EXTERNAL,
     },
+    foresees=foresee,
 )
 def score_images(config: ScoreConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Score images against a reference.
@@ -86,6 +89,8 @@ def score_images(config: ScoreConfig, inputs: Inputs, out: Draft, run: Runtime) 
     check_classes(images, inputs)
     check_counts(config, len(images), len(reference), feature_counts(config, inputs))
     check_inputs(config, inputs, images, reference)
+    if "best" in inputs:
+        check_best(config, inputs, size)
     perceptual = None
     if "lpips" in config.figures:
         perceptual = find_perceptual(run.paths.get(PERCEPTUAL), otherwise="leave lpips out of figures").absolute()
@@ -140,7 +145,7 @@ def measure(
         for pair in (features if config.extractor == "classifier" else features[:1])
     ]
     if "best" in inputs:
-        add_ratios(each, config, spec, inputs)
+        add_ratios(each, read_metrics(inputs["best"]))
     shares = [
         {"consistency": consistency(ours.logits_NL, images.labels_I)} for ours, _ in features[len(features) - judges :]
     ]
@@ -164,21 +169,30 @@ def measure(
     }
 
 
-def add_ratios(each: list[dict[str, float]], config: ScoreConfig, spec: ExtractionSpec, inputs: Inputs) -> None:
-    """To each extractor's figures: its distance as a multiple of the best possible one under the same extractor."""
-    best = read_metrics(inputs["best"])
-    wanted = {"extractors": extractor_ids(config, inputs), "reference": spec.counts[1]}
-    same = {
-        "extractors": have_these_extractors(best, config, inputs),
-        "reference": best.get("reference") == wanted["reference"],
+def check_best(config: ScoreConfig, inputs: Inputs, size: int) -> None:
+    """InputError unless the best score has the reference, the judges and the protocol of this one."""
+    best, reference = inputs["best"], inputs["reference"]
+    metrics = read_metrics(best)
+    before = ScoreConfig.model_validate_json(json.dumps(best.config))
+    asked = before.size or (before.views and before.views.size) or size
+    against = best.inputs["reference"]
+    differing = {
+        "classifiers": not have_these_extractors(metrics, config, inputs),
+        "settings": protocol_of(before) != protocol_of(config),
+        "size": asked != size,
+        "reference": against["digest"] not in (reference.content, reference.digest),
     }
-    for name, value in wanted.items():
-        if not same[name]:
+    for name, differs in differing.items():
+        if differs:
             raise InputError(
-                f"{inputs['best'].name} was scored with other {name} than this: {best.get(name)}, expected {value}",
-                path=inputs["best"].path,
-                hint="score the best possible images with the same classifiers and reference",
+                f"{best.name} was not scored with the {name} of this score, and cannot be the best one beside it",
+                path=best.path,
+                hint="score the best possible images with the same classifiers, reference, settings and size",
             )
+
+
+def add_ratios(each: list[dict[str, float]], best: dict[str, Any]) -> None:
+    """To each extractor's figures: its distance as a multiple of the best possible one under the same extractor."""
     for figures, ideal in zip(each, best["each"], strict=True):
         figures["ratio"] = figures["distance"] / ideal["distance"]
 

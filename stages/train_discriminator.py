@@ -9,14 +9,17 @@ from pydantic import Field, model_validator
 
 from models.losses.config import DiscriminationConfig, ReconstructionConfig
 from pipeline.draft import Draft
+from pipeline.keys import config_value
+from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from stages.discriminators import build_adversary, save_discriminator
+from stages.known_images import check_codes_fit
 from stages.networks import read_tokenizer_config
 from stages.tokenizing import code_grid
 from stages.train_tokenizer import where
 from stages.training.config import AdamW, AdversaryConfig, ReconstructionTraining, TrainingConfig, check_sees
-from stages.training.inputs import IMAGES
+from stages.training.inputs import IMAGES, check_images
 
 
 class TrainDiscriminatorConfig(ReconstructionTraining):
@@ -41,6 +44,13 @@ def check_views(config: TrainDiscriminatorConfig, inputs: Mapping[str, Any]) -> 
     code_grid(inputs["tokenizer"], config.views.size)
 
 
+def foresee(config: TrainDiscriminatorConfig, inputs: KnownInputs) -> Facts:
+    """The network, from which a training of a tokenizer may start."""
+    check_images(config, None, inputs)
+    check_codes_fit(config.views, inputs["tokenizer"], inputs)
+    return {"discriminator": config_value(config.adversarial.discriminator), "pixels": config.views.size}
+
+
 @stage(
     "train-discriminator",
     version=1,
@@ -50,6 +60,7 @@ def check_views(config: TrainDiscriminatorConfig, inputs: Mapping[str, Any]) -> 
     writes="discriminator",
     trains=True,
     check=check_views,
+    foresees=foresee,
     example="smalti train-discriminator --images digits/rar/train-images --tokenizer digits/rar/tokenizer --training.steps 200",
     digits_defaults=("views.size",),
 )

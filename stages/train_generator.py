@@ -16,9 +16,11 @@ from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError, InputError, UsageError
 from pipeline.keys import NEUTRAL, config_value
+from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.attributes import TokenAttributes
+from stages.known_codes import can_be_guided, check_guidance, check_labels
 from stages.networks import GeneratorCard, NetworkFile, join_tokenizer
 from stages.training.config import AdamW, TrainingConfig, WarmupCosine
 from stages.weights import save_weights
@@ -130,6 +132,28 @@ def check_inputs(config: TrainGeneratorConfig, inputs: Mapping[str, Artifact | l
             raise UsageError(f"samples.classes names class {label}, but {sets[0].name} knows 0 to {classes - 1}")
 
 
+CODES = ("tokenizer", "codes", "pixels", "grid", "classes", "class_names")
+
+
+def foresee(config: TrainGeneratorConfig, inputs: KnownInputs) -> Facts:
+    """All token sets are alike, and so is the tokenizer that shows samples, but for the size that it was made for."""
+    if not inputs.all("tokens"):
+        raise inputs.refusal("has no token set to learn from")
+    facts = inputs.agree([*inputs.all("tokens"), *inputs.all(HELD_OUT)], *CODES)
+    inputs.agree([inputs.all("tokens")[0], *inputs.all(TOKENIZER)], "tokenizer", "codes")
+    if (config.samples is None) != (TOKENIZER not in inputs):
+        raise inputs.refusal(
+            "shows samples on the way (samples), but reads no tokenizer"
+            if config.samples
+            else f"reads the tokenizer {inputs[TOKENIZER].name}, but shows no samples on the way: set samples.every"
+        )
+    known = {**inputs.all("tokens")[0].only("tokenizer"), **facts, "guidable": can_be_guided(config.model)}
+    if config.samples:
+        check_labels(config.samples.classes, known.get("classes"), inputs)
+        check_guidance(config.samples.sampling, inputs.name, known, inputs)
+    return known
+
+
 def listed(value: Artifact | list[Artifact]) -> list[Artifact]:
     return value if isinstance(value, list) else [value]
 
@@ -145,6 +169,7 @@ def listed(value: Artifact | list[Artifact]) -> list[Artifact]:
     },
     writes="generator",
     check=check_inputs,
+    foresees=foresee,
     trains=True,
     example="smalti train-generator --tokens digits/rar/tokens --training.steps 800",
 )

@@ -10,10 +10,12 @@ from models.autoencoders.config import ConvolutionalConfig
 from models.quantizers.config import VectorConfig
 from models.tokenizer_config import TokenizerConfig
 from pipeline.draft import Draft
+from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, stage
+from stages.identity import digest_of
 from stages.training.config import AdamW, OneCycle, TokenizerLearning, TrainingConfig
-from stages.training.inputs import HELD_OUT, IMAGES, START, WEIGHTS, check_start
+from stages.training.inputs import HELD_OUT, IMAGES, START, WEIGHTS, check_images, check_known_start, check_start
 from stages.weights import config_json, save_weights
 
 if TYPE_CHECKING:
@@ -45,6 +47,20 @@ class TrainTokenizerConfig(TokenizerLearning):
         return self
 
 
+def foresee(config: TrainTokenizerConfig, inputs: KnownInputs) -> Facts:
+    """A tokenizer of its own codes."""
+    check_images(config, config.model.autoencoder, inputs)
+    check_known_start(config, inputs)
+    size = config.views.size
+    return {
+        "tokenizer": inputs.own(digest_of(inputs.made)),
+        "codes": config.model.codebook_size,
+        "downsample": config.model.downsample,
+        "grid": config.model.grid(size, size),
+        "pixels": size,
+    }
+
+
 @stage(
     "train-tokenizer",
     version=1,
@@ -56,6 +72,7 @@ class TrainTokenizerConfig(TokenizerLearning):
     example="smalti train-tokenizer --images digits/rar/train-images --held-out digits/rar/held-out-images --training.steps 800",
     externals=WEIGHTS,
     digits_defaults=("views.size",),
+    foresees=foresee,
 )
 def train_tokenizer(config: TrainTokenizerConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Train a tokenizer that turns images into codes and back.

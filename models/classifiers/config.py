@@ -17,12 +17,30 @@ class ConvolutionalClassifierConfig(Config):
 
     kind: Literal["convolutional"] = "convolutional"
     channels: Count = Field(default=3, description="Colour channels of the images.")
-    classes: Count = Field(default=10, description="Number of classes.")
-    image_size: Annotated[int, Field(ge=8, multiple_of=8)] = Field(default=32, description="Pixels per side.")
+    classes: Count | None = Field(default=None, description="Number of classes; null: as many as the images have.")
+    image_size: Annotated[int, Field(ge=8, multiple_of=8)] | None = Field(
+        default=None, description="Pixels per side, a multiple of 8; null: as many as the views have."
+    )
     widths: Annotated[tuple[Width, Width, Width, Width], Field(strict=False)] = Field(
         default=(32, 48, 64, 64), description="Channels of the four convolutions, multiples of 8."
     )
     features: Count = Field(default=64, description="Size of the feature vector on which distances are computed.")
+
+    @property
+    def outputs(self) -> int:
+        """Number of classes of a network that can be built; ValueError where nothing told it."""
+        return _told(self.classes, "classes")
+
+    @property
+    def pixels(self) -> int:
+        """Pixels per side of a network that can be built; ValueError where nothing told them."""
+        return _told(self.image_size, "image_size")
+
+
+def _told(value: int | None, name: str) -> int:
+    if value is None:
+        raise ValueError(f"a classifier without {name} cannot be built")
+    return value
 
 
 ClassifierConfig = ConvolutionalClassifierConfig  # a union tagged by `kind` as soon as there is a second one

@@ -31,8 +31,8 @@ class ConvolutionalClassifier(nn.Module):
             convolve(wider[-2], wider[-1], stride=1),
             nn.Flatten(),
         )
-        self.project = nn.Linear(wider[-1] * (config.image_size // 8) ** 2, config.features)
-        self.head = nn.Linear(config.features, config.classes)
+        self.project = nn.Linear(wider[-1] * (config.pixels // 8) ** 2, config.features)
+        self.head = nn.Linear(config.features, config.outputs)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Logits (B, L)."""

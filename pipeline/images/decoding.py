@@ -89,11 +89,11 @@ def decode(source: bytes | Path, policy: DecodePolicy, *, name: str | None = Non
     return pixels_HW3
 
 
-def check_header(path: Path, policy: DecodePolicy) -> None:
-    """Read the header of an image file. Raises CorruptImage for what it shows to be unfit, UnreadableImage as `decode`."""
+def check_header(path: Path, policy: DecodePolicy) -> tuple[int, int]:
+    """Width and height, from the header of an image file. Raises CorruptImage for what it shows to be unfit, UnreadableImage as `decode`."""
     try:
-        with path.open("rb") as file, opened(file, policy, str(path)):
-            pass
+        with path.open("rb") as file, opened(file, policy, str(path)) as image:
+            return image.size
     except OSError as cause:
         raise UnreadableImage(f"cannot be read: {cause.strerror}", path=path) from cause
 

@@ -38,6 +38,12 @@ class DigitsSource(Config):
     split_seed: int = Field(0, ge=0, description="which stratified split")
     held_out: float = Field(0.2, gt=0, lt=1, description="share of the images that is held out")
 
+    @property
+    def images(self) -> int:
+        """How many digits this split has."""
+        held_out = math.ceil(self.held_out * IMAGES)
+        return {"train": IMAGES - held_out, "held-out": held_out, "all": IMAGES}[self.split]
+
 
 def list_digits(source: DigitsSource) -> Listing:
     """The digits of one split; keys are `digit-0000` to `digit-1796`, their rows in scikit-learn's array."""

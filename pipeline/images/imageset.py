@@ -29,7 +29,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.durable import write_file
 from pipeline.errors import CorruptError, InputError
-from pipeline.images.decoding import CorruptImage, DecodePolicy, UnreadableImage, check_header, decode, read_file
+from pipeline.images.decoding import (
+    CorruptImage,
+    DecodePolicy,
+    UnreadableImage,
+    check_header,
+    decode,
+    read_file,
+)
 from pipeline.images.digits import DigitsSource, draw_digits
 from pipeline.images.folders import FolderSource
 from pipeline.images.listing import Listing, Problem, digest_listing
@@ -42,6 +49,7 @@ Result = TypeVar("Result")
 FORMAT = 1
 CHECKED_AT_ONCE = 64  # images of one piece of work for a thread
 ROOT_FILE = Path("log") / "images-root.txt"
+LOOKED_AT = 16  # images that stand for all where their size is asked for
 # What no line of keys may hold; searched for in the whole text at once, because there may be a million lines.
 UNSAFE = ("\n\n", "\n/", "//", "/\n", "/./", "\n./", "\n.\n", "/.\n", "/../", "\n../", "\n..\n", "/..\n", "\0", "\r")
 
@@ -159,6 +167,18 @@ class ImageSet:
 
         with ThreadPoolExecutor(threads) as pool:
             yield from pool.map(check, range(0, len(self), CHECKED_AT_ONCE))
+
+    def common_pixels(self) -> int | None:
+        """The side of the images, if all are squares of one size: of files, 16 at even distances are looked at.
+
+        Headers alone are read. InputError or CorruptImage for a file that is gone or cannot be read.
+        """
+        if isinstance(self.source, DigitsSource):
+            return self.source.size
+        chosen = np.unique(np.linspace(0, len(self) - 1, LOOKED_AT).round().astype(int))
+        sizes = {check_header(self._path(int(index)), self.decode_policy) for index in chosen}
+        widths = {side for size in sizes for side in size}
+        return widths.pop() if len(widths) == 1 else None
 
     def batch(self, indices: Sequence[int], *, threads: int = 1) -> list[NDArray[np.uint8]]:
         """Several images, each of its own size, in the order asked for."""

@@ -12,11 +12,13 @@ from pipeline.errors import InputError, UsageError
 from pipeline.images import Views
 from pipeline.images.views import CenterViews
 from pipeline.keys import NEUTRAL
+from pipeline.known import Facts, Known, KnownInputs
 from pipeline.stage import Inputs
 from stages.image_files import Pictures
 from stages.networks import read_classifier_config
 
 INCEPTION_FEATURES = 2048
+SEEN = ("images", "reference", "training-images")
 OF_PAIRS = ("ssim", "lpips")
 Figure = Literal["ssim", "lpips", "usage"]
 Resize = Literal["torch-fidelity", "pytorch-fid"]
@@ -74,11 +76,117 @@ class ScoreConfig(Config):
         return self.views or CenterViews(size=size)
 
 
+def foresee(config: ScoreConfig, inputs: KnownInputs) -> Facts:
+    """Which score it will be; a refusal where images, reference, judges and the best score do not belong together."""
+    images, reference, judges = inputs["images"], inputs["reference"], inputs.all("classifiers")
+    if config.extractor == "classifier" and not judges:
+        raise inputs.refusal(
+            "scores by classifiers (extractor), but reads none: give classifiers, or extractor: inception"
+        )
+    _check_given(config, inputs)
+    size = _foreseen_size(config, inputs)
+    _check_known_classes(images, judges, inputs)
+    _check_known_counts(config, inputs)
+    _check_known_pairs(config, inputs)
+    if "training" in inputs:
+        inputs.agree([inputs["tokens"], inputs["training"]], "tokenizer", "codes", "grid")
+    extractors = [judge.origin for judge in judges] if config.extractor == "classifier" else []
+    scored = {"reference": reference.origin, "extractors": extractors, "protocol": protocol_of(config), "size": size}
+    for best in inputs.all("best"):
+        _check_known_best(scored, best, inputs)
+    return {"scored": scored}
+
+
+def protocol_of(config: ScoreConfig) -> dict[str, Any]:
+    """The settings on which a distance depends besides images, reference, judges and size."""
+    views = None if config.views is None else config.views.model_dump(mode="json")
+    return {"extractor": config.extractor, "inception_input": config.inception_input, "views": views}
+
+
+def _check_given(config: ScoreConfig, inputs: KnownInputs) -> None:
+    """Figures have the inputs that they are made of."""
+    if "usage" in config.figures and "tokens" not in inputs:
+        raise inputs.refusal("measures the usage of the codebook (figures), but reads no tokens")
+    given = [name for name in ("tokens", "training") if name in inputs]
+    if len(given) == 1 and "usage" not in config.figures:
+        raise inputs.refusal(f"looks for copies with the inputs tokens and training, but reads only {given[0]}")
+
+
+def _foreseen_size(config: ScoreConfig, inputs: KnownInputs) -> int | None:
+    """The size at which all images are seen, if it is known yet; a refusal where two inputs have different ones."""
+    decoded = [one for name in SEEN for one in inputs.all(name) if one.kind == "images"]
+    sized = [*decoded, *inputs.all("classifiers")]
+    sizes = [(one.get("pixels"), f"images of {one.get('pixels')} pixels in {one.name}") for one in decoded]
+    sizes += [(one.get("pixels"), f"{one.name} judges {one.get('pixels')} pixels") for one in inputs.all("classifiers")]
+    sizes += [(config.size, f"size is {config.size}")]
+    sizes += [(config.views.size, f"views.size is {config.views.size}")] if config.views else []
+    known = [(pixels, words) for pixels, words in sizes if pixels is not None]
+    for pixels, words in known:
+        if pixels != known[0][0]:
+            raise inputs.refusal(f"compares images of different sizes: {known[0][1]}, but {words}")
+    if not known and not sized:
+        raise inputs.refusal("reads image sets alone, which have no common size: set size")
+    return known[0][0] if known else None
+
+
+def _check_known_classes(images: Known, judges: list[Known], inputs: KnownInputs) -> None:
+    """Every judge knows all classes of the images."""
+    classes = images.get("labels", images.get("classes", 0))
+    for judge in judges:
+        if classes > judge.get("classes", classes):
+            raise inputs.refusal(
+                f"scores images of {classes} classes ({images.name}), but {judge.name} judges {judge.get('classes')} classes"
+            )
+
+
+def _check_known_counts(config: ScoreConfig, inputs: KnownInputs) -> None:
+    """There are enough images for each figure."""
+    counted = [judge.get("features", 1) for judge in inputs.all("classifiers")]
+    features = [INCEPTION_FEATURES] if config.extractor == "inception" else counted
+    for known in (inputs["images"], inputs["reference"]):
+        for what, needed in needed_images(config, features).items():
+            if known.get("images", needed) < needed:
+                raise inputs.refusal(
+                    f"measures {what}, which needs at least {needed} images, but {known.name} has {known.get('images')}"
+                )
+
+
+def _check_known_pairs(config: ScoreConfig, inputs: KnownInputs) -> None:
+    """Reconstructions are those of the reference."""
+    if not config.pairs:
+        return
+    images, reference = inputs["images"], inputs["reference"]
+    if "listed" in images.facts and images.facts["listed"] is None:
+        raise inputs.refusal(f"compares pairs (pairs: true), but {images.name} holds samples, not reconstructions")
+    inputs.agree([images, reference], "listed", "images")
+
+
+def _check_known_best(scored: Mapping[str, Any], best: Known, inputs: KnownInputs) -> None:
+    """The best score has the reference, the judges, the protocol and the size of this one."""
+    ideal = best.get("scored")
+    if ideal is None:
+        if best.artifact is None:
+            raise inputs.refusal(f"reads {best.name} as the best score, but it measures something else")
+        return
+    told = f"scores against {{}}, but its best score {best.name} {{}}"
+    if scored["reference"].differs(ideal["reference"]):
+        raise inputs.refusal(told.format(scored["reference"], f"scores against {ideal['reference']}"))
+    ours, theirs = scored["extractors"], ideal["extractors"]
+    if len(ours) != len(theirs) or any(one.differs(other) for one, other in zip(ours, theirs, strict=True)):
+        names = [", ".join(map(str, some)) or "inception" for some in (ours, theirs)]
+        raise inputs.refusal(f"scores by {names[0]}, but its best score {best.name} scores by {names[1]}")
+    for name in ("protocol", "size"):
+        if None not in (scored[name], ideal[name]) and scored[name] != ideal[name]:
+            raise inputs.refusal(
+                f"scores with {name} {scored[name]}, but its best score {best.name} with {name} {ideal[name]}"
+            )
+
+
 def common_size(config: ScoreConfig, inputs: Inputs) -> int:
     """The size at which all images are seen: as configured, as decoded, or as the classifier wants them."""
     artifacts = [inputs[name] for name in ("images", "reference")]
     decoded = {int(artifact.facts["size"]) for artifact in artifacts if "size" in artifact.facts}
-    judged = {read_classifier_config(judge).image_size for judge in inputs.all("classifiers")}
+    judged = {read_classifier_config(judge).pixels for judge in inputs.all("classifiers")}
     asked = ({config.size} if config.size else set()) | ({config.views.size} if config.views else set())
     known = decoded | judged | asked
     if len(known) > 1:
@@ -92,7 +200,7 @@ def check_classes(images: Pictures, inputs: Inputs) -> None:
     """InputError for a judge that does not know the images' classes."""
     largest = int(images.labels_I.max(initial=0))
     for judge in inputs.all("classifiers"):
-        classes = read_classifier_config(judge).classes
+        classes = read_classifier_config(judge).outputs
         if largest >= classes:
             raise InputError(
                 f"{images.name} has class {largest}, but {judge.name} knows 0 to {classes - 1}", path=images.path
@@ -111,15 +219,19 @@ def feature_counts(config: ScoreConfig, inputs: Inputs) -> list[int]:
     return [read_classifier_config(judge).features for judge in inputs.all("classifiers")]
 
 
-def check_counts(config: ScoreConfig, images: int, reference: int, features: list[int]) -> None:
-    """InputError where there are too few images for a figure to mean anything, with the number that is needed."""
-    needs = {
+def needed_images(config: ScoreConfig, features: list[int]) -> dict[str, int]:
+    """How many images each figure needs at least, by its name."""
+    return {
         f"a Frechet distance on {max(features)} features": max(features),
         f"{config.splits} splits of the Inception score": config.splits,
         "the kernel distance": 2,
         f"precision and recall with {config.neighbours} neighbours": config.neighbours + 1,
     }
-    for what, needed in needs.items():
+
+
+def check_counts(config: ScoreConfig, images: int, reference: int, features: list[int]) -> None:
+    """InputError where there are too few images for a figure to mean anything, with the number that is needed."""
+    for what, needed in needed_images(config, features).items():
         for name, found in (("images", images), ("reference", reference)):
             if found < needed:
                 raise InputError(f"{what} needs at least {needed} images, but {name} has {found}")

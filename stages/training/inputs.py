@@ -9,10 +9,13 @@ from typing import Any
 
 from pipeline.artifact import Artifact
 from pipeline.errors import UsageError
+from pipeline.keys import config_value
+from pipeline.known import KnownInputs
 from pipeline.stage import External, Inputs, Read, read
 from stages.discriminators import DISCRIMINATOR
+from stages.known_images import check_rgb, check_seen
 from stages.perceptual import PERCEPTUAL, PERCEPTUAL_EXTERNAL, identify_perceptual
-from stages.training.config import TokenizerLearning
+from stages.training.config import ReconstructionTraining, TokenizerLearning
 
 HELD_OUT = "held-out"
 IMAGES: dict[str, Read] = {
@@ -37,6 +40,28 @@ WEIGHTS: dict[str, External] = {PERCEPTUAL: replace(PERCEPTUAL_EXTERNAL, identif
 def given(inputs: Inputs, name: str) -> Artifact | None:
     """An optional input."""
     return next(iter(inputs.all(name)), None)
+
+
+def check_images(config: ReconstructionTraining, network: Any, inputs: KnownInputs) -> None:
+    """A refusal of views, channels or a discriminator that do not fit to the images and the autoencoder."""
+    check_seen(config.views, inputs, "images", HELD_OUT)
+    check_rgb(network, "model.autoencoder", inputs)
+
+
+def check_known_start(config: TokenizerLearning, inputs: KnownInputs) -> None:
+    """A refusal of a discriminator that the training does not use, or that is another network than its own."""
+    for start in inputs.all(DISCRIMINATOR):
+        if config.adversarial is None:
+            raise inputs.refusal(
+                f"reads the discriminator of {start.name}, but its adversarial is null: the training would not use it",
+                hint="say with adversarial by how much the tokenizer minds it, or leave the discriminator out",
+            )
+        network = start.get("discriminator")
+        if network not in (None, config_value(config.adversarial.discriminator)):
+            raise inputs.refusal(
+                f"has adversarial.discriminator {config_value(config.adversarial.discriminator)}, but {start.name} "
+                f"makes {network}"
+            )
 
 
 def check_start(config: TokenizerLearning, inputs: Mapping[str, Any]) -> None:

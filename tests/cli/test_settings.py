@@ -20,7 +20,7 @@ from pipeline.recipe import load_recipe, parse_yaml, put_setting, recipe_schema
 from pipeline.settings import REQUIRED, settings_of, value_at
 from pipeline.store import Store
 from stages import stages
-from stages.foresight import check_recipe
+from stages.image_sizes import check_step_sizes
 
 COMMANDS = typer.main.get_command(cli.main.app).commands  # type: ignore[attr-defined]
 SCHEMA = recipe_schema(stages())
@@ -32,7 +32,7 @@ NESTED = [  # what help showed wrongly when it read the defaults of the classes
     ("train-tokenizer", "loss.l2", 4.0),
     ("train-generator", "training.optimizer.weight_decay", 0.03),
     ("train-generator", "model.dropout", 0.0),
-    ("train-classifier", "views.pixels", 2),
+    ("train-tokenizer", "views.pixels", 1),
     ("finetune-decoder", "training.schedule.warmup", 20),
 ]
 
@@ -157,7 +157,7 @@ def own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "own"
 
 
-SIZED = ["train-tokenizer", "train-classifier", "extract"]
+SIZED = ["train-tokenizer", "extract"]
 
 
 @pytest.mark.parametrize("name", SIZED)
@@ -199,11 +199,12 @@ def test_a_recipe_for_own_images_says_their_size(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(RECIPE.replace("KIND", "folder"))
     with pytest.raises(UsageError, match=r"step tokenizer lacks views.size.*--set tokenizer.views.size=N"):
-        check_recipe(load_recipe(path, stages()))
-    sized = check_recipe(load_recipe(path, stages(), settings=["tokenizer.views.size=48"]))
+        check_step_sizes(load_recipe(path, stages()))
+    sized = load_recipe(path, stages(), settings=["tokenizer.views.size=48"])
+    check_step_sizes(sized)
     assert sized.steps[1].config.views.size == 48  # type: ignore[attr-defined]
     path.write_text(RECIPE.replace("{kind: KIND}", "{kind: digits}").replace(', paths: {images: "{images}"}', ""))
-    check_recipe(load_recipe(path, stages()))
+    check_step_sizes(load_recipe(path, stages()))
 
 
 # Dry runs.

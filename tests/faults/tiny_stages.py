@@ -128,7 +128,7 @@ def check_scale(config: AddConfig, inputs: dict[str, Artifact]) -> None:
     "add",
     version=1,
     config=AddConfig,
-    reads={"numbers": read("numbers", help="what to add"), "more": read("numbers", optional=True, many=True)},
+    reads={"numbers": read("numbers", help="what to add"), "more": read("numbers", "sum", optional=True, many=True)},
     writes="sum",
     example="smalti add --numbers tiny/numbers",
     externals={"weights": External("a file of weights", identify=identify, needed=lambda config: config.scale < 0)},

@@ -265,7 +265,7 @@ def test_missing_external_data_is_told_and_nothing_runs(tmp_path: Path) -> None:
 
 
 def test_a_step_waits_for_one_whose_data_is_missing(tmp_path: Path) -> None:
-    text = EXTERNAL.replace("far:", "far0:") + "  last: {stage: add, inputs: {numbers: far0}}\n"
+    text = EXTERNAL.replace("far:", "far0:") + "  last: {stage: add, inputs: {numbers: numbers, more: [far0]}}\n"
     recipe = load(tmp_path, text=text)
     assert planned(recipe, tmp_path / "store")["last"].state == "waits"
     assert planned(recipe, tmp_path / "store")["last"].reason == "waits for far0"

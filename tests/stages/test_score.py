@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from pipeline.artifact import Artifact
 from pipeline.cluster import InProcess
 from pipeline.errors import CorruptError, InputError, NumericError, UsageError
+from pipeline.images.views import CenterViews
 from pipeline.runner import Options, make
 from pipeline.stage import Inputs
 from pipeline.store import Store
@@ -164,7 +165,7 @@ def test_as_a_multiple_of_the_best_possible(scored: Artifact, given: dict[str, A
 
 def test_a_best_score_of_other_judges_is_refused(scored: Artifact, given: dict[str, Any], tmp_path: Path) -> None:
     other = {**given, "classifiers": given["classifiers"][:1]}
-    with pytest.raises(InputError, match="scored with other extractors"):
+    with pytest.raises(InputError, match="was not scored with the classifiers"):
         run(Store(tmp_path), other, best=scored)
 
 
@@ -173,6 +174,18 @@ def test_a_best_score_that_names_judges_by_their_manifests_still_serves(given: d
     assert have_these_extractors(former, CONFIG, Inputs(given))
     assert not have_these_extractors({"extractors": former["extractors"][:1]}, CONFIG, Inputs(given))
     assert not have_these_extractors({}, CONFIG.model_copy(update={"extractor": "inception"}), Inputs(given))
+
+
+def test_a_best_score_against_another_reference_or_at_another_size_is_refused(
+    scored: Artifact, given: dict[str, Any], origin: Store, tmp_path: Path
+) -> None:
+    other = images_artifact(origin, pictures(REFERENCE, 3), np.arange(REFERENCE) % CLASSES, name="another reference")
+    with pytest.raises(InputError, match="was not scored with the reference"):
+        run(Store(tmp_path), {**given, "reference": other}, best=scored)
+    assert not list(tmp_path.rglob("shard-*"))  # before anything is extracted
+    seen = CONFIG.model_copy(update={"views": CenterViews(size=SIZE)})
+    with pytest.raises(InputError, match="was not scored with the settings"):
+        run(Store(tmp_path), given, seen, best=scored)
 
 
 def test_reconstructions_have_a_psnr(given: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,165 @@
+"""What is known of an artifact before it is made: facts that follow from configs, and from artifacts that are there.
+
+A stage declares a function `foresees(config, inputs)`: it refuses what cannot fit together, and gives the facts of what
+the stage will write. Facts have one name, whatever kind of artifact they are about:
+
+| fact | meaning |
+|---|---|
+| images, crops | counts; crops are the views per image |
+| classes, class_names | how many classes the labels tell apart, and their names |
+| labels | all labels lie below it, where only some of the classes were asked for |
+| listed | Origin: which images, in which order |
+| pixels | a side of the images, or of those that a network was made for |
+| codes, grid, downsample | the codebook's size, rows and columns of codes, pixels of a code |
+| tokenizer | Origin: what made the codes |
+
+A fact that is None is known to be missing. A fact that is left out is not known yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.artifact import Artifact
+from pipeline.errors import UsageError
+
+Facts = dict[str, Any]
+FORMER_NAMES = {"codebook_size": "codes", "image_size": "pixels", "resolution": "pixels", "size": "pixels"}
+"""Names in manifests of what has one name here."""
+WORDS = {
+    "tokenizer": "codes of {}",
+    "codes": "a vocabulary of {}",
+    "grid": "a grid of {} codes",
+    "pixels": "images of {} pixels",
+    "classes": "{} classes",
+    "class_names": "the classes {}",
+    "listed": "the images of {}",
+    "images": "{} images",
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where codes or images come from. name: a step or an artifact, for sentences.
+
+    step: tells steps of a recipe apart by all that they do.  digest: tells finished artifacts apart by what is in them.
+    """
+
+    name: str
+    step: str | None = None
+    digest: str | None = None
+
+    def differs(self, other: Origin) -> bool:
+        """False also where it cannot be known yet."""
+        if self.digest and other.digest:
+            return self.digest != other.digest
+        return bool(self.step and other.step) and self.step != other.step
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Known:
+    """An input. name: its step, or the artifact itself.  artifact: None as long as it is not made."""
+
+    name: str
+    kind: str
+    facts: Mapping[str, Any]
+    artifact: Artifact | None = None
+    step: str | None = None
+
+    def get(self, fact: str, otherwise: Any = None) -> Any:
+        found = self.facts.get(fact)
+        return otherwise if found is None else found
+
+    def only(self, *names: str) -> Facts:
+        """Some of its facts, as far as they are known."""
+        return {name: self.facts[name] for name in names if name in self.facts}
+
+    @property
+    def origin(self) -> Origin:
+        """This very artifact."""
+        return Origin(self.name, self.step, self.artifact.content if self.artifact else None)
+
+
+@dataclass(frozen=True)
+class KnownInputs:
+    """What a step will read, and the step itself: its name, its identity, and what it made if it is done."""
+
+    name: str
+    inputs: Mapping[str, list[Known]]
+    step: str | None = None
+    made: Artifact | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.inputs
+
+    def __getitem__(self, name: str) -> Known:
+        (known,) = self.inputs[name]
+        return known
+
+    def all(self, name: str) -> list[Known]:
+        return list(self.inputs.get(name, []))
+
+    def own(self, digest: str | None = None) -> Origin:
+        """The step itself as an origin. digest: of what it made, if it is done."""
+        return Origin(self.name, self.step, digest)
+
+    def refusal(self, sentence: str, *, hint: str | None = None) -> UsageError:
+        """An error (exit code 2) that begins with the name of the step, or of the command."""
+        return UsageError(f"step {self.name} {sentence}" if self.step else f"{self.name} {sentence}", hint=hint)
+
+    def agree(self, known: Iterable[Known], *names: str) -> Facts:
+        """Facts of these names that all of these have in common; a refusal names the first two that contradict each other."""
+        common: Facts = {}
+        origins: dict[str, str] = {}
+        for one in known:
+            for name in names:
+                fact = one.facts.get(name)
+                if fact is None:
+                    continue
+                before = common.setdefault(name, fact)
+                if contradicts(before, fact):
+                    raise self.refusal(
+                        f"cannot use {origins[name]} and {one.name} together: {WORDS[name].format(_said(fact))} in "
+                        f"{one.name}, but {WORDS[name].format(_said(before))} in {origins[name]}"
+                    )
+                origins.setdefault(name, one.name)
+        return common
+
+
+Foresee = Callable[[Any, KnownInputs], Facts]
+Settle = Callable[[Any, KnownInputs], Any]
+
+
+def contradicts(one: Any, other: Any) -> bool:
+    return one.differs(other) if isinstance(one, Origin) else bool(one != other)
+
+
+def facts_of(artifact: Artifact) -> Facts:
+    """Facts of a finished artifact, by the names above."""
+    facts = {FORMER_NAMES.get(name, name): value for name, value in artifact.facts.items()}
+    for name in ("grid", "class_names"):
+        if name in facts:
+            facts[name] = tuple(facts[name])
+    if "tokenizer" in facts:
+        facts["tokenizer"] = made_by(facts["tokenizer"], artifact.name)
+    return facts
+
+
+def made_by(identity: Mapping[str, Any], owner: str) -> Origin | None:
+    """The tokenizer that an identity (`stages.identity`) names; None where it names none."""
+    digests = [str(identity.get(name, "")) for name in ("config_sha256", "weights_sha256")]
+    if not all(digests):
+        return None
+    return Origin(f"the tokenizer that {owner} names ({digests[1][:12]})", digest=" ".join(digests))
+
+
+def _said(fact: Any) -> str:
+    if isinstance(fact, tuple):
+        parts = [str(part) for part in fact]
+        return "x".join(parts) if all(isinstance(part, int) for part in fact) else ", ".join(parts)[:80]
+    return str(fact)
