@@ -137,12 +137,13 @@ def index_images(config: IndexConfig, inputs: Inputs, out: Draft, run: Runtime) 
         listing = list_images(config.source, root)
         check_unchanged(listing, out, root)
         if "exclude" in run.paths:
-            listing = exclude(listing, run.paths["exclude"])
+            found, listing = len(listing), exclude(listing, run.paths["exclude"])
+            run.progress.say(f"  excluded: {found - len(listing)} of {found} images")
         report_left_out(listing, run)
         images = ImageSet(listing, source=config.source, decode=config.decode, root=root)
         kept, skipped = keep_good(images, find_problems(config, images, run), run)
         out.put("index", index_files(kept, source=config.source, decode=config.decode, skipped=skipped))
-    describe(out, ImageSet.open(out.path, root=root))
+    describe(out, ImageSet.open(out.path, root=root), skipped=count_skipped(out))
 
 
 def check_unchanged(listing: Listing, out: Draft, root: Path | None) -> None:
@@ -213,8 +214,13 @@ def name_problems(problems: Sequence[Problem]) -> str:
     return name_some([f"{key} {reason}" for key, reason, _ in problems], between="; ")
 
 
-def describe(out: Draft, images: ImageSet) -> None:
-    """Facts for later stages and for the run's table."""
+def count_skipped(out: Draft) -> int:
+    report = out.path / "skipped.jsonl"
+    return report.read_bytes().count(b"\n") if report.exists() else 0
+
+
+def describe(out: Draft, images: ImageSet, *, skipped: int) -> None:
+    """Facts for later stages and the sentence for the run's table."""
     classes = len(images.classes)
     out.facts |= {
         "images": len(images),
@@ -222,6 +228,7 @@ def describe(out: Draft, images: ImageSet) -> None:
         "source": images.source.kind,
         "split": images.source.split,
     }
-    out.figure = f"{len(images)} images, {classes} classes"
+    counted = f"{len(images)} image{'s' * (len(images) != 1)}, {classes} class{'es' * (classes != 1)}"
+    out.figure = counted + (f", {skipped} skipped" if skipped else "")
     if classes <= MOST_NAMES:
         out.facts["class_names"] = images.classes

@@ -87,7 +87,7 @@ def test_skip_alone_leaves_out_what_cannot_be_used_and_lists_it(folder: Path, tm
     (folder / "class-1" / "gone.png").symlink_to("nowhere.png")
     skip = {"source": {"kind": "folder"}, "decode": {"corrupt": "skip"}}
     artifact = run_stage("index", tmp_path / "store", skip, paths={"images": folder})
-    assert artifact.facts["images"] == 4
+    assert (artifact.facts["images"], artifact.figure) == (4, "4 images, 2 classes, 3 skipped")
     skipped = [json.loads(line) for line in artifact.file("skipped.jsonl").read_text().splitlines()]
     assert skipped == [
         {"key": "class-0/001.png", "reason": "is truncated or damaged"},
@@ -127,7 +127,9 @@ def test_all_bad_images_are_named_in_one_pass_and_the_list_excludes_them(folder:
     )
     assert f"smalti index --images {folder} --set decode.corrupt=skip, or --exclude {store}" in str(caught.value)
     listed = Path(str(caught.value.path)).rename(tmp_path / "bad.txt")
-    artifact = run_stage("index", store, FOLDER, paths={"images": folder, "exclude": listed})
+    said = io.StringIO()
+    artifact = run_stage("index", store, FOLDER, paths={"images": folder, "exclude": listed}, progress=Progress(said))
+    assert "excluded: 2 of 6 images" in said.getvalue()
     assert ImageSet.open(artifact.path).keys == [
         "class-0/000.png",
         "class-0/001.png",
