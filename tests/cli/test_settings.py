@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 import cli.main
 from pipeline.config import parse_config
 from pipeline.errors import UsageError
+from pipeline.keys import config_value
 from pipeline.recipe import load_recipe, parse_yaml, put_setting, recipe_schema
 from pipeline.settings import REQUIRED, settings_of, value_at
 from pipeline.store import Store
@@ -221,7 +222,9 @@ def test_a_dry_run_prints_the_config_that_would_run(tmp_path: Path, monkeypatch:
     again = json.loads(smalti("index --source.split held-out --dry-run --json").stdout)
     assert (again["key"], again["state"]) == (made["key"], "done")
     manifest = json.loads((Path(made["path"]) / "manifest.json").read_text())
-    assert manifest["config"] == again["config"] == parse_yaml(done.stdout)
+    assert again["config"] == parse_yaml(done.stdout)
+    shown = parse_config(stages()["index"].config, again["config"], where="index")
+    assert manifest["config"] == config_value(shown)  # the manifest lacks later fields at their defaults
 
 
 def test_a_setting_of_a_kind_is_named_without_the_kind() -> None:
