@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,10 +11,16 @@ import typer
 
 from cli import options
 from cli.output import guarded, print_json, print_table, readable_bytes, say
-from pipeline.artifact import read_manifest, verify_artifact
-from pipeline.errors import CorruptError, InputError, SmaltiError
-from pipeline.runlog import total_seconds
-from pipeline.store import Store
+from pipeline.artifact import LOG, read_manifest, verify_artifact
+from pipeline.draft import read_note, read_units
+from pipeline.errors import CorruptError, InputError, SmaltiError, UsageError
+from pipeline.garbage import INTERRUPTED, NAMED, RUNNING, YOUNG, Garbage, survey, sweep
+from pipeline.locks import SUFFIX, find_holder
+from pipeline.runlog import last_step, read_attempts, total_seconds
+from pipeline.store import DAMAGED, Store, named_key
+
+AGE = re.compile(r"(\d+(?:\.\d+)?)([smhdw]?)")
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 @guarded
@@ -21,7 +29,7 @@ def status(
     store: options.StoreOption = options.DEFAULT_STORE,
     json: options.JsonOption = False,
 ) -> None:
-    """List what a store holds: artifacts, the refs that name them, and drafts of interrupted runs.
+    """List what a store holds: artifacts, the refs that name them, drafts that run or were interrupted, what was damaged.
 
     Example: smalti status --kind token-set
     """
@@ -31,16 +39,17 @@ def status(
         names.setdefault(target, []).append(ref)
     rows = [_row(path, names.get((path.parent.name, path.name), [])) for path in here.artifacts()]
     rows = [row for row in rows if kind in (None, row["kind"])]
-    drafts = here.drafts()
+    drafts = [_draft(path) for path in here.drafts()]
+    damaged = [str(path) for path in here.folders() if DAMAGED in path.name]
     if json:
-        print_json({"store": str(store), "artifacts": rows, "drafts": [str(path) for path in drafts]})
+        print_json({"store": str(store), "artifacts": rows, "drafts": drafts, "damaged": damaged})
         return
     columns = ["kind", "artifact", "bytes", "seconds", "refs", "figure"]
     print_table(str(store), columns, [[_text(row, column) for column in columns] for row in rows])
-    for path in drafts:
-        typer.echo(
-            f"draft\t{path.parent.name}/{path.name.removeprefix('.')[:12]}\tcontinues when it is asked for again"
-        )
+    for draft in drafts:
+        typer.echo(f"draft\t{draft['stage']}/{draft['key'][:12]}\t{_sentence(draft)}")
+    for aside in damaged:
+        typer.echo(f"damaged\t{aside}\tmoved aside; `smalti gc` removes it when it is old")
     say(f"{len(rows)} artifacts, {len(drafts)} drafts in {store}")
 
 
@@ -85,40 +94,113 @@ def path(
     store: options.StoreOption = options.DEFAULT_STORE,
     json: options.JsonOption = False,
 ) -> None:
-    """Print the folder of an artifact.
+    """Print the folder of an artifact, or of its draft while it is made.
 
     Example: smalti path digits/rar/tokens
     """
-    found = Store(store).locate(name).absolute()
+    here = Store(store)
+    drafts = here.find_drafts(name)
+    try:
+        found = {"path": str(here.locate(name)), "state": "done"}
+    except InputError:
+        if len(drafts) != 1:
+            raise
+        found = _draft(drafts[0])
+        say(f"{name} is a draft: {_sentence(found)}", quiet=json)
     if json:
-        print_json({"path": str(found)})
+        print_json(found)
     else:
-        typer.echo(str(found))
+        typer.echo(found["path"])
 
 
 @guarded
 def gc(
     yes: Annotated[bool, typer.Option("--yes", help="Delete what is listed.")] = False,
+    older_than: Annotated[
+        str, typer.Option("--older-than", metavar="AGE", help="Keep what is younger: 90s, 30m, 12h, 7d, 4w or 0.")
+    ] = "7d",
+    drafts: Annotated[
+        bool, typer.Option("--drafts", help="Give up interrupted runs that are older, too: their drafts are listed.")
+    ] = False,
     store: options.StoreOption = options.DEFAULT_STORE,
     json: options.JsonOption = False,
 ) -> None:
-    """List artifacts and drafts that no ref reaches; with --yes, delete them.
+    """List what nothing needs any more; with --yes, delete it.
+
+    What a ref names stays, a draft that is made or can be continued, what is younger than --older-than, and all that these
+    were made from.
 
     Example: smalti gc --yes
     """
-    here = Store(store)
-    garbage = here.garbage()
-    if yes:
-        here.sweep(garbage)
-    total = sum(item.bytes for item in garbage)
+    here, seconds = Store(store), parse_age(older_than)
+    found = survey(here, older_than=seconds, drafts=drafts)
+    removed = sweep(here, older_than=seconds, drafts=drafts, say=say) if yes else []
     if json:
-        rows = [{"path": str(item.path), "bytes": item.bytes} for item in garbage]
-        print_json({"deleted": yes, "bytes": total, "garbage": rows})
+        rows = {"garbage": [_item(item) for item in found.garbage], "removed": [_item(item) for item in removed]}
+        print_json({"deleted": yes, "bytes": _total(removed if yes else found.garbage), **rows, "kept": found.kept})
         return
-    for item in garbage:
+    for item in removed if yes else found.garbage:
         typer.echo(f"{readable_bytes(item.bytes)}\t{item.path}")
-    advice = "" if yes or not garbage else "; delete them with --yes"
-    say(f"{len(garbage)} folders, {readable_bytes(total)}{' deleted' if yes else ''}{advice}")
+    say(f"{_outcome(found.garbage, removed, yes)}; {_kept(found.kept, older_than)}")
+
+
+def parse_age(text: str) -> float:
+    """Seconds in `7d` and the like."""
+    found = AGE.fullmatch(text)
+    if found is None or not (found[2] or float(found[1]) == 0):
+        raise UsageError(f"--older-than {text!r}: expected a number and one of {', '.join(UNITS)}, such as 12h or 7d")
+    return float(found[1]) * UNITS.get(found[2], 1)
+
+
+def _outcome(garbage: list[Garbage], removed: list[Garbage], yes: bool) -> str:
+    if not garbage:
+        return "no garbage"
+    if not yes:
+        return f"{len(garbage)} folders, {readable_bytes(_total(garbage))}: delete them with --yes"
+    left = f" of {len(garbage)}; somebody took up the others meanwhile" if len(removed) < len(garbage) else ""
+    return f"removed {len(removed)}{left or ' folders'}, {readable_bytes(_total(removed))}"
+
+
+def _kept(kept: Mapping[str, int], older_than: str) -> str:
+    words = {NAMED: "named", RUNNING: "being made", INTERRUPTED: "interrupted", YOUNG: f"younger than {older_than}"}
+    parts = ", ".join(f"{kept[reason]} {word}" for reason, word in words.items() if reason in kept)
+    return f"kept, with what they were made from: {parts}" if parts else "nothing was kept"
+
+
+def _item(item: Garbage) -> dict[str, Any]:
+    return {"path": str(item.path), "bytes": item.bytes}
+
+
+def _total(items: list[Garbage]) -> int:
+    return sum(item.bytes for item in items)
+
+
+def _draft(path: Path) -> dict[str, Any]:
+    """What is known of a draft. since: when the process began that makes it, or that made it last."""
+    stage, key = named_key(path)
+    holder = find_holder(path.with_name(f"{key}{SUFFIX}"))
+    last = (read_attempts(path / LOG / "run.json") or [{}])[-1]
+    return {
+        "path": str(path),
+        "stage": stage,
+        "key": key,
+        "name": read_note(path).get("name", ""),
+        "state": "running" if holder else "interrupted",
+        "host": holder.host if holder else last.get("host"),
+        "pid": holder.pid if holder else None,
+        "since": holder.since if holder else last.get("started"),
+        "units": len(read_units(path)),
+        "step": last_step(path / LOG),
+    }
+
+
+def _sentence(draft: dict[str, Any]) -> str:
+    name = f"{draft['name']} " if draft["name"] else ""
+    units = f", {draft['units']} units done" if draft["units"] else ""
+    step = "" if draft["step"] is None else f", training step {draft['step']}"
+    if draft["state"] == "running":
+        return f"{name}running on {draft['host']} since {draft['since']} (process {draft['pid']}){step}{units}"
+    return f"{name}interrupted on {draft['host']}, where it began {draft['since']}{step}{units}; continues when it is asked for"
 
 
 def _row(path: Path, refs: list[str]) -> dict[str, Any]:

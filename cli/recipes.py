@@ -34,6 +34,14 @@ PathOption = Annotated[
     list[str] | None, typer.Option("--path", metavar="NAME=PATH", help="Other external data of the recipe. Repeatable.")
 ]
 
+VariantOption = Annotated[
+    str | None,
+    typer.Option(
+        "--as",
+        metavar="NAME",
+        help="Name of this variant: its refs are <recipe>@NAME/<step>, and others stay as they are.",
+    ),
+]
 ForceStepOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -62,6 +70,7 @@ def run(
     images: ImagesOption = None,
     path: PathOption = None,
     set: options.SetOption = None,
+    variant: VariantOption = None,
     store: options.StoreOption = options.DEFAULT_STORE,
     device: options.DeviceOption = "auto",
     threads: options.ThreadsOption = 0,
@@ -79,7 +88,7 @@ def run(
     Example: smalti run recipes/digits/rar.yaml --store store
     """
     values = dict(locals()) | {"force": False}
-    loaded = _load(recipe, set, path, images)
+    loaded = _load(recipe, set, path, images, variant)
     forced = _forced(loaded, force or [])
     if dry_run:
         _show_plan(loaded, plan_recipe(loaded, Store(store), force=forced), json)
@@ -97,6 +106,7 @@ def plan(
     images: ImagesOption = None,
     path: PathOption = None,
     set: options.SetOption = None,
+    variant: VariantOption = None,
     store: options.StoreOption = options.DEFAULT_STORE,
     json: options.JsonOption = False,
 ) -> None:
@@ -104,7 +114,7 @@ def plan(
 
     Example: smalti plan recipes/digits/rar.yaml --set generator.training.steps=100
     """
-    loaded = _load(recipe, set, path, images)
+    loaded = _load(recipe, set, path, images, variant)
     _show_plan(loaded, plan_recipe(loaded, Store(store)), json)
 
 
@@ -117,10 +127,13 @@ def schema(json: options.JsonOption = False) -> None:
     typer.echo(dump_schema(stages()), nl=False)
 
 
-def _load(recipe: Path, settings: list[str] | None, pairs: list[str] | None, images: Path | None) -> Recipe:
+def _load(
+    recipe: Path, settings: list[str] | None, pairs: list[str] | None, images: Path | None, variant: str | None
+) -> Recipe:
     loaded = load_recipe(recipe, stages(), settings=settings or [], paths=options.parse_paths(pairs, images))
     check_step_sizes(loaded)
-    return check_recipe(loaded)
+    checked = check_recipe(loaded)
+    return checked if variant is None else checked.variant(variant)
 
 
 def _forced(recipe: Recipe, words: list[str]) -> list[str]:

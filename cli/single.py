@@ -10,6 +10,7 @@ import inspect
 import json
 import types
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -91,10 +92,7 @@ def make_stage(
     """The artifact of one stage, its inputs brought into the store first where they are none yet."""
     inputs = Inputs(_find_inputs(declared, values, lambda text, wanted: bring(text, wanted, store, options)))
     config = _settle(declared, settings, inputs, values, options.progress.say)
-    made = make(store, declared, config, inputs, paths, options)
-    if values["ref"]:
-        store.set_ref(values["ref"], made.artifact)
-    return made
+    return make(store, declared, config, inputs, paths, replace(options, ref=values["ref"] or ""))
 
 
 def _settle(

@@ -4,6 +4,8 @@ Units of work (a shard, a checkpoint) are written file by file, each whole or no
 of `journal.jsonl`. Whoever opens the draft again keeps the units whose files still verify and sweeps everything else.
 Units whose files lie under `scratch/` (checkpoints) help to continue and are no part of the artifact.
 
+`request.json` says which inputs the draft reads, so that nobody takes them for garbage, and what it was called.
+
 Commit: manifest, fsync of files and folders, journal removed, folder renamed. Every moment in between is recoverable.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from pipeline.errors import CorruptError
 from pipeline.keys import sha256
 
 JOURNAL = "journal.jsonl"
+REQUEST = "request.json"
 SCRATCH = "scratch"
 REPLACED = ".replaced"
 
@@ -74,12 +77,18 @@ class Draft:
         self._units: dict[str, list[FileEntry]] = {}
 
     @classmethod
-    def open(cls, path: Path, request: Request) -> Draft:
-        """Open or create the draft folder: keep what the journal proves, sweep the rest (log/ stays)."""
+    def open(cls, path: Path, request: Request, *, name: str = "") -> Draft:
+        """Open or create the draft folder: keep what the journal proves, sweep the rest (log/ stays).
+
+        Units that were made from other inputs are swept, too.  name: of the artifact for people, such as its ref.
+        """
         draft = cls(path, request)
         durable.make_folder(path)
+        if not request.is_made_from(read_note(path).get("inputs", request.inputs)):
+            durable.remove(path / JOURNAL)
+        durable.write_file(path / REQUEST, json.dumps({"inputs": request.inputs, "name": name}).encode())
         draft._units = _verified_units(path)
-        kept = {entry.path for files in draft._units.values() for entry in files} | {JOURNAL}
+        kept = {entry.path for files in draft._units.values() for entry in files} | {JOURNAL, REQUEST}
         for name in list_files(path):
             if name not in kept:
                 durable.remove(path / name)
@@ -161,10 +170,11 @@ def finish(partial: Path, final: Path) -> None:
     Tidying takes checkpoints, and what workers left that died in the middle of a file.
     """
     durable.remove(partial / SCRATCH)
-    for name in set(list_files(partial)) - {*read_manifest(partial).files, MANIFEST, DIGEST, JOURNAL}:
+    for name in set(list_files(partial)) - {*read_manifest(partial).files, MANIFEST, DIGEST, JOURNAL, REQUEST}:
         durable.remove(partial / name)
     durable.sync_tree(partial)
     durable.remove(partial / JOURNAL)
+    durable.remove(partial / REQUEST)
     replaced = final.with_name(f".{final.name}{REPLACED}")
     if final.exists():
         durable.remove(replaced)
@@ -184,6 +194,28 @@ def is_complete(partial: Path, request: Request) -> bool:
         and request.is_made_from(artifact.inputs)
         and all(_is_whole(partial, entry) for entry in artifact.files.values())
     )
+
+
+def read_note(partial: Path) -> dict[str, Any]:
+    """What a draft says of itself: `inputs` and `name`; nothing where it is too old, or just being begun."""
+    try:
+        return dict(json.loads((partial / REQUEST).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def read_units(partial: Path) -> list[str]:
+    """The units that the journal names, in their order; whether they are whole is not looked at."""
+    units: dict[str, list[FileEntry]] = {}
+    with suppress(OSError):
+        for line in (partial / JOURNAL).read_bytes().splitlines():
+            _replay(units, line, partial)
+    return list(units)
+
+
+def is_resumable(partial: Path) -> bool:
+    """Whether a draft holds work: a unit, or a whole artifact whose commit was interrupted."""
+    return bool(read_units(partial)) or (partial / MANIFEST).exists()
 
 
 def write_files(root: Path, files: Mapping[str, bytes | memoryview]) -> list[FileEntry]:

@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from pipeline.settings import schema_of
 from pipeline.stage import Stage, imply
 
 RECIPES = "recipes"
+VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a part of a ref and of --set: no slash, no dot
 
 
@@ -116,6 +117,17 @@ class Recipe:
     name: str
     title: str
     steps: tuple[Step, ...]
+
+    @property
+    def base(self) -> str:
+        """The name without that of a variant."""
+        return self.name.partition("@")[0]
+
+    def variant(self, name: str) -> Recipe:
+        """The same recipe under refs of its own, <recipe>@<name>/<step>; UsageError for what cannot be a name."""
+        if not VARIANT.fullmatch(name):
+            raise UsageError(f"--as {name!r} is not a valid name: expected letters, digits, -, _ and .")
+        return replace(self, name=f"{self.base}@{name}")
 
 
 def load_recipe(

@@ -17,6 +17,7 @@ from typing import Any
 from pipeline import durable
 from pipeline.errors import CannotWrite
 
+TAIL = 2**16  # bytes of metrics.jsonl that hold its last lines
 LIBRARIES = (
     "smalti",
     "torch",
@@ -79,6 +80,20 @@ def read_attempts(path: Path) -> list[dict[str, Any]]:
 def total_seconds(log: Path) -> float:
     """Seconds of all attempts together."""
     return float(sum(entry.get("seconds", 0.0) for entry in read_attempts(log / "run.json")))
+
+
+def last_step(log: Path) -> int | None:
+    """The step of which a training last wrote numbers; None before the first one, and where nothing is trained."""
+    try:
+        with (log / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        with suppress(ValueError, KeyError, TypeError):
+            return int(json.loads(line)["step"])
+    return None
 
 
 @cache

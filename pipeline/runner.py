@@ -23,6 +23,7 @@ from pipeline.errors import BadImages, CorruptError, InputError, SmaltiError
 from pipeline.foresight import foresee, look_ahead, settle, settled
 from pipeline.keys import artifact_key, canonical_bytes, config_value
 from pipeline.known import Known
+from pipeline.locks import steady
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, Step
 from pipeline.runlog import Attempt
@@ -69,6 +70,8 @@ class Options:
     command: str = ""
     title: str = ""
     """What the output calls the running step; empty: its stage."""
+    ref: str = ""
+    """Name to give to the artifact; empty: none."""
 
 
 @dataclass(frozen=True)
@@ -132,15 +135,13 @@ def _run_steps(recipe: Recipe, store: Store, options: Options, force: set[str]) 
     made: dict[str, Artifact] = {}
     for step in recipe.steps:
         inputs = Inputs({name: _pick(value, made) for name, value in step.inputs.items()})
-        own = replace(options, title=step.name, force=step.name in force)
+        own = replace(options, title=step.name, ref=f"{recipe.name}/{step.name}", force=step.name in force)
         try:
             result = make(store, step.stage, step.config, inputs, step.paths, own)
         except BadImages as error:
             indexed = next((name for name, artifact in made.items() if artifact.key == error.image_set), step.name)
             error.advise_in_recipe(indexed)
             raise
-        if ranks.is_first():
-            store.set_ref(f"{recipe.name}/{step.name}", result.artifact)
         made[step.name] = result.artifact
         foresee(recipe, made)  # a folder's classes are known as soon as it is indexed, before anything is trained
         yield step, result
@@ -158,18 +159,19 @@ def make(
     check_kinds(declared, inputs)
     config = settle(declared, config, inputs)
     request = make_request(declared, config, inputs, paths)
-    if not options.force and store.is_current(request):
-        return Made(_remember_paths(store.open(request.stage, request.key), paths), reused=True)
+    with steady(store.root, say=options.progress.say):
+        if not options.force and store.is_current(request):
+            return Made(_note(store, request, paths, options), reused=True)
     if declared.check is not None:
         declared.check(config, dict(inputs.items()))
     job = _Job(store, declared, config, inputs, paths, options, request)
     if not ranks.is_first():
         return job.follow()
-    with store.draft(request, wait=options.wait, again=options.force, say=options.progress.say) as draft:
-        if draft is None:
-            return Made(store.open(request.stage, request.key), reused=True)
-        job.work(draft)
-    return Made(_remember_paths(store.open(request.stage, request.key), paths), reused=False)
+    say = options.progress.say
+    with store.draft(request, wait=options.wait, again=options.force, name=options.ref, say=say) as draft:
+        if draft is not None:
+            job.work(draft)
+        return Made(_note(store, request, paths, options), reused=draft is None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,6 +239,14 @@ def make_request(declared: Stage, config: BaseModel, inputs: Inputs, paths: Mapp
     former = {name: _map(value, lambda artifact: _record(artifact, artifact.digest)) for name, value in inputs.items()}
     key = artifact_key(declared.name, declared.version, values, names, externals)
     return Request(declared.name, declared.kind(config), declared.version, key, values, records, externals, former)
+
+
+def _note(store: Store, request: Request, paths: Mapping[str, Path], options: Options) -> Artifact:
+    """The finished artifact, with its ref; nobody takes it for garbage before it has one."""
+    artifact = _remember_paths(store.open(request.stage, request.key), paths)
+    if options.ref and ranks.is_first():
+        store.set_ref(options.ref, artifact)
+    return artifact
 
 
 def _remember_paths(artifact: Artifact, paths: Mapping[str, Path]) -> Artifact:
@@ -318,11 +328,12 @@ def _reason(
     partial = store.partial(step.stage.name, key)
     if partial.exists():
         return "continues an interrupted run"
-    try:
-        named = store.read_ref(f"{recipe.name}/{step.name}")
-    except SmaltiError:
+    names = (f"{recipe.name}/{step.name}", f"{recipe.base}/{step.name}")
+    ref = next((name for name in names if store.ref_path(name).is_file()), None)
+    if ref is None:
         return "was never made"
     try:
+        named = store.read_ref(ref)
         before = store.open(*named)
     except SmaltiError:
         return "its artifact is gone"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ def smalti(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command("run", cls=recipes.RunCommand)(recipes.run)
     for command in (
+        inspection.path,
         recipes.plan,
         recipes.schema,
         inspection.status,
@@ -195,12 +198,59 @@ def test_status_verify_and_gc(smalti: Any, tmp_path: Path) -> None:
     assert [row["kind"] for row in one_object(smalti("status --kind sum --json"))["artifacts"]] == ["sum"]
     assert one_object(smalti("verify --json")) == {"verified": 3}
     assert one_object(smalti("verify tiny/sum --json")) == {"verified": 1}
-    (garbage,) = one_object(smalti("gc --json"))["garbage"]
+    assert one_object(smalti("gc --yes --json"))["kept"] == {"named": 2, "young": 1}
+    (garbage,) = one_object(smalti("gc --older-than 0 --json"))["garbage"]
+    assert "1 folders" in smalti("gc --older-than 0s").stderr
     assert Path(garbage["path"]).exists()
-    assert one_object(smalti("gc --yes --json"))["garbage"] == [garbage]
+    assert one_object(smalti("gc --older-than 0 --yes --json"))["removed"] == [garbage]
     assert not Path(garbage["path"]).exists()
     assert one_object(smalti("verify --json")) == {"verified": 2}
-    assert one_object(smalti("gc --json"))["garbage"] == []
+    assert smalti("gc --older-than 0").stderr == "no garbage; kept, with what they were made from: 2 named\n"
+
+
+def test_variants_have_refs_of_their_own_that_serve_everywhere(smalti: Any, tmp_path: Path) -> None:
+    smalti("run recipes/tiny.yaml")
+    changed = "recipes/tiny.yaml --as big --set numbers.rows=9"
+    assert one_object(smalti(f"plan {changed} --json"))["steps"][0]["reason"] == "config rows: 7 -> 9"
+    made = {step["step"]: step for step in one_object(smalti(f"run {changed} --json"))["steps"]}
+    refs = {ref: row["key"] for row in one_object(smalti("status --json"))["artifacts"] for ref in row["refs"]}
+    assert sorted(refs) == ["tiny/numbers", "tiny/sum", "tiny@big/numbers", "tiny@big/sum"]
+    assert refs["tiny@big/sum"] == made["sum"]["key"] != refs["tiny/sum"]
+    assert one_object(smalti("gc --older-than 0 --json"))["garbage"] == []
+    assert one_object(smalti("path tiny@big/sum --json"))["path"] == made["sum"]["path"]
+    assert one_object(smalti("verify tiny@big/sum --json")) == {"verified": 1}
+    assert one_object(smalti("add --numbers tiny@big/numbers --json"))["key"] == made["sum"]["key"]
+    assert [step["state"] for step in one_object(smalti(f"plan {changed} --json"))["steps"]] == ["done", "done"]
+    result = smalti("run recipes/tiny.yaml --as ../x")
+    assert (result.exit_code, "is not a valid name" in result.stderr) == (2, True)
+
+
+def test_status_and_path_tell_a_running_draft_from_an_interrupted_one(smalti: Any, tmp_path: Path) -> None:
+    smalti("run recipes/tiny.yaml")
+    assert one_object(smalti("path tiny/sum --json"))["state"] == "done"
+    command = [sys.executable, str(ROOT / "tests/faults/tiny_command.py"), "run", "recipes/tiny.yaml", "--as", "slow"]
+    command += ["--set", "sum.seconds=60.0"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not list(tmp_path.glob("store/add/.*.partial/journal.jsonl")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        running = one_object(smalti("path tiny@slow/sum --json"))
+        assert (running["state"], running["host"], running["pid"]) == ("running", platform.node(), process.pid)
+        assert one_object(smalti("status --json"))["drafts"] == [running]
+        assert f"running on {platform.node()} since " in smalti("status").stdout
+        assert smalti("run recipes/tiny.yaml --set sum.seconds=60.0 --no-wait").exit_code == 75
+        assert one_object(smalti("gc --older-than 0 --drafts --yes --json"))["kept"] == {"named": 2, "running": 1}
+    finally:
+        process.kill()
+        process.communicate()
+    stopped = one_object(smalti(f"path add/{running['key'][:8]} --json"))
+    assert (stopped["state"], stopped["name"], stopped["units"]) == ("interrupted", "tiny@slow/sum", 1)
+    assert "tiny@slow/sum interrupted on" in smalti("path tiny@slow/sum").stderr
+    (line,) = [line for line in smalti("status").stdout.splitlines() if line.startswith("draft")]
+    assert "interrupted on" in line
 
 
 def test_damage_is_4_names_the_file_and_status_still_lists(smalti: Any, tmp_path: Path) -> None:
@@ -281,6 +331,8 @@ NONSENSE = [
     ("add", 2, "add lacks --numbers: what to add"),
     ("add --numbers nothing", 3, "names no artifact"),
     ("add --numbers recipes", 3, "names no artifact"),
+    ("gc --older-than soon", 2, "expected a number and one of s, m, h, d, w"),
+    ("path nothing", 3, "names no artifact"),
     ("verify nothing", 3, "names no artifact"),
     ("verify --store nothing", 3, "no store"),
 ]

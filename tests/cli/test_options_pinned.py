@@ -20,14 +20,14 @@ COMMON_FLAGS = {
 STAGES = ["index", "extract", "kmeans", "import-weights", "train-tokenizer", "train-discriminator", "finetune-decoder",
           "pretokenize", "train-generator", "sample", "decode", "generate", "train-classifier", "score", "probe"]  # fmt: skip
 OTHERS = {
-    "run": {"--images", "--path", "--set", *COMMON_FLAGS},
-    "plan": {"--images", "--path", "--set", "--store", "--json"},
+    "run": {"--images", "--path", "--set", "--as", *COMMON_FLAGS},
+    "plan": {"--images", "--path", "--set", "--as", "--store", "--json"},
     "schema": {"--json"},
     "config": {"--set", "--config", "--json"},
     "path": {"--store", "--json"},
     "status": {"--kind", "--store", "--json"},
     "verify": {"--store", "--json"},
-    "gc": {"--yes", "--store", "--json"},
+    "gc": {"--yes", "--older-than", "--drafts", "--store", "--json"},
     "doctor": {"--store", "--json"},
 }
 READS = {

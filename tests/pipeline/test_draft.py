@@ -89,7 +89,17 @@ def test_strays_are_swept_and_the_log_stays(partial: Path) -> None:
     (partial / "log" / "metrics.jsonl").write_text("{}\n")
     Draft.open(partial, REQUEST)
     names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
-    assert names == ["a/0.bin", "a/1.bin", "a/2.bin", "b/0.bin", "b/1.bin", "b/2.bin", JOURNAL, "log/metrics.jsonl"]
+    assert names == [
+        "a/0.bin",
+        "a/1.bin",
+        "a/2.bin",
+        "b/0.bin",
+        "b/1.bin",
+        "b/2.bin",
+        JOURNAL,
+        "log/metrics.jsonl",
+        "request.json",
+    ]
 
 
 def test_a_dropped_unit_is_gone_also_if_its_files_outlived_the_kill(

@@ -18,12 +18,13 @@ from pipeline.artifact import DIGEST, FORMAT, MANIFEST, manifest_bytes, open_art
 from pipeline.draft import Draft
 from pipeline.errors import Busy, CannotWrite, CorruptError, InputError, NewerFormat, StorageError
 from pipeline.keys import sha256
+from pipeline.locks import lock
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.runner import Options, Planned, differences, make, plan, run
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs
-from pipeline.store import Store, lock
+from pipeline.store import Store
 
 FORMER = (
     Path(__file__).parents[1] / "golden" / "former-store"

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep import check_store, in_child, without_fsync
+from sweep import in_child, without_fsync
 from tiny_stages import load, run_all
 
 from pipeline.artifact import MANIFEST, Artifact, verify_artifact
 from pipeline.draft import Request
 from pipeline.errors import Busy, CorruptError, InputError, UsageError
-from pipeline.store import Store, lock
+from pipeline.garbage import Survey, survey, sweep
+from pipeline.locks import lock
+from pipeline.store import Store
 
 FORK = multiprocessing.get_context("fork")
 
@@ -49,7 +51,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str, Art
 
 
 def test_nothing_is_created_before_the_first_write(store: Store) -> None:
-    assert (store.artifacts(), store.drafts(), store.refs(), store.garbage()) == ([], [], {}, [])
+    assert (store.artifacts(), store.drafts(), store.refs(), survey(store)) == ([], [], {}, Survey())
+    assert sweep(store) == []
     assert not store.root.exists()
 
 
@@ -89,7 +92,7 @@ def test_a_damaged_ref_is_refused(store: Store, text: str) -> None:
     with pytest.raises(CorruptError):
         store.find("x/y")
     with pytest.raises(CorruptError):
-        store.garbage()
+        survey(store)
 
 
 def test_a_ref_moves_and_one_that_fits_is_not_written_again(store: Store) -> None:
@@ -110,59 +113,6 @@ def test_another_artifact_in_its_place_is_refused(store: Store) -> None:
     two.rename(one)
     with pytest.raises(CorruptError, match="moved it here"):
         store.open("make", request(1).key)
-
-
-# Garbage.
-
-
-def test_garbage_is_what_no_ref_reaches_through_inputs(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
-    first = run_all(load(tmp_path), store.root)
-    second = run_all(load(tmp_path, "sum.scale=3.0"), store.root)
-    assert second["numbers"].key == first["numbers"].key
-    assert [item.path for item in store.garbage()] == [first["sum"].path]
-    (store.root / "refs/tiny/numbers").unlink()
-    assert [item.path for item in store.garbage()] == [first["sum"].path]
-    assert store.garbage()[0].bytes > 0
-    (store.root / "refs/tiny/sum").unlink()
-    assert {item.path for item in store.garbage()} == {item.path for item in [*first.values(), *second.values()]}
-
-
-def test_sweeping_takes_drafts_strays_and_dead_locks_and_leaves_what_is_reached(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
-    made = run_all(load(tmp_path), store.root)
-    in_child(lambda: make_and_die(store))
-    (store.root / "refs/tiny/sum.99-dead.partial").touch()
-    (store.root / "count" / f".{made['numbers'].key}.replaced").mkdir()
-    store.sweep(store.garbage())
-    names = {path.relative_to(store.root).parts[:2] for path in store.root.rglob("*") if path.is_file()}
-    assert names == {("count", made["numbers"].key), ("add", made["sum"].key), ("refs", "tiny")}
-    assert store.garbage() == []
-    check_store(store.root, {f"{item.stage}/{item.key}": item.digest for item in made.values()})
-
-
-def make_and_die(store: Store) -> None:
-    with store.draft(request()) as draft:
-        assert draft is not None
-        draft.put("unit", {"x": b"1"})
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_sweeping_leaves_what_somebody_is_making(store: Store) -> None:
-    with store.draft(request()) as draft:
-        assert draft is not None
-        draft.put("unit", {"x": b"1"})
-        in_child(lambda: store.sweep(store.garbage()))
-        draft.commit(store.path("make", request().key))
-    assert verify_artifact(store.path("make", request().key))
-
-
-def test_a_swap_killed_in_the_middle_survives_the_sweep(tmp_path: Path) -> None:
-    store = Store(tmp_path / "store")
-    made = run_all(load(tmp_path), store.root)["numbers"]
-    made.path.rename(store.partial("count", made.key))  # the moment between the two renames
-    store.sweep(store.garbage())
-    assert run_all(load(tmp_path), store.root)["numbers"].digest == made.digest
 
 
 # Locks.
@@ -215,6 +165,13 @@ def test_without_waiting_a_held_lock_is_75(store: Store) -> None:
         lock(store.root / "make" / "x.lock", wait=False),
     ):
         pass
+
+
+def make_and_die(store: Store) -> None:
+    with store.draft(request()) as draft:
+        assert draft is not None
+        draft.put("unit", {"x": b"1"})
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_holder_frees_its_lock_and_its_units_are_kept(store: Store) -> None:

@@ -1,0 +1,176 @@
+"""Garbage: what nothing needs any more, and why everything else stays.
+
+Roots are what refs name, drafts that are being made or can be continued, and whatever is young; with a root stays all that
+it reads, and what that was made from. Removing holds the store still: nobody takes up an artifact meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline import durable
+from pipeline.artifact import LOG, MANIFEST
+from pipeline.draft import JOURNAL, REPLACED, REQUEST, is_resumable
+from pipeline.errors import Busy, CorruptError
+from pipeline.locks import SUFFIX, Say, find_holder, lock, silent, steady
+from pipeline.store import DAMAGE, DAMAGED, Store, named_key
+from smalti.limits import parse_json
+
+Name = tuple[str, str]
+"""(stage, key)."""
+
+NAMED, RUNNING, INTERRUPTED, YOUNG = "named", "running", "interrupted", "young"
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """A folder of the store that nothing needs, and its size in bytes."""
+
+    path: Path
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Survey:
+    """garbage: what can go.  kept: how many artifacts and drafts stay because of what."""
+
+    garbage: list[Garbage] = field(default_factory=list)
+    kept: Mapping[str, int] = field(default_factory=dict)
+
+
+def survey(store: Store, *, older_than: float = 0.0, drafts: bool = False) -> Survey:
+    """Look for garbage; removes nothing.
+
+    older_than: what was made, continued or moved aside less than so many seconds ago stays.  drafts: interrupted ones
+    that are older count as garbage, too. CorruptError where it cannot be known what an artifact reads.
+    """
+    roots = _roots(store, older_than=older_than, drafts=drafts)
+    reached = {reason: _closure(store, names) for reason, names in roots.items()}
+    garbage, kept = [], Counter[str]()
+    for path in store.folders():
+        reason = _reason_to_stay(path, store, roots, reached, older_than)
+        if reason is None:
+            garbage.append(Garbage(path, _tree_bytes(path)))
+        else:
+            kept[reason] += 1
+    return Survey(garbage, kept)
+
+
+def sweep(store: Store, *, older_than: float = 0.0, drafts: bool = False, say: Say = silent) -> list[Garbage]:
+    """Remove the garbage, each folder under its lock, and return what was really removed. Strays of killed processes go too."""
+    if not store.root.is_dir():
+        return []
+    with steady(store.root, alone=True, say=say):
+        found = survey(store, older_than=older_than, drafts=drafts).garbage
+        removed = [item for item in found if _remove(item.path)]
+        for entry in store.entries():
+            if entry.suffix == SUFFIX:
+                with suppress(Busy), lock(entry, wait=False):
+                    pass  # whoever held it is dead: releasing removes it
+        for stray in store.ref_path("x").parent.rglob(f"*{durable.TEMPORARY}"):
+            durable.remove(stray)
+    return removed
+
+
+def _roots(store: Store, *, older_than: float, drafts: bool) -> dict[str, set[Name]]:
+    """Artifacts and drafts that stay for their own sake, by reason."""
+    roots: dict[str, set[Name]] = {NAMED: set(store.refs().values()), RUNNING: set(), INTERRUPTED: set(), YOUNG: set()}
+    for path in store.drafts():
+        if find_holder(store.lock_path(*named_key(path))):
+            roots[RUNNING].add(named_key(path))
+        elif is_resumable(path) and not (drafts and _age(path) >= older_than):
+            roots[INTERRUPTED].add(named_key(path))
+        elif _age(path) < older_than:
+            roots[YOUNG].add(named_key(path))
+    roots[YOUNG] |= {named_key(path) for path in store.artifacts() if _age(path) < older_than}
+    return roots
+
+
+def _reason_to_stay(
+    path: Path, store: Store, roots: Mapping[str, set[Name]], reached: Mapping[str, set[Name]], older_than: float
+) -> str | None:
+    name = named_key(path)
+    if path.name.endswith(REPLACED) and store.has(*name):
+        return None  # what was swapped for the artifact that is there
+    if DAMAGED in path.name:
+        return YOUNG if _age(path) < older_than else None
+    if path.name.endswith(durable.TEMPORARY):
+        own = next((reason for reason, names in roots.items() if reason != NAMED and name in names), None)
+        return own or (NAMED if not store.has(*name) and name in roots[NAMED] and is_resumable(path) else None)
+    return next((reason for reason, names in reached.items() if name in names), None)
+
+
+def _closure(store: Store, names: Iterable[Name]) -> set[Name]:
+    """These and all that they were made from."""
+    reached: set[Name] = set()
+    todo = list(names)
+    while todo:
+        name = todo.pop()
+        if name not in reached:
+            reached.add(name)
+            todo += [
+                *_reads(store.partial(*name)),
+                *_reads(store.path(*name)),
+            ]  # in this order: it may be committed just now
+    return reached
+
+
+def _reads(path: Path) -> list[Name]:
+    """What an artifact or a draft reads; CorruptError where that cannot be known."""
+    if not path.is_dir():
+        return []
+    is_draft = path.name.endswith(durable.TEMPORARY)
+    note = path / (REQUEST if is_draft and not (path / MANIFEST).exists() else MANIFEST)
+    if is_draft and not note.exists():
+        return []  # begun this very moment, or before drafts said what they read
+    try:
+        records = parse_json(note.read_bytes(), note)["inputs"].values()
+        items = [item for value in records for item in (value if isinstance(value, list) else [value])]
+        return [(str(item["stage"]), str(item["key"])) for item in items]
+    except (OSError, CorruptError, LookupError, TypeError, AttributeError) as error:
+        if is_draft and not path.exists():
+            return []  # it became an artifact
+        raise CorruptError(
+            f"it cannot be known what {path} was made from: its {MANIFEST} is damaged or missing",
+            path=path,
+            hint="make it again with `smalti run`, or remove its folder; nothing was removed",
+        ) from error
+
+
+def _remove(path: Path) -> bool:
+    """Remove a folder under its lock; False if somebody holds it."""
+    key = named_key(path)[1]
+    gone = path.with_name(f".{key}{REPLACED}")  # under another name first: a reader never sees a half
+    try:
+        with lock(path.with_name(f"{key}{SUFFIX}"), wait=False):
+            if path != gone:
+                durable.remove(gone)
+                durable.move(path, gone)
+            durable.remove(gone)
+    except Busy:
+        return False
+    return True
+
+
+def _age(path: Path) -> float:
+    """Seconds since an artifact was finished, a draft was continued, or something was moved aside."""
+    marks = (path / MANIFEST, path / JOURNAL, path / REQUEST, path / LOG / DAMAGE, path / LOG / "metrics.jsonl")
+    is_done = not path.name.startswith(".")
+    times = [time_ for mark in (marks[:1] if is_done else marks) if (time_ := _modified(mark)) is not None]
+    return time.time() - max(times or [_modified(path) or time.time()])
+
+
+def _modified(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # not there, or moved just now
+        return None
+
+
+def _tree_bytes(path: Path) -> int:
+    return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())

@@ -1,0 +1,175 @@
+"""Locks between processes: one holder per key, and a store that holds still while garbage is looked for.
+
+Both are `flock`: the kernel frees them when the holder dies. A lock's file says who holds it, for whoever waits.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import durable
+from pipeline.errors import Busy, CannotWrite
+
+SUFFIX = ".lock"
+PATIENCE = 1.5  # seconds of waiting before it is said
+POLL = 0.05
+GLANCE = 0.1  # seconds also without waiting: whoever looks who holds a lock has it for a moment
+
+Say = Callable[[str], None]
+"""Tells the person in front of the screen one line."""
+
+
+def silent(text: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock. since: local time, `2026-01-31 12:00:00`."""
+
+    host: str
+    pid: int
+    since: str
+
+    @classmethod
+    def here(cls) -> Holder:
+        return cls(platform.node(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
+
+    def __str__(self) -> str:
+        if not self.pid:
+            return "a process that did not say which"
+        return f"process {self.pid} on {self.host} since {self.since}"
+
+
+@contextmanager
+def lock(path: Path, *, wait: bool, say: Say = silent) -> Iterator[None]:
+    """Hold `path` with flock; the file is removed by its holder, so a waiter checks that it locked the present one.
+
+    wait: False raises Busy (exit code 75) where another process holds it.  say: is told whom this process waits for.
+    """
+    descriptor = _acquire(path, wait=wait, say=say)
+    _held.add(descriptor)
+    try:
+        with suppress(OSError):  # a full disk: the lock holds without its note
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(asdict(Holder.here())).encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        _let_go(descriptor)
+
+
+@contextmanager
+def steady(root: Path, *, alone: bool = False, say: Say = silent) -> Iterator[None]:
+    """Within this block nobody removes garbage from the store; alone: nobody takes up artifacts, so it can be removed."""
+    if not root.is_dir():
+        yield
+        return
+    descriptor = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
+    _held.add(descriptor)
+    how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+    why = "others take up artifacts" if alone else "garbage is being removed from it"
+    try:
+        _patiently(descriptor, how, lambda: say(f"  waiting for {root}: {why}"), seconds=PATIENCE)
+        yield
+    finally:
+        _let_go(descriptor)
+
+
+def find_holder(path: Path) -> Holder | None:
+    """Who holds this lock now; None if nobody does."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return None if _try(descriptor, fcntl.LOCK_SH) else _read_holder(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_held: set[int] = set()
+
+
+def _let_go(descriptor: int) -> None:
+    _held.discard(descriptor)
+    os.close(descriptor)
+
+
+def _let_go_of_all() -> None:
+    """A forked process holds no lock of its parent: else the lock would outlive the parent's death."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go_of_all)
+
+
+def _acquire(path: Path, *, wait: bool, say: Say) -> int:
+    while True:
+        durable.make_folder(path.parent)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise CannotWrite(f"cannot create the lock {path}: {error.strerror}", path=path) from error
+        try:
+            _await(descriptor, path, wait=wait, say=say)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        with suppress(FileNotFoundError):  # its holder removed it while we waited
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return descriptor
+        os.close(descriptor)
+
+
+def _await(descriptor: int, path: Path, *, wait: bool, say: Say) -> None:
+    what = f"{path.stem[:12]} ({path.parent.name})"
+
+    def refuse() -> None:
+        raise Busy(
+            f"another process is making {what}: {_read_holder(descriptor)}",
+            path=path,
+            hint="wait for it, or run without --no-wait",
+        )
+
+    def tell() -> None:
+        say(f"  waiting for {what}, which is being made by {_read_holder(descriptor)}")
+
+    _patiently(descriptor, fcntl.LOCK_EX, tell if wait else refuse, seconds=PATIENCE if wait else GLANCE)
+
+
+def _patiently(descriptor: int, how: int, complain: Callable[[], None], *, seconds: float) -> None:
+    """Lock an open file; `complain` first if it takes longer."""
+    deadline = time.monotonic() + seconds
+    while not _try(descriptor, how):
+        if time.monotonic() > deadline:
+            complain()
+            fcntl.flock(descriptor, how)
+            return
+        time.sleep(POLL)
+
+
+def _try(descriptor: int, how: int) -> bool:
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _read_holder(descriptor: int) -> Holder:
+    try:
+        found: dict[str, Any] = json.loads(os.pread(descriptor, 4096, 0))
+        return Holder(str(found["host"]), int(found["pid"]), str(found["since"]))
+    except (OSError, ValueError, KeyError, TypeError):  # it has not written its note yet
+        return Holder("", 0, "")
