@@ -84,3 +84,9 @@ def parse(line: str, root: Path) -> None:
 
 def test_every_page_has_its_commands_read() -> None:
     assert sum(len(blocks(page)) for page in PAGES) >= 5
+
+
+def test_make_clean_keeps_the_store() -> None:
+    """What took days is deleted by its own target alone."""
+    assert "/results" not in run(["make", "-n", "clean", "STORE=/results"], ROOT)
+    assert "rm -rf /results" in run(["make", "-n", "clean-store", "STORE=/results"], ROOT)
