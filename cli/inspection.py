@@ -33,7 +33,7 @@ def status(
 
     Example: smalti status --kind token-set
     """
-    here = Store(store)
+    here = _existing(store)
     names: dict[tuple[str, str], list[str]] = {}
     for ref, target in here.refs().items():
         names.setdefault(target, []).append(ref)
@@ -63,9 +63,7 @@ def verify(
 
     Example: smalti verify digits/rar/tokens
     """
-    here = Store(store)
-    if not names and not store.is_dir():
-        raise InputError(f"there is no store at {store}", path=store, hint="give its folder with --store")
+    here = Store(store) if names else _existing(store)
     paths = [here.locate(name) for name in names] if names else here.artifacts()
     failures: list[tuple[Path, SmaltiError]] = []
     for path in paths:
@@ -201,6 +199,13 @@ def _sentence(draft: dict[str, Any]) -> str:
     if draft["state"] == "running":
         return f"{name}running on {draft['host']} since {draft['since']} (process {draft['pid']}){step}{units}"
     return f"{name}interrupted on {draft['host']}, where it began {draft['since']}{step}{units}; continues when it is asked for"
+
+
+def _existing(store: Path) -> Store:
+    """The store; InputError (exit code 3) where there is none."""
+    if not store.is_dir():
+        raise InputError(f"there is no store at {store}", path=store, hint="give its folder with --store")
+    return Store(store)
 
 
 def _row(path: Path, refs: list[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import typer
 
 from cli import doctor, inspection, recipes, settings
 from cli.output import print_error
-from cli.pictures import sample_command
+from cli.pictures import generate_command, sample_command
 from cli.single import stage_command
 from pipeline import ranks
 from pipeline.errors import UsageError
@@ -64,7 +64,10 @@ for command in (
 ):
     app.command(rich_help_panel=STORES)(command)
 for name, declared in stages().items():
-    command = sample_command(declared, stages()["decode"]) if name == "sample" else stage_command(declared)
+    if name == "sample":
+        command = sample_command(declared, stages()["decode"])
+    else:
+        command = generate_command(declared) if name == "generate" else stage_command(declared)
     app.command(name, short_help=inspect.cleandoc(declared.help).split("\n")[0], rich_help_panel="Stages")(command)
 
 

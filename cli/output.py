@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -16,8 +17,10 @@ import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline import ranks
+from pipeline.artifact import Artifact
 from pipeline.durable import ONLY_WRITING, REFUSALS
 from pipeline.errors import CannotWrite, MemoryExhausted, SmaltiError, StorageError
 from pipeline.runtime import Terminated
@@ -81,17 +84,47 @@ def plain_yaml(values: Mapping[str, Any]) -> str:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout: framed on a terminal, tab-separated plain text elsewhere."""
+    """A table on stdout: framed on a terminal, tab-separated plain text elsewhere.
+
+    Lines break between words alone, so that ids, refs and paths stay whole. What is too wide even so is shown row by row.
+    """
     if not sys.stdout.isatty():
         for row in [columns, *rows]:
             typer.echo("\t".join(row))
         return
+    console = Console()
+    widths = fit([columns, *rows], console.width - 3 * len(columns) - 1)
+    if widths is None:
+        typer.echo("\n\n".join([title, *(_record(columns, row) for row in rows)]))
+        return
     table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for column, width in zip(columns, widths, strict=True):
+        table.add_column(column, width=width)
     for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+
+
+def fit(rows: Sequence[Sequence[str]], width: int) -> list[int] | None:
+    """Widths of the columns of a table that is `width` characters wide; None where its longest words do not fit."""
+    columns = list(zip(*rows, strict=True))
+    least = [max(len(word) for cell in column for word in ["", *cell.split()]) for column in columns]
+    widths = [max(len(cell) for cell in column) for column in columns]
+    if sum(least) > width:
+        return None
+    while sum(widths) > width:
+        widest = max(range(len(widths)), key=lambda number: (widths[number] > least[number], widths[number]))
+        widths[widest] -= 1
+    return widths
+
+
+def _record(columns: Sequence[str], row: Sequence[str]) -> str:
+    return "\n".join(f"{column}: {cell}" for column, cell in zip(columns, row, strict=True) if cell)
+
+
+def pictures_of(artifact: Artifact) -> dict[str, str]:
+    """The pictures in an artifact: name -> path."""
+    return {Path(name).stem: str(artifact.path / name) for name in artifact.files if name.endswith(".png")}
 
 
 def say(text: str, *, quiet: bool = False) -> None:

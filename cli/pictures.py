@@ -1,16 +1,18 @@
-"""`smalti sample` with two options more: `--weights`, and `--out`, which makes one line from weight files to a picture.
+"""`--weights` of `smalti sample` and `generate`, and `sample --out`, which makes one line from weight files to a picture.
 
-    smalti sample --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --classes 207,360,387 --out cats.png
+    smalti sample --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --images 3 --rows-per-pass auto \\
+      --classes otter --sampling.guidance-scale 4 --out otters.png
 
-Samples and images are artifacts of the store like any others; the picture is a copy of the images' grid.
+Samples and images are artifacts of the store like any others; the picture is a copy of the images' grid. The samples are
+those of the same command without --out.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -26,30 +28,38 @@ from pipeline.stage import Inputs, Stage
 from pipeline.store import Store
 from stages.decoding import GRID
 
-ROWS = {"sample": 64, "decode": 8}  # most rows of a pass where nobody says how many: few pictures need no wide ones
-DEMONSTRATION = {"guidance_scale": 4.0, "guidance_power": 0.0}  # with which RAR's authors show their weights
+ROWS = 8  # images that are decoded together for a picture: few need no wide passes
+WEIGHTS = "weights"
 
 
 def sample_command(sample: Stage, decode: Stage) -> Callable[..., None]:
     """The command of `sample`."""
-    more = [
-        parameter(
-            "weights", str | None, "The generator as published weights: file, or name on the hub", flag="weights"
-        ),
-        parameter("out", Path | None, "Decode the samples too, and write their grid here (.png)", flag="out"),
-    ]
-    return stage_command(sample, run=partial(_run, decode), more=more)
+    out = parameter("out", Path | None, "Decode the samples too, and write their grid here (.png)", flag="out")
+    return stage_command(sample, run=partial(_sample, decode), more=[_weights(), out])
 
 
-def _run(decode: Stage, sample: Stage, values: Values) -> None:
-    weights, out = values.pop("weights"), values.pop("out")
-    if weights and values["generator"]:
-        raise UsageError("--generator and --weights both name the generator; give one of them")
-    values["generator"] = values["generator"] or weights
+def generate_command(generate: Stage) -> Callable[..., None]:
+    """The command of `generate`."""
+    return stage_command(generate, run=_generate, more=[_weights()])
+
+
+def _weights() -> inspect.Parameter:
+    text = "The generator as published weights: file, or name on the hub"
+    return parameter(WEIGHTS, str | None, text, flag=WEIGHTS)
+
+
+def _generate(generate: Stage, values: Values) -> None:
+    take_weights(values)
+    run_stage(generate, values)
+
+
+def _sample(decode: Stage, sample: Stage, values: Values) -> None:
+    take_weights(values)
+    out = values.pop("out")
     if out is None:
         run_stage(sample, values)
         return
-    settings = few_pictures(config_values(sample, values), is_published=bool(weights), say_so=partial(_say, values))
+    settings = config_values(sample, values)
     paths = check_asked(sample, settings, values)
     check_out(out, values["tokenizer"])
     store = Store(values["store"])
@@ -64,18 +74,12 @@ def _run(decode: Stage, sample: Stage, values: Values) -> None:
     _show(out, samples, images, values)
 
 
-def few_pictures(settings: dict[str, Any], *, is_published: bool, say_so: Callable[[str], None]) -> dict[str, Any]:
-    """Settings with what one expects of a picture where nothing else is said: a sample of each class that is asked for,
-    passes no wider than that, and with published weights the guidance that they are shown with."""
-    found = dict(settings)
-    if found.get("classes") and "images" not in found:
-        found["images"] = len(found["classes"])
-    if isinstance(found.get("images"), int):
-        found.setdefault("rows_per_pass", max(1, min(found["images"], ROWS["sample"])))
-    if is_published and "sampling" not in found:
-        found["sampling"] = DEMONSTRATION
-        say_so("guidance 4, constant, as the authors of RAR show their weights; another: --sampling.guidance-scale")
-    return found
+def take_weights(values: Values) -> None:
+    """Published weights stand in the place of the generator."""
+    weights = values.pop(WEIGHTS)
+    if weights and values["generator"]:
+        raise UsageError("--generator and --weights both name the generator; give one of them")
+    values["generator"] = values["generator"] or weights
 
 
 def check_out(out: Path, tokenizer: str | None) -> None:
@@ -90,7 +94,7 @@ def check_out(out: Path, tokenizer: str | None) -> None:
 
 def make_images(decode: Stage, samples: Artifact, tokenizer: Artifact, store: Store, options: Options) -> Made:
     """The samples as images, with their grid."""
-    settings = {"rows_per_pass": min(samples.facts["images"], ROWS["decode"])}
+    settings = {"rows_per_pass": min(samples.facts["images"], ROWS)}
     config = parse_config(decode.config, settings, where=decode.name)
     return make(store, decode, config, Inputs({"tokens": samples, "tokenizer": tokenizer}), {}, options)
 

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from cli import options
-from cli.output import guarded, print_json, print_table, readable_bytes, say
+from cli.output import guarded, pictures_of, print_json, print_table, readable_bytes, say
 from pipeline.artifact import Artifact
 from pipeline.config import unknown_key
 from pipeline.errors import UsageError
@@ -191,12 +191,7 @@ def _result_json(step: Step, made: Made) -> dict[str, Any]:
 
 
 def _pictures(results: list[tuple[Step, Made]]) -> dict[str, str]:
-    return {
-        f"{step.name} {Path(name).stem}": str(made.artifact.path / name)
-        for step, made in results
-        for name in made.artifact.files
-        if name.endswith(".png")
-    }
+    return {f"{step.name} {name}": path for step, made in results for name, path in pictures_of(made.artifact).items()}
 
 
 def _state(made: Made) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -19,7 +20,7 @@ import yaml
 from pydantic import BaseModel
 
 from cli.options import COMMON, ConfigOption, SetOption, running
-from cli.output import guarded, plain_yaml, print_json, say
+from cli.output import guarded, pictures_of, plain_yaml, print_json, say
 from cli.sources import Unmade, bring, find_made
 from pipeline.artifact import Artifact
 from pipeline.config import KIND, parse_config
@@ -27,9 +28,10 @@ from pipeline.errors import InputError, UsageError
 from pipeline.foresight import settle
 from pipeline.recipe import parse_setting, parse_yaml, put_setting
 from pipeline.runner import Made, Options, make, make_request
-from pipeline.settings import REQUIRED, Setting
+from pipeline.settings import REQUIRED, Setting, value_at
 from pipeline.stage import Inputs, Read, Stage, imply
 from pipeline.store import Store
+from stages.class_names import numbers_of
 from stages.image_sizes import IMAGES, check_sizes, check_unmade_sizes
 
 SCALARS = (int, float, str, bool)
@@ -75,7 +77,7 @@ def run_stage(declared: Stage, values: Values) -> None:
 
 def check_asked(declared: Stage, settings: Mapping[str, Any], values: Values) -> dict[str, Path]:
     """External data by name; UsageError for whatever is wrong before any work."""
-    config = parse_config(declared.config, _without_autos(declared, settings), where=declared.name)
+    config = parse_config(declared.config, _without(settings, _waiting(declared, settings)), where=declared.name)
     given = {name: values.get(_variable(name)) for name in declared.externals}
     paths = {name: path for name, path in given.items() if path is not None}
     for name, external in declared.externals.items():
@@ -98,19 +100,40 @@ def make_stage(
 def _settle(
     declared: Stage, settings: Mapping[str, Any], inputs: Inputs, values: Values, say_so: Callable[[str], None]
 ) -> BaseModel:
-    """The config, with a number that suits this machine in the place of every `auto`."""
+    """The config, with the numbers of classes that are named, and one that suits this machine for every `auto`."""
     check_sizes(declared, settings, inputs)
-    settled = _without_autos(declared, settings)
+    waiting = _waiting(declared, settings)
+    settled = _without(settings, waiting)
+    for name in sorted(waiting.keys() & declared.names.keys()):
+        numbers = numbers_of(waiting[name], declared.names[name](inputs), where=f"--{_flag(name)}")
+        put_setting(settled, name.split("."), numbers)
     config = parse_config(declared.config, settled, where=declared.name)
-    for name in sorted(settings.keys() - settled.keys()):
+    for name in sorted(waiting.keys() & declared.proposes.keys()):
         proposal = declared.proposes[name](config, inputs, values["device"], max(1, values["workers"]))
         say_so(f"  --{_flag(name)} {proposal.value}: {proposal.reason}")
         settled[name] = proposal.value
     return settle(declared, parse_config(declared.config, settled, where=declared.name), inputs)
 
 
-def _without_autos(declared: Stage, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if not (name in declared.proposes and value == AUTO)}
+def _waiting(declared: Stage, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in words that become numbers when the inputs are there: `auto`, and names of classes."""
+    autos = {name: settings[name] for name in declared.proposes if settings.get(name) == AUTO}
+    listed = {name: value_at(settings, name) for name in declared.names}
+    named = {name: value for name, value in listed.items() if isinstance(value, list) and _holds_words(value)}
+    return autos | named
+
+
+def _holds_words(values: list[Any]) -> bool:
+    return any(isinstance(value, str) for value in values)
+
+
+def _without(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A copy of settings that says nothing of some dotted names."""
+    copy = deepcopy(dict(settings))
+    for name in names:
+        place, _, key = name.rpartition(".")
+        del (value_at(copy, place) if place else copy)[key]
+    return copy
 
 
 def config_values(declared: Stage, values: Values) -> dict[str, Any]:
@@ -195,18 +218,25 @@ def show_plan(
 
 def _unsettled(declared: Stage, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The config as plain values, with the words that wait for the inputs as they were given."""
-    config = parse_config(declared.config, _without_autos(declared, settings), where=declared.name)
-    waiting = settings.keys() - _without_autos(declared, settings).keys()
-    return config.model_dump(mode="json") | {name: settings[name] for name in waiting}
+    waiting = _waiting(declared, settings)
+    config = parse_config(declared.config, _without(settings, waiting), where=declared.name).model_dump(mode="json")
+    for name, words in waiting.items():
+        put_setting(config, name.split("."), words)
+    return config
 
 
 def _show(made: Made, as_json: bool, quiet: bool) -> None:
     artifact = made.artifact
+    pictures = pictures_of(artifact)
     if as_json:
         facts = {"stage": artifact.stage, "kind": artifact.kind, "key": artifact.key, "path": str(artifact.path)}
-        print_json({**facts, "reused": made.reused, "facts": artifact.facts, "figure": artifact.figure})
+        print_json(
+            {**facts, "reused": made.reused, "facts": artifact.facts, "figure": artifact.figure, "pictures": pictures}
+        )
         return
     typer.echo(str(artifact.path))
+    for name, path in pictures.items():
+        typer.echo(f"{name}: {path}")
     say(f"{'is there already' if made.reused else 'made'}: {artifact.figure or artifact.name}", quiet=quiet)
 
 
@@ -234,6 +264,7 @@ def _fields(declared: Stage) -> list[inspect.Parameter]:
         if setting.name not in taken:
             name, is_text = setting.name, kind is list or setting.name in declared.proposes
             text = help_of(setting) + (f"; {AUTO}: what suits this machine" if name in declared.proposes else "")
+            text += "; numbers, or names where the classes have them" if name in declared.names else ""
             found.append(
                 parameter(_argument(name), str | None if is_text else kind | None, text, flag=_switch(name, kind))
             )

@@ -9,7 +9,7 @@ imports no torch: its functions import networks when they run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,6 +96,8 @@ class Proposal:
 
 Propose = Callable[[Any, Inputs, str, int], Proposal]
 """(config, inputs, device, processes on this machine) -> proposal."""
+NamesOf = Callable[[Inputs], Sequence[str]]
+"""inputs -> names of the classes, by their numbers; none where they have none."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class Stage:
     """Under torchrun, every process takes part in the work; of other stages the first one does it all."""
     proposes: Mapping[str, Propose] = field(default_factory=dict)
     """Config fields that may be `auto` on the command line. What is proposed goes into the key like any other number."""
+    names: Mapping[str, NamesOf] = field(default_factory=dict)
+    """Dotted config fields that may name classes on the command line. Their numbers go into the key."""
     digits_defaults: tuple[str, ...] = ()
     """Dotted settings whose default suits the embedded digits alone: other images need them to be given."""
 
@@ -156,6 +160,7 @@ def stage(
     check: Callable[[Any, Mapping[str, Any]], None] | None = None,
     trains: bool = False,
     proposes: Mapping[str, Propose] | None = None,
+    names: Mapping[str, NamesOf] | None = None,
     digits_defaults: tuple[str, ...] = (),
     foresees: Foresee | None = None,
     settles: Settle | None = None,
@@ -177,6 +182,7 @@ def stage(
             check,
             trains,
             proposes or {},
+            names or {},
             digits_defaults,
             foresees,
             settles,

@@ -20,10 +20,12 @@ from pipeline.draft import Draft
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
+from stages.class_names import names_of_generator
 from stages.decoding import ImagesConfig, captions, decode_pass, grid_texts, plan_layout, size_facts, write_beside
 from stages.devices import pick_device, products, threads
 from stages.image_files import ImageLayout, Images_BHW3
 from stages.networks import NetworkFile, load_tokenizer, read_tokenizer_config
+from stages.pass_rows import propose_rows_beside_decoding
 from stages.pictures import grid_png
 from stages.sample import (
     LABELS,
@@ -73,6 +75,8 @@ class GenerateSpec:
     writes="images",
     example="smalti generate --generator digits/rar/generator --tokenizer digits/rar/tokenizer --images 100",
     foresees=foresee,
+    proposes={"rows_per_pass": propose_rows_beside_decoding},
+    names={"classes": names_of_generator},
 )
 def generate_images(config: GenerateConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Sample and decode at the same time.

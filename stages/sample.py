@@ -26,6 +26,7 @@ from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
 from smalti.attributes import TokenAttributes
 from smalti.tokens import open_tokens
+from stages.class_names import names_of_generator
 from stages.devices import Precision, products, threads
 from stages.known_codes import check_guidance, check_labels
 from stages.networks import GeneratorCard, NetworkFile, join_tokenizer, load_generator, read_card
@@ -119,6 +120,7 @@ class SampleSpec:
     example="smalti sample --generator digits/rar/generator --images 100 --sampling.guidance-scale 0.3",
     proposes={"rows_per_pass": propose_rows},
     foresees=foresee,
+    names={"classes": names_of_generator},
 )
 def draw_samples(config: SampleConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Draw codes for given classes from a generator.

@@ -20,6 +20,7 @@ from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.attributes import TokenAttributes
+from stages.class_names import names_of_tokens
 from stages.known_codes import can_be_guided, check_guidance, check_labels
 from stages.networks import GeneratorCard, NetworkFile, join_tokenizer
 from stages.training.config import AdamW, TrainingConfig, WarmupCosine
@@ -172,6 +173,7 @@ def listed(value: Artifact | list[Artifact]) -> list[Artifact]:
     foresees=foresee,
     trains=True,
     example="smalti train-generator --tokens digits/rar/tokens --training.steps 800",
+    names={"samples.classes": names_of_tokens},
 )
 def train_generator(config: TrainGeneratorConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Train a generator on token sets; codebook, length and classes are those of the data.

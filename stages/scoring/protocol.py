@@ -184,16 +184,29 @@ def _check_known_best(scored: Mapping[str, Any], best: Known, inputs: KnownInput
 
 def common_size(config: ScoreConfig, inputs: Inputs) -> int:
     """The size at which all images are seen: as configured, as decoded, or as the classifier wants them."""
-    artifacts = [inputs[name] for name in ("images", "reference")]
-    decoded = {int(artifact.facts["size"]) for artifact in artifacts if "size" in artifact.facts}
-    judged = {read_classifier_config(judge).pixels for judge in inputs.all("classifiers")}
-    asked = ({config.size} if config.size else set()) | ({config.views.size} if config.views else set())
-    known = decoded | judged | asked
-    if len(known) > 1:
-        raise InputError(f"images, reference, classifiers and size must agree on pixels a side, found {sorted(known)}")
-    if not known:
+    sizes = known_sizes(config, inputs)
+    if len(set(sizes.values())) > 1:
+        said = ", ".join(f"{what} {pixels}" for what, pixels in sizes.items())
+        raise InputError(f"images, reference, classifiers and size must agree on pixels a side, but {said}")
+    if not sizes:
         raise UsageError("image sets alone have no common size: give size in the config")
-    return known.pop()
+    return next(iter(sizes.values()))
+
+
+def known_sizes(config: ScoreConfig, inputs: Inputs) -> dict[str, int]:
+    """What says how many pixels a side the images have -> how many. An image set says nothing of it."""
+    artifacts = {name: inputs[name] for name in ("images", "reference")}
+    decoded = {
+        f"{name} ({artifact.name}) has": int(artifact.facts["size"])
+        for name, artifact in artifacts.items()
+        if "size" in artifact.facts
+    }
+    judged = {
+        f"classifier {judge.name} takes": read_classifier_config(judge).pixels
+        for judge in inputs.all("classifiers")
+    }
+    asked = {"size is": config.size} if config.size else {}
+    return decoded | judged | asked | ({"views.size is": config.views.size} if config.views else {})
 
 
 def check_classes(images: Pictures, inputs: Inputs) -> None:

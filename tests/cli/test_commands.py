@@ -335,6 +335,7 @@ NONSENSE = [
     ("path nothing", 3, "names no artifact"),
     ("verify nothing", 3, "names no artifact"),
     ("verify --store nothing", 3, "no store"),
+    ("status --store nothing", 3, "there is no store at"),
 ]
 
 

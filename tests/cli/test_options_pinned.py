@@ -60,7 +60,7 @@ def test_options_of_stages_are_their_inputs_fields_and_the_common_ones() -> None
             "--set",
             "--config",
             "--ref",
-            *({"--weights", "--out"} if name == "sample" else ()),
+            *{"sample": ("--weights", "--out"), "generate": ("--weights",)}.get(name, ()),
         }
     found = {name: [word for word, item in stages()[name].reads.items() if not item.optional] for name in READS}
     assert {name: found[name][: len(words)] for name, words in READS.items()} == READS

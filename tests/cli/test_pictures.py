@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from cli.main import app
-from cli.pictures import few_pictures
 from models.generators.config import RarConfig
 from models.generators.rar import Rar
 from pipeline.store import Store
+from smalti.arrays import MappedArray
 from smalti.tokens import open_tokens
 
 MASKGIT = Path(__file__).parents[1] / "golden" / "rar" / "maskgit_vqgan.safetensors"
@@ -66,7 +66,9 @@ def answer(line: str, *words: object) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-LINE = f"sample --weights rar_b.bin --tokenizer {TOKENIZER} --classes 207,360,387 --out cats.png"
+DRAWN = f"--weights rar_b.bin --tokenizer {TOKENIZER} --classes 207,360,387 --images 3 --rows-per-pass auto"
+LINE = f"sample {DRAWN} --sampling.guidance-scale 4 --out cats.png"
+UNNAMED = LINE.replace("--classes 207,360,387 ", "")
 
 
 def test_from_names_on_the_hub_to_a_picture(here: Path, hub: list[tuple[str, str, str]]) -> None:
@@ -75,7 +77,7 @@ def test_from_names_on_the_hub_to_a_picture(here: Path, hub: list[tuple[str, str
     assert done.stdout == "cats.png\n"
     assert "weights: rar_b.bin of yucornetto/RAR at main" in done.stderr
     assert "put rar_b.bin into the store as import-weights/" in done.stderr
-    assert "guidance 4, constant" in done.stderr
+    assert "--rows-per-pass 3: " in done.stderr
     assert hub == [("yucornetto/RAR", "rar_b.bin", "main"), ("fun-research/TiTok", TOKENIZER, "main")]
     picture = Image.open(here / "cats.png")
     assert json.loads(picture.text["sampled"])["classes"] == [207, 360, 387]  # type: ignore[attr-defined]
@@ -107,27 +109,50 @@ def test_a_revision_can_be_pinned(here: Path, hub: list[tuple[str, str, str]]) -
     assert hub[0] == ("yucornetto/RAR", "rar_b.bin", "0123abc")
 
 
-def test_what_is_said_wins_over_what_suits_a_picture(here: Path, hub: list[tuple[str, str, str]]) -> None:
-    said = answer(LINE, "--images", 4, "--rows-per-pass", 2, "--sampling.temperature", 0.9)
-    sampled = open_tokens(said["samples"]["path"]).attributes.extra["sampled"]
-    assert (sampled["images"], sampled["rows_per_pass"]) == (4, 2)
-    assert (sampled["sampling"]["temperature"], sampled["sampling"]["guidance_scale"]) == (0.9, 0.0)
+def test_out_changes_nothing_but_the_picture(here: Path, hub: list[tuple[str, str, str]]) -> None:
+    """The samples are those of the same command without --out: 64 of them, without guidance, if nobody says otherwise."""
+    line = f"sample --weights rar_b.bin --tokenizer {TOKENIZER} --classes 207,360"
+    shown, alone = answer(f"{line} --out cats.png"), answer(line)
+    assert (alone["key"], alone["reused"]) == (shown["samples"]["key"], True)
+    sampled = open_tokens(alone["path"]).attributes.extra["sampled"]
+    assert (sampled["images"], sampled["rows_per_pass"], sampled["sampling"]["guidance_scale"]) == (64, 64, 0.0)
 
 
-def test_settings_of_few_pictures() -> None:
-    def settings(**said: Any) -> dict[str, Any]:
-        return few_pictures(said, is_published=False, say_so=print)
+def test_classes_by_their_names(here: Path, hub: list[tuple[str, str, str]]) -> None:
+    numbers = answer(LINE)
+    named = answer(UNNAMED, "--classes", "golden retriever, 360, lesser panda")
+    assert (named["samples"]["key"], named["reused"]) == (numbers["samples"]["key"], True)
+    wrong = smalti(UNNAMED, "--classes", "golden retreiver")
+    assert wrong.exit_code == 2
+    assert "did you mean 'golden retriever'?" in wrong.stderr
 
-    assert settings(classes=[1, 2]) == {"classes": [1, 2], "images": 2, "rows_per_pass": 2}
-    assert settings(images=100)["rows_per_pass"] == 64
-    assert settings() == {}
-    assert "sampling" not in settings(classes=[1])
+
+def test_generate_takes_weights_names_and_auto_as_sample_does(here: Path, hub: list[tuple[str, str, str]]) -> None:
+    line = UNNAMED.replace("sample", "generate", 1).replace("--out cats.png", "")
+    done = smalti(line, "--classes", "golden retriever,otter,lesser panda")
+    assert done.exit_code == 0, done.output
+    assert "--rows-per-pass 3: a pass of these takes" in done.stderr
+    made, picture = done.stdout.splitlines()
+    assert picture == f"grid: {made}/grid.png"
+    assert answer(LINE)["out"] == "cats.png"
+    codes = open_tokens(answer(LINE)["samples"]["path"]).tokens.read()[:, 0]
+    assert (MappedArray(Path(made) / "tokens").read()[:, 0] == codes).all()
+
+
+def test_decode_alone_says_where_its_grid_is(here: Path, hub: list[tuple[str, str, str]]) -> None:
+    samples = answer(LINE)["samples"]["path"]
+    line = f"decode --tokens {samples} --tokenizer {TOKENIZER} --rows-per-pass 3"
+    assert (here / "cats.png").read_bytes() == Path(answer(line)["pictures"]["grid"]).read_bytes()
+    made, picture = smalti(line).stdout.splitlines()
+    assert picture == f"grid: {made}/grid.png"
 
 
 def test_a_dry_run_downloads_and_writes_nothing(here: Path, hub: list[tuple[str, str, str]]) -> None:
     done = smalti(LINE, "--dry-run")
     assert done.exit_code == 0, done.output
     assert "rar_b.bin would be put into the store" in done.stdout
+    assert "classes: [otter]" in smalti(UNNAMED, "--classes", "otter", "--dry-run").stdout
+    assert "rows_per_pass: auto" in done.stdout
     assert hub == []
     assert list(here.iterdir()) == []
 
@@ -150,7 +175,7 @@ def test_no_network(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (LINE.replace("cats.png", "cats.jpg"), 2, "ends in .png"),
         (LINE.replace("cats.png", "absent/cats.png"), 73, "there is no folder"),
         (LINE + " --generator digits/rar/generator", 2, "give one of them"),
-        (LINE.replace("207", "cat"), 2, "classes"),
+        (LINE.replace("207", "ottter"), 2, "did you mean 'otter'?"),
         (LINE.replace("207", "1000"), 2, "class 1000 was asked for"),
     ],
 )
