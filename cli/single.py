@@ -29,7 +29,7 @@ from pipeline.foresight import settle
 from pipeline.recipe import parse_setting, parse_yaml, put_setting
 from pipeline.runner import Made, Options, make, make_request
 from pipeline.settings import REQUIRED, Setting, value_at
-from pipeline.stage import Inputs, Read, Stage, imply
+from pipeline.stage import Inputs, Read, Stage, check_kinds, imply
 from pipeline.store import Store
 from stages.class_names import numbers_of
 from stages.image_sizes import IMAGES, check_sizes, check_unmade_sizes
@@ -101,6 +101,7 @@ def _settle(
     declared: Stage, settings: Mapping[str, Any], inputs: Inputs, values: Values, say_so: Callable[[str], None]
 ) -> BaseModel:
     """The config, with the numbers of classes that are named, and one that suits this machine for every `auto`."""
+    check_kinds(declared, inputs)
     check_sizes(declared, settings, inputs)
     waiting = _waiting(declared, settings)
     settled = _without(settings, waiting)
