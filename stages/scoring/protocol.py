@@ -202,8 +202,7 @@ def known_sizes(config: ScoreConfig, inputs: Inputs) -> dict[str, int]:
         if "size" in artifact.facts
     }
     judged = {
-        f"classifier {judge.name} takes": read_classifier_config(judge).pixels
-        for judge in inputs.all("classifiers")
+        f"classifier {judge.name} takes": read_classifier_config(judge).pixels for judge in inputs.all("classifiers")
     }
     asked = {"size is": config.size} if config.size else {}
     return decoded | judged | asked | ({"views.size is": config.views.size} if config.views else {})
