@@ -12,14 +12,16 @@ from typing import Any
 
 from cli import options
 from cli.output import guarded, print_json, print_table, readable_bytes, say
+from pipeline.errors import CorruptError
 from pipeline.runlog import versions
+from pipeline.stage import Place
+from stages import stages
 
 NEEDED = ("torch", "torchvision", "numpy", "zarr", "faiss", "timm", "dask", "distributed", "torch_fidelity", "sklearn")
 OPTIONAL = {
     "lpips": "LPIPS in losses and scores: pip install 'smalti[metrics]'",
     "skimage": "SSIM in scores: pip install 'smalti[metrics]'",
 }
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def doctor(store: options.StoreOption = options.DEFAULT_STORE, json: options.Jso
 
     Example: smalti doctor
     """
-    findings = [*_machine(), *_libraries(), *_devices(), _disk(store), _weights()]
+    findings = [*_machine(), *_libraries(), *_devices(), _disk(store), *_weights()]
     broken = [item for item in findings if item.required and item.advice]
     if json:
         print_json({"ok": not broken, "findings": [vars(item) for item in findings], "versions": versions()})
@@ -92,13 +94,23 @@ def _disk(store: Path) -> Finding:
     )
 
 
-def _weights() -> Finding:
-    home = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache" / "torch"))
-    path = home / "hub" / "checkpoints" / INCEPTION
-    if path.exists():
-        return Finding("Inception weights", str(path))
-    return Finding(
-        "Inception weights",
-        "missing (needed only for FID on natural images)",
-        f"fetch {INCEPTION} from the releases of torch-fidelity into {path.parent}, or give its path with --weights",
-    )
+def _weights() -> list[Finding]:
+    """Published files that stages look for in a cache of this machine."""
+    externals = [(stage, name, item) for stage in stages().values() for name, item in stage.externals.items()]
+    users: dict[Place, list[str]] = {}
+    for stage, name, item in externals:
+        for place in item.usual:
+            users.setdefault(place, []).append(f"{stage.name} --{name}")
+    return [_weight_file(place, " or ".join(options)) for place, options in users.items()]
+
+
+def _weight_file(place: Place, options: str) -> Finding:
+    advice = f"it is downloaded when it is needed; without network, fetch {place.url} and give it: {options} FILE"
+    found = place.find()
+    if found is None:
+        return Finding(place.what, "missing", advice)
+    try:
+        place.check(found)
+    except CorruptError as error:
+        return Finding(place.what, error.message, advice)
+    return Finding(place.what, str(found))

@@ -14,6 +14,7 @@ from cli.output import guarded, pictures_of, print_json, print_table, readable_b
 from pipeline.artifact import Artifact
 from pipeline.config import unknown_key
 from pipeline.errors import UsageError
+from pipeline.externals import Need, absent_sentence
 from pipeline.foresight import check_recipe
 from pipeline.recipe import STEP_NAME, Recipe, Step, dump_schema, load_recipe
 from pipeline.runlog import total_seconds
@@ -151,8 +152,19 @@ def _show_plan(recipe: Recipe, planned: list[Planned], as_json: bool) -> None:
         return
     rows = [[item.step.name, item.step.stage.name, item.state, item.reason] for item in planned]
     print_table(f"{recipe.name}: {recipe.title}", ["step", "stage", "state", "reason"], rows)
+    for sentence in _absent_files(planned):
+        say(sentence)
     left = sum(item.state != "done" for item in planned)
     say(f"{left} of {len(planned)} steps to do" if left else f"nothing to do: all {len(planned)} steps are done")
+
+
+def _absent_files(planned: list[Planned]) -> list[str]:
+    """A sentence for each file that is not here: who reads it, how it comes, how to do without."""
+    found: dict[str, list[Need]] = {}
+    for item in planned:
+        for need in item.absent:
+            found.setdefault(need.place.url, []).append(need)
+    return [absent_sentence(needs) for needs in found.values()]
 
 
 def _show_results(recipe: Recipe, results: list[tuple[Step, Made]], seconds: float, as_json: bool, quiet: bool) -> None:

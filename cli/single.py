@@ -25,6 +25,7 @@ from cli.sources import Unmade, bring, find_made
 from pipeline.artifact import Artifact
 from pipeline.config import KIND, parse_config
 from pipeline.errors import InputError, UsageError
+from pipeline.externals import DigestUnknown, Need, absent_sentence, needs
 from pipeline.foresight import settle
 from pipeline.recipe import parse_setting, parse_yaml, put_setting
 from pipeline.runner import Made, Options, make, make_request
@@ -92,7 +93,9 @@ def make_stage(
     declared: Stage, settings: Mapping[str, Any], values: Values, paths: dict[str, Path], store: Store, options: Options
 ) -> Made:
     """The artifact of one stage, its inputs brought into the store first where they are none yet."""
-    inputs = Inputs(_find_inputs(declared, values, lambda text, wanted: bring(text, wanted, store, options)))
+    inputs = Inputs(
+        _find_inputs(declared, values, lambda text, wanted, flag: bring(text, wanted, store, options, flag=flag))
+    )
     config = _settle(declared, settings, inputs, values, options.progress.say)
     return make(store, declared, config, inputs, paths, replace(options, ref=values["ref"] or ""))
 
@@ -178,7 +181,7 @@ def _read_config(text: str, declared: Stage) -> dict[str, Any]:
 
 
 def _find_inputs(
-    declared: Stage, values: dict[str, Any], find: Callable[[str, Read], Artifact]
+    declared: Stage, values: dict[str, Any], find: Callable[[str, Read, str], Artifact]
 ) -> dict[str, Artifact | list[Artifact]]:
     found: dict[str, Artifact | list[Artifact]] = {}
     for name, wanted in declared.reads.items():
@@ -189,7 +192,7 @@ def _find_inputs(
                     f"{declared.name} lacks --{_flag(name)}: {wanted.help or 'a ' + ' or '.join(wanted.kinds)}"
                 )
             continue
-        items = [find(text, wanted) for text in (given if isinstance(given, list) else [given])]
+        items = [find(text, wanted, _flag(name)) for text in (given if isinstance(given, list) else [given])]
         found[name] = items if wanted.many else items[0]
     return found
 
@@ -199,22 +202,30 @@ def show_plan(
 ) -> None:
     """What would be done, and the config that would run, as YAML that --config reads; nothing is written."""
     found: dict[str, Any] = {"stage": declared.name, "key": None, "state": "run"}
+    absent: list[Need] = []
     try:
-        inputs = Inputs(_find_inputs(declared, values, lambda text, wanted: find_made(text, wanted, store)))
+        inputs = Inputs(_find_inputs(declared, values, lambda text, wanted, flag: find_made(text, wanted, store)))
         config = _settle(declared, settings, inputs, values, lambda text: say(text, quiet=values["quiet"]))
+        absent = [need for need in needs(declared, config, paths) if need.place.find() is None]
         request = make_request(declared, config, inputs, paths)
         state = "done" if store.is_current(request) else "run"
         found |= {"key": request.key, "state": state, "config": config.model_dump(mode="json")}
+        absent = absent if state == "run" else []
         sentence = f"{declared.name}/{request.key}: {'is there already' if state == 'done' else 'would be made'}"
     except Unmade as unmade:
         if str(unmade) == values.get(IMAGES):
             check_unmade_sizes(declared, settings, str(unmade))
         found["config"] = _unsettled(declared, settings)
-        sentence = f"{declared.name}: {unmade} would be put into the store, then this would be made"
+        sentence = f"{declared.name}: {unmade.how}, then this would be made"
+    except DigestUnknown as unknown:
+        found["config"] = config.model_dump(mode="json")
+        sentence = f"{declared.name}: {unknown}, then this would be made"
     if values["json"]:
-        print_json(found)
-    else:
-        typer.echo(f"# {sentence}\n{plain_yaml(found['config'])}", nl=False)
+        print_json(found | {"absent": [need.as_json() for need in absent]})
+        return
+    typer.echo(f"# {sentence}\n{plain_yaml(found['config'])}", nl=False)
+    for need in absent:
+        say(absent_sentence([need]), quiet=values["quiet"])
 
 
 def _unsettled(declared: Stage, settings: Mapping[str, Any]) -> dict[str, Any]:

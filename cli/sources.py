@@ -13,19 +13,24 @@ from pydantic import BaseModel
 
 from pipeline.artifact import MANIFEST, Artifact
 from pipeline.config import parse_config
+from pipeline.externals import Need
 from pipeline.runner import Options, make, make_request
 from pipeline.stage import Inputs, Read, Stage
 from pipeline.store import Store
 from stages import stages
 from stages.foreign import SUFFIXES
-from stages.hub import HubWeights, download, place_of
 from stages.import_weights import config_of
+from stages.places import HubWeights, place_of
 
 NETWORKS = {"tokenizer", "generator"}
 
 
 class Unmade(Exception):
-    """Data that would be put into the store first."""
+    """Data that would be put into the store first. how: in words."""
+
+    def __init__(self, text: str, how: str):
+        super().__init__(text)
+        self.how = how
 
 
 class Source(NamedTuple):
@@ -36,10 +41,13 @@ class Source(NamedTuple):
     paths: dict[str, Path]
 
 
-def bring(text: str, wanted: Read, store: Store, options: Options) -> Artifact:
-    """The artifact that a word means; what is none yet is put into the store first, and said so."""
+def bring(text: str, wanted: Read, store: Store, options: Options, *, flag: str) -> Artifact:
+    """The artifact that a word means; what is none yet is put into the store first, and said so.
+
+    flag: the option that the word was given with, for sentences.
+    """
     place = _hub_place(text, wanted)
-    source = _weight_file(download(place, options.progress)) if place is not None else _source(text, wanted)
+    source = _source(text, wanted) if place is None else _weight_file(Need("", flag, place, "").get(options.progress))
     if source is None:
         return store.find(text)
     made = make(store, source.stage, source.config, Inputs({}), source.paths, options)
@@ -50,14 +58,16 @@ def bring(text: str, wanted: Read, store: Store, options: Options) -> Artifact:
 
 def find_made(text: str, wanted: Read, store: Store) -> Artifact:
     """The artifact that a word means; raises Unmade where it is not in the store yet. Writes and downloads nothing."""
-    if _hub_place(text, wanted) is not None:
-        raise Unmade(text)
-    source = _source(text, wanted)
+    place = _hub_place(text, wanted)
+    here = place.find() if place is not None else None
+    if place is not None and here is None:
+        raise Unmade(text, f"{place.label} would be downloaded and put into the store")
+    source = _source(text, wanted) if here is None else _weight_file(here)
     if source is None:
         return store.find(text)
     request = make_request(source.stage, source.config, Inputs({}), source.paths)
     if not store.is_current(request):
-        raise Unmade(text)
+        raise Unmade(text, f"{text} would be put into the store")
     return store.open(request.stage, request.key)
 
 
@@ -74,7 +84,7 @@ def _source(text: str, wanted: Read) -> Source | None:
         return _indexing({"kind": "digits", "split": split or "all"}, {})
     if "image-set" in wanted.kinds and path.is_dir() and not (path / MANIFEST).exists():
         return _indexing({"kind": "folder"}, {"images": path})
-    if NETWORKS & set(wanted.kinds) and path.suffix in SUFFIXES and path.is_file():
+    if NETWORKS & set(wanted.kinds) and (path.is_file() or path.suffix in SUFFIXES):
         return _weight_file(path)
     return None
 

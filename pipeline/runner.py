@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from pipeline.artifact import LOG, Artifact, check_data
 from pipeline.cluster import Cluster, InProcess
 from pipeline.draft import Draft, Request
 from pipeline.errors import BadImages, CorruptError, InputError, SmaltiError
+from pipeline.externals import DigestUnknown, Need, check_files, content_ids, get_all, needs, option
 from pipeline.foresight import foresee, look_ahead, settle, settled
 from pipeline.keys import artifact_key, canonical_bytes, config_value
 from pipeline.known import Known
@@ -45,6 +47,8 @@ class Planned:
     state: State
     reason: str
     artifact: Artifact | None = None
+    absent: tuple[Need, ...] = ()
+    """Files at places of their own that the step reads and that are not on this machine."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -53,6 +57,7 @@ class Planned:
             "key": self.key,
             "state": self.state,
             "reason": self.reason,
+            "absent": [need.as_json() for need in self.absent],
         }
 
 
@@ -69,9 +74,11 @@ class Options:
     force: bool = False
     command: str = ""
     title: str = ""
-    """What the output calls the running step; empty: its stage."""
+    """The running step of a recipe; empty: a stage on its own."""
     ref: str = ""
     """Name to give to the artifact; empty: none."""
+    before_work: Callable[[], None] = lambda: None
+    """Called before anything is computed."""
 
 
 @dataclass(frozen=True)
@@ -107,18 +114,20 @@ def plan(recipe: Recipe, store: Store, *, force: Collection[str] = ()) -> list[P
 def run(recipe: Recipe, store: Store, options: Options, *, force: Collection[str] = ()) -> Iterator[tuple[Step, Made]]:
     """Run what is not done, step by step, and point the recipe's refs to the results.
 
+    Whatever is missing or wrong outside the store is said before the first step is computed, not hours later.
+
     force: names of steps to make again.  A damaged artifact is moved aside and made again; if that shows only when a later
     step reads its data, what was made again is yielded once more.
     """
-    for step in recipe.steps:
-        if step.missing:  # said before the first step is computed, not hours later
-            raise InputError(missing_sentence(step))
+    _refuse_missing(recipe)
+    _find_digests(recipe, options.progress)
     left = {step.name for step in recipe.steps if options.force or step.name in force}
+    gather = cache(lambda: _gather_files(recipe, store, options.progress, frozenset(left)))
     told: set[str] = set()
     mended: set[Path] = set()
     while True:
         try:
-            for step, result in _run_steps(recipe, store, options, left):
+            for step, result in _run_steps(recipe, store, replace(options, before_work=gather), left):
                 left.discard(step.name)
                 if step.name not in told or not result.reused:
                     told.add(step.name)
@@ -158,13 +167,19 @@ def make(
     """The artifact of one stage: the finished one if there is one that fits, else made now (or continued)."""
     check_kinds(declared, inputs)
     config = settle(declared, config, inputs)
-    request = make_request(declared, config, inputs, paths)
+    wanted = needs(declared, config, paths, step=options.title)
+    for need in wanted:
+        if need.is_unknown:
+            need.get(options.progress)
+    request = make_request(declared, config, inputs, paths, step=options.title)
     with steady(store.root, say=options.progress.say):
         if not options.force and store.is_current(request):
             return Made(_note(store, request, paths, options), reused=True)
     if declared.check is not None:
         declared.check(config, dict(inputs.items()))
-    job = _Job(store, declared, config, inputs, paths, options, request)
+    options.before_work()
+    files = {need.external: need.get(options.progress) for need in wanted}
+    job = _Job(store, declared, config, inputs, {**paths, **files}, options, request)
     if not ranks.is_first():
         return job.follow()
     say = options.progress.say
@@ -228,9 +243,14 @@ class _Job:
         )
 
 
-def make_request(declared: Stage, config: BaseModel, inputs: Inputs, paths: Mapping[str, Path]) -> Request:
-    """The request with its key; external data is identified now, without reading pixels."""
-    externals = {name: declared.externals[name].identify(config, path) for name, path in paths.items()}
+def make_request(
+    declared: Stage, config: BaseModel, inputs: Inputs, paths: Mapping[str, Path], *, step: str = ""
+) -> Request:
+    """The request with its key; external data is identified now, without reading pixels.
+
+    DigestUnknown where the key depends on a file that has to be downloaded first.
+    """
+    externals = content_ids(declared, config, paths, step=step)
     values = config_value(config)
     names: dict[str, Any] = {name: _map(value, lambda artifact: artifact.key) for name, value in inputs.items()}
     records = {
@@ -263,6 +283,34 @@ def missing_sentence(step: Step) -> str:
     return f"step {step.name} lacks external data: give {options}"
 
 
+def _refuse_missing(recipe: Recipe) -> None:
+    """InputError for paths that nobody gave, or that lead nowhere: of all steps at once."""
+    said = [missing_sentence(step) for step in recipe.steps if step.missing]
+    for step in recipe.steps:
+        for name, path in step.paths.items():
+            if not path.exists():
+                said.append(f"step {step.name}: there is no {path}; give another: {option(name, step.name)}")
+    if said:
+        raise InputError("; ".join(dict.fromkeys(said)))
+
+
+def _find_digests(recipe: Recipe, progress: Progress) -> None:
+    """Download the files without which the keys of the recipe cannot be known."""
+    get_all([need for step in recipe.steps for need in _needs(step) if need.is_unknown], progress)
+
+
+def _gather_files(recipe: Recipe, store: Store, progress: Progress, force: Collection[str]) -> None:
+    """All files that unfinished steps read, checked, and downloaded where they are not here."""
+    steps = [item.step for item in plan(recipe, store, force=force) if item.state != "done"]
+    for step in steps:
+        check_files(step.stage, step.config, step.paths, step=step.name)
+    get_all([need for step in steps for need in _needs(step)], progress)
+
+
+def _needs(step: Step) -> list[Need]:
+    return needs(step.stage, step.config, step.paths, step=step.name)
+
+
 def _heading(draft: Draft, title: str) -> str:
     stage = draft.request.stage
     again = f", continues after {len(draft.units())} finished units" if draft.units() else ""
@@ -279,16 +327,30 @@ def _check_input(artifact: Artifact) -> None:
 def _plan_step(recipe: Recipe, step: Step, planned: Mapping[str, Planned], store: Store, *, is_forced: bool) -> Planned:
     if step.missing:
         return Planned(step, None, "missing", missing_sentence(step))
+    found = _plan_known(recipe, step, planned, store, is_forced=is_forced)
+    if found.state in ("done", "missing"):
+        return found
+    absent = tuple(need for need in _needs(step) if need.place.find() is None)
+    named = ", ".join(need.place.label for need in absent if not need.is_unknown)
+    return replace(found, absent=absent, reason=f"{found.reason}; not here: {named}" if named else found.reason)
+
+
+def _plan_known(
+    recipe: Recipe, step: Step, planned: Mapping[str, Planned], store: Store, *, is_forced: bool
+) -> Planned:
+    """What is planned for a step whose paths were all given."""
     parents = {name: _pick(value, planned) for name, value in step.inputs.items()}
-    unknown = [parent.step.name for value in parents.values() for parent in _flat(value) if parent.key is None]
-    if unknown:
-        return Planned(step, None, "waits", f"waits for {', '.join(dict.fromkeys(unknown))}")
+    try:
+        externals = content_ids(step.stage, step.config, step.paths, step=step.name)
+    except DigestUnknown as unknown:
+        return Planned(step, None, "run", str(unknown))
+    except (InputError, CorruptError) as error:
+        return Planned(step, None, "missing", str(error))
+    waits = [parent.step.name for value in parents.values() for parent in _flat(value) if parent.key is None]
+    if waits:
+        return Planned(step, None, "waits", f"waits for {', '.join(dict.fromkeys(waits))}")
     if not step.stage.is_settled(step.config):
         return Planned(step, None, "waits", f"takes settings from {', '.join(dict.fromkeys(step.parents()))}")
-    try:
-        externals = {name: step.stage.externals[name].identify(step.config, path) for name, path in step.paths.items()}
-    except InputError as error:
-        return Planned(step, None, "missing", str(error))
     keys: dict[str, Any] = {name: _map(value, lambda parent: parent.key) for name, value in parents.items()}
     key = artifact_key(step.stage.name, step.stage.version, config_value(step.config), keys, externals)
     damage = store.damage(step.stage.name, key)

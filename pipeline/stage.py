@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel
 
@@ -21,6 +21,7 @@ from pipeline.config import defaults, merge
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError
 from pipeline.known import Foresee, Settle
+from pipeline.progress import Progress
 from pipeline.runtime import Runtime
 from pipeline.settings import REQUIRED, Setting, settings_of, value_at
 
@@ -42,18 +43,65 @@ def read(*kinds: str, help: str = "", optional: bool = False, many: bool = False
     return Read(kinds, help, optional, many)
 
 
+class Place(Protocol):
+    """Where a file lies that others published, and how it gets onto this machine: into a cache, once."""
+
+    @property
+    def file(self) -> str:
+        """Its name."""
+
+    @property
+    def what(self) -> str:
+        """What it holds, in words."""
+
+    @property
+    def label(self) -> str:
+        """How sentences call it."""
+
+    @property
+    def url(self) -> str:
+        """Where a person may fetch it."""
+
+    @property
+    def sha256(self) -> str | None:
+        """The digest that it must have; None: any."""
+
+    @property
+    def is_keyed(self) -> bool:
+        """Whether keys need its digest, because it may have another content one day."""
+
+    def find(self) -> Path | None:
+        """The file on this machine, if it is there. Asks no server."""
+
+    def digest(self, path: Path) -> str:
+        """SHA-256 of a file that was found."""
+
+    def check(self, path: Path) -> None:
+        """CorruptError unless a file that was found is what it should be."""
+
+    def fetch(self, progress: Progress) -> Path:
+        """Download it. StorageError where no server answers within seconds."""
+
+
 @dataclass(frozen=True)
 class External:
     """Data from outside the store: what it is, and a function (config, path) -> content id that reads no pixels.
 
     needed: tells from the config whether this stage needs it at all (the embedded digits need no folder).
     implies: settings that giving it stands for, over the defaults and under what is set.
+    place: where the config says it comes from when no path is given; None for data that is always given.
+    otherwise: how to do without it, for sentences.  usual: the places that `smalti doctor` looks at.
+    is_file: whether the path is that of one file, such as weights.
     """
 
     help: str
     identify: Callable[[Any, Path], str]
     needed: Callable[[Any], bool] = lambda config: True
     implies: Mapping[str, Any] = field(default_factory=dict)
+    place: Callable[[Any], Place | None] = lambda config: None
+    otherwise: str = ""
+    usual: tuple[Place, ...] = ()
+    is_file: bool = False
 
 
 class Inputs:

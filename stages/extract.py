@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from models.encoders.config import Dinov2Config, EncoderConfig, WhitenedPatchesConfig
 from pipeline.draft import Draft
 from pipeline.durable import hash_file
-from pipeline.errors import InputError, NumericError, UsageError
+from pipeline.errors import NumericError, UsageError
 from pipeline.images import ImageSet, Views
 from pipeline.images.views import CenterViews
 from pipeline.keys import canonical_bytes, config_value
@@ -23,11 +23,12 @@ from pipeline.shards import map_shards
 from pipeline.stage import External, Inputs, read, stage
 from smalti.arrays import ArraySpec, encode_shard, group_files
 from stages.devices import pick_device, threads
-from stages.encoder_weights import published_weights
+from stages.encoder_weights import default_place, published_weights
 from stages.encoding import ENCODER, ENCODER_WEIGHTS, load_encoder
-from stages.hub import HubWeights
+from stages.foreign import identify_file
 from stages.known_images import check_rgb, check_seen
 from stages.passes import ImagesAt, run_passes, to_images, view_passes
+from stages.places import HubWeights
 from stages.shard_sizes import ShardSizes
 
 if TYPE_CHECKING:
@@ -69,10 +70,12 @@ def identify_weights(config: ExtractConfig, path: Path) -> str:
     """SHA-256 of the weight file."""
     if not isinstance(config.encoder, Dinov2Config):
         raise UsageError(f"extract was given {path}, but {config.encoder.kind} is fitted and reads no weights")
-    try:
-        return hash_file(path)
-    except OSError as error:
-        raise InputError(f"the weight file {path} cannot be read: {error.strerror}", path=path) from error
+    return identify_file(path)
+
+
+def weights_place(config: ExtractConfig) -> HubWeights | None:
+    """Where the published weights come from; None for an encoder that is fitted."""
+    return (config.hub or default_place(config.encoder)) if isinstance(config.encoder, Dinov2Config) else None
 
 
 def foresee(config: ExtractConfig, inputs: KnownInputs) -> Facts:
@@ -111,6 +114,9 @@ class ExtractSpec:
             help="weight file of dinov2 (.safetensors or .pth); without it the hub is asked",
             identify=identify_weights,
             needed=lambda config: False,
+            place=weights_place,
+            otherwise="use the encoder whitened-patches, which is fitted on the images",
+            is_file=True,
         )
     },
     digits_defaults=("encoder.image_size",),
@@ -141,7 +147,7 @@ def encoder_files(config: ExtractConfig, source: ImagesAt, images: int, run: Run
     if isinstance(config.encoder, WhitenedPatchesConfig):
         state = fit_patches(config, source, images, run)
     else:
-        state = published_weights(config.encoder, config.hub, run)
+        state = published_weights(config.encoder, run.paths["weights"])
     description = canonical_bytes(config_value(config.encoder)) + b"\n"
     return {ENCODER: description, ENCODER_WEIGHTS: save({name: value.contiguous() for name, value in state.items()})}
 

@@ -14,16 +14,16 @@ from pydantic import Field, model_validator
 from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.durable import hash_file
-from pipeline.errors import CorruptError, InputError, UsageError
+from pipeline.errors import CorruptError, UsageError
 from pipeline.keys import config_value
 from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, read, stage
 from stages.discriminators import DiscriminatorCard
-from stages.foreign import read_state
-from stages.hub import HubWeights, download
+from stages.foreign import identify_file, read_state
 from stages.identity import digest_of
 from stages.networks import GeneratorCard, join_tokenizer
+from stages.places import HubWeights
 from stages.weights import save_weights
 
 if TYPE_CHECKING:
@@ -80,14 +80,6 @@ class ImportConfig(Config):
         return self
 
 
-def identify_weights(config: ImportConfig, path: Path) -> str:
-    """SHA-256 of the weight file."""
-    try:
-        return hash_file(path)
-    except OSError as error:
-        raise InputError(f"the weight file {path} cannot be read: {error.strerror}", path=path) from error
-
-
 def foresee(config: ImportConfig, inputs: KnownInputs) -> Facts:
     """What the config says; the rest is in the file."""
     kind = LAYOUTS[config.layout].kind
@@ -114,8 +106,10 @@ def foresee(config: ImportConfig, inputs: KnownInputs) -> Facts:
     externals={
         "weights": External(
             help="the published file (.safetensors, .bin, .pt, .pth, .ckpt)",
-            identify=identify_weights,
+            identify=lambda config, path: identify_file(path),
             needed=lambda config: config.hub is None,
+            place=lambda config: config.hub,
+            is_file=True,
         )
     },
     foresees=foresee,
@@ -127,7 +121,7 @@ def import_weights(config: ImportConfig, inputs: Inputs, out: Draft, run: Runtim
     config.json and weights.safetensors.  resumes: from the start. No code in the file is run, and every missing, surplus
     or misshapen tensor is refused.
     """
-    path = run.paths.get("weights") or download(needed_hub(config), run.progress)
+    path = run.paths["weights"]
     state = read_state(path)
     if LAYOUTS[config.layout].kind == "generator":
         import_generator(config, inputs, out, state, path)
@@ -137,12 +131,6 @@ def import_weights(config: ImportConfig, inputs: Inputs, out: Draft, run: Runtim
         import_discriminator(config, out, state, path)
     else:
         import_tokenizer(config, out, state, path)
-
-
-def needed_hub(config: ImportConfig) -> HubWeights:
-    if config.hub is None:
-        raise UsageError("import-weights lacks the file: give --weights, or hub in the config")
-    return config.hub
 
 
 def import_generator(

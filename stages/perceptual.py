@@ -10,11 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import CorruptError, InputError, UsageError
+from pipeline.errors import CorruptError, UsageError
 from pipeline.stage import External
 from stages.devices import pick_device
-from stages.foreign import read_state
-from stages.torch_cache import PublishedFile
+from stages.foreign import identify_file, read_state
+from stages.places import VGG16
 
 if TYPE_CHECKING:
     import torch
@@ -23,37 +23,14 @@ if TYPE_CHECKING:
     from models.losses.perceptual import Lpips
 
 PERCEPTUAL = "perceptual"
-VGG = PublishedFile(
-    what="the VGG16 weights of LPIPS",
-    external=PERCEPTUAL,
-    url="https://download.pytorch.org/models/vgg16-397923af.pth",
-    sha256_begins="397923af",
-)
-
-
-def identify_perceptual(config: object, path: Path) -> str:
-    """SHA-256 of the file."""
-    return VGG.digest(path)
-
-
 PERCEPTUAL_EXTERNAL = External(
     help="the VGG16 weights of LPIPS (torchvision's file, or an IBQ or Open-MAGVIT2 checkpoint), if not in torch's cache",
-    identify=identify_perceptual,
+    identify=lambda config, path: identify_file(path),
     needed=lambda config: False,
+    usual=(VGG16,),
+    is_file=True,
 )
-
-
-def find_perceptual(given: Path | None, *, otherwise: str) -> Path:
-    """The given file, or torchvision's in torch's cache, downloaded if need be.
-
-    InputError says how to get it; `otherwise`: how to do without, for its hint.
-    """
-    if given is not None:
-        return given
-    try:
-        return VGG.find()
-    except InputError as error:
-        raise InputError(error.message, path=error.path, hint=f"{error.hint}; or {otherwise}") from error
+"""The declaration that stages complete with `place` and `otherwise`."""
 
 
 @lru_cache(2)
@@ -67,7 +44,9 @@ def load_lpips(path: Path, device: str, pixel_range: PixelRange = "0..1") -> Lpi
     try:
         features = vgg_features(state)
     except LayoutError as error:
-        raise CorruptError(f"{path} holds no VGG16: {error}", path=path, hint=VGG.hint) from error
+        raise CorruptError(
+            f"{path} holds no VGG16: {error}", path=path, hint=f"torchvision's file is {VGG16.url}"
+        ) from error
     return Lpips(features, lpips_heads(package_heads()), pixel_range=pixel_range).to(pick_device(device))
 
 

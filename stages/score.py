@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,6 @@ from numpy.typing import NDArray
 
 from pipeline.artifact import Artifact
 from pipeline.draft import Draft
-from pipeline.durable import hash_file
 from pipeline.errors import CorruptError, InputError, UsageError
 from pipeline.keys import canonical_bytes
 from pipeline.runtime import Runtime
@@ -24,9 +25,11 @@ from pipeline.stage import External, Inputs, read, stage
 from smalti.tokens import open_tokens
 from stages.code_usage import CodeUsage
 from stages.devices import threads
+from stages.foreign import identify_file
 from stages.identity import is_same_tokenizer
 from stages.image_files import Pictures, open_pictures
-from stages.perceptual import PERCEPTUAL, PERCEPTUAL_EXTERNAL, find_perceptual
+from stages.perceptual import PERCEPTUAL, PERCEPTUAL_EXTERNAL
+from stages.places import INCEPTION, VGG16
 from stages.scoring.extraction import ExtractionSpec, Source, choose_extractors, extract_shard, gather, gather_pairs
 from stages.scoring.protocol import (
     ScoreConfig,
@@ -67,10 +70,18 @@ FORMAT = 1
     externals={
         "weights": External(
             help="the published Inception weights (with extractor: inception), if they are not in torch's cache",
-            identify=lambda config, path: hash_file(path),
+            identify=lambda config, path: identify_inception(path),
             needed=lambda config: False,
+            place=lambda config: INCEPTION if config.extractor == "inception" else None,
+            otherwise="score by the features of classifiers: set extractor to classifier, with the input classifiers",
+            usual=(INCEPTION,),
+            is_file=True,
         ),
-        PERCEPTUAL: PERCEPTUAL_EXTERNAL,
+        PERCEPTUAL: replace(
+            PERCEPTUAL_EXTERNAL,
+            place=lambda config: VGG16 if "lpips" in config.figures else None,
+            otherwise="leave lpips out of figures",
+        ),
     },
     foresees=foresee,
 )
@@ -91,9 +102,7 @@ def score_images(config: ScoreConfig, inputs: Inputs, out: Draft, run: Runtime) 
     check_inputs(config, inputs, images, reference)
     if "best" in inputs:
         check_best(config, inputs, size)
-    perceptual = None
-    if "lpips" in config.figures:
-        perceptual = find_perceptual(run.paths.get(PERCEPTUAL), otherwise="leave lpips out of figures").absolute()
+    perceptual = run.paths[PERCEPTUAL].absolute() if "lpips" in config.figures else None
     extractors = choose_extractors(config, inputs, run)
     sources = (Source.of(inputs["images"]), Source.of(inputs["reference"]))
     counts = (len(images), len(reference))
@@ -109,6 +118,13 @@ def score_images(config: ScoreConfig, inputs: Inputs, out: Draft, run: Runtime) 
         "values": metrics["values"],
     }
     out.figure = sentence(metrics["values"])
+
+
+def identify_inception(path: Path) -> str:
+    """SHA-256 of the published Inception weights; CorruptError for any other file."""
+    digest = identify_file(path)
+    INCEPTION.check_digest(digest, path)
+    return digest
 
 
 def check_inputs(config: ScoreConfig, inputs: Inputs, images: Pictures, reference: Pictures) -> None:

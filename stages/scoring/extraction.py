@@ -26,7 +26,6 @@ from stages.devices import threads
 from stages.image_files import Pictures, open_pictures
 from stages.networks import NetworkFile
 from stages.perceptual import load_lpips
-from stages.scoring.inception import find_weights
 from stages.scoring.protocol import ScoreConfig
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def choose_extractors(config: ScoreConfig, inputs: Inputs, run: Runtime) -> tupl
     judges = [NetworkFile.of(judge, run.device) for judge in inputs.all("classifiers")]
     extractors = [ExtractorFile(CLASSIFIER, run.device, classifier=judge) for judge in judges]
     if config.extractor == "inception":
-        weights = find_weights(run.paths.get("weights")).absolute()
+        weights = run.paths["weights"].absolute()
         name = INCEPTION if config.inception_input == "torch-fidelity" else PYTORCH_FID
         return (ExtractorFile(name, run.device, weights=weights), *extractors)
     return tuple(extractors)

@@ -21,8 +21,8 @@ from torch_fidelity.utils import create_feature_extractor
 from pipeline.keys import sha256
 from stages.devices import pick_device
 from stages.networks import NetworkFile, load_classifier
+from stages.places import INCEPTION as WEIGHTS
 from stages.scoring.extraction import CLASSIFIER, INCEPTION, PYTORCH_FID, ExtractorFile
-from stages.scoring.inception import INCEPTION as WEIGHTS
 
 INCEPTION_LAYERS = ["2048", "logits_unbiased"]
 LAYERS = {CLASSIFIER: ["features", "logits"], INCEPTION: INCEPTION_LAYERS, PYTORCH_FID: INCEPTION_LAYERS}
@@ -92,6 +92,6 @@ def _checked_weights(path: Path) -> dict[str, Any]:
     It unpickles whatever it is given, so the very bytes that it gets are checked before: digest, and tensors only.
     """
     data = path.read_bytes()
-    WEIGHTS.check(sha256(data), path)
+    WEIGHTS.check_digest(sha256(data), path)
     torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     return {"feature_extractor_weights_path": io.BytesIO(data)}

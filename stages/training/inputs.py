@@ -13,8 +13,10 @@ from pipeline.keys import config_value
 from pipeline.known import KnownInputs
 from pipeline.stage import External, Inputs, Read, read
 from stages.discriminators import DISCRIMINATOR
+from stages.foreign import identify_file
 from stages.known_images import check_rgb, check_seen
-from stages.perceptual import PERCEPTUAL, PERCEPTUAL_EXTERNAL, identify_perceptual
+from stages.perceptual import PERCEPTUAL, PERCEPTUAL_EXTERNAL
+from stages.places import VGG16
 from stages.training.config import ReconstructionTraining, TokenizerLearning
 
 HELD_OUT = "held-out"
@@ -31,10 +33,17 @@ def identify_weights(config: TokenizerLearning, path: Path) -> str:
     """SHA-256 of the file; UsageError where the loss has no use for it."""
     if not config.loss.perceptual:
         raise UsageError(f"the weights {path} are given, but loss.perceptual is 0", hint="give it a weight")
-    return identify_perceptual(config, path)
+    return identify_file(path)
 
 
-WEIGHTS: dict[str, External] = {PERCEPTUAL: replace(PERCEPTUAL_EXTERNAL, identify=identify_weights)}
+WEIGHTS: dict[str, External] = {
+    PERCEPTUAL: replace(
+        PERCEPTUAL_EXTERNAL,
+        identify=identify_weights,
+        place=lambda config: VGG16 if config.loss.perceptual else None,
+        otherwise="do without LPIPS: set loss.perceptual to 0",
+    )
+}
 
 
 def given(inputs: Inputs, name: str) -> Artifact | None:

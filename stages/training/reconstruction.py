@@ -17,7 +17,7 @@ from pipeline.runtime import Runtime
 from pipeline.stage import Inputs
 from stages.discriminators import DISCRIMINATOR, build_adversary
 from stages.networks import read_tokenizer_config
-from stages.perceptual import PERCEPTUAL, find_perceptual, load_lpips
+from stages.perceptual import PERCEPTUAL, load_lpips
 from stages.training.config import AdversaryConfig, ReconstructionTraining, TokenizerLearning
 from stages.training.engine import Outcome, train
 from stages.training.images import open_images
@@ -76,11 +76,10 @@ def train_players(
 
 
 def build_loss(config: LossConfig, pixel_range: PixelRange, run: Runtime) -> nn.Module:
-    """The loss of a reconstruction; with LPIPS, InputError says how to get its weights or how to do without."""
+    """The loss of a reconstruction, with the weights of LPIPS if it has that part."""
     parts: dict[str, Any] = {}
     if config.perceptual:
-        path = find_perceptual(run.paths.get(PERCEPTUAL), otherwise="set loss.perceptual to 0")
-        parts["perceptual"] = load_lpips(path, "cpu", pixel_range)
+        parts["perceptual"] = load_lpips(run.paths[PERCEPTUAL], "cpu", pixel_range)
     loss: nn.Module = build(config, BUILDERS, **parts)
     return loss
 

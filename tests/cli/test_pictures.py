@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +18,8 @@ from models.generators.rar import Rar
 from pipeline.store import Store
 from smalti.arrays import MappedArray
 from smalti.tokens import open_tokens
+from stages.places import PUBLISHED
+from tests.hub import Hub
 
 MASKGIT = Path(__file__).parents[1] / "golden" / "rar" / "maskgit_vqgan.safetensors"
 TOKENIZER = "maskgit-vqgan-imagenet-f16-256.bin"
@@ -44,16 +45,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def hub(files: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
-    """A hub that holds the files; what is asked of it."""
-    asked: list[tuple[str, str, str]] = []
-
-    def find(repository: str, file: str, *, revision: str) -> str:
-        asked.append((repository, file, revision))
-        return str(files / file)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", find)
-    return asked
+def published(files: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A hub that holds the files, which are published with their digests."""
+    for name, place in list(PUBLISHED.items()):
+        if (files / name).exists():
+            sha256 = hub.keep(place.repository, name, (files / name).read_bytes())
+            monkeypatch.setitem(PUBLISHED, name, place.model_copy(update={"sha256": sha256}))
+    return hub
 
 
 def smalti(line: str, *words: object) -> Result:
@@ -71,14 +69,15 @@ LINE = f"sample {DRAWN} --sampling.guidance-scale 4 --out cats.png"
 UNNAMED = LINE.replace("--classes 207,360,387 ", "")
 
 
-def test_from_names_on_the_hub_to_a_picture(here: Path, hub: list[tuple[str, str, str]]) -> None:
+def test_from_names_on_the_hub_to_a_picture(here: Path, published: Hub) -> None:
     done = smalti(LINE)
     assert done.exit_code == 0, done.output
     assert done.stdout == "cats.png\n"
-    assert "weights: rar_b.bin of yucornetto/RAR at main" in done.stderr
+    assert "weights: rar_b.bin of yucornetto/RAR at 8562ced2ff88" in done.stderr
     assert "put rar_b.bin into the store as import-weights/" in done.stderr
     assert "--rows-per-pass 3: " in done.stderr
-    assert hub == [("yucornetto/RAR", "rar_b.bin", "main"), ("fun-research/TiTok", TOKENIZER, "main")]
+    places = [PUBLISHED[name] for name in ("rar_b.bin", TOKENIZER)]
+    assert published.asked == [(place.repository, place.file, place.revision) for place in places]
     picture = Image.open(here / "cats.png")
     assert json.loads(picture.text["sampled"])["classes"] == [207, 360, 387]  # type: ignore[attr-defined]
     again = answer(LINE)
@@ -93,23 +92,21 @@ def test_from_names_on_the_hub_to_a_picture(here: Path, hub: list[tuple[str, str
     assert Path("cats.png").read_bytes() == (Path(again["images"]["path"]) / "grid.png").read_bytes()
 
 
-def test_files_and_names_of_the_hub_give_the_same_artifacts(
-    here: Path, files: Path, hub: list[tuple[str, str, str]]
-) -> None:
+def test_files_and_names_of_the_hub_give_the_same_artifacts(here: Path, files: Path, published: Hub) -> None:
     first = answer(LINE)
     second = answer(LINE.replace("rar_b.bin", str(files / "rar_b.bin")).replace("cats", "again"))
     assert second["reused"]
     assert first["samples"]["key"] == second["samples"]["key"]
     assert Path("again.png").read_bytes() == Path("cats.png").read_bytes()
-    assert len(hub) == 3
+    assert len(published.asked) == 2
 
 
-def test_a_revision_can_be_pinned(here: Path, hub: list[tuple[str, str, str]]) -> None:
+def test_a_revision_can_be_pinned(here: Path, published: Hub) -> None:
     answer(LINE.replace("rar_b.bin", "yucornetto/RAR/rar_b.bin@0123abc"))
-    assert hub[0] == ("yucornetto/RAR", "rar_b.bin", "0123abc")
+    assert published.asked[0] == ("yucornetto/RAR", "rar_b.bin", "0123abc")
 
 
-def test_out_changes_nothing_but_the_picture(here: Path, hub: list[tuple[str, str, str]]) -> None:
+def test_out_changes_nothing_but_the_picture(here: Path, published: Hub) -> None:
     """The samples are those of the same command without --out: 64 of them, without guidance, if nobody says otherwise."""
     line = f"sample --weights rar_b.bin --tokenizer {TOKENIZER} --classes 207,360"
     shown, alone = answer(f"{line} --out cats.png"), answer(line)
@@ -118,7 +115,7 @@ def test_out_changes_nothing_but_the_picture(here: Path, hub: list[tuple[str, st
     assert (sampled["images"], sampled["rows_per_pass"], sampled["sampling"]["guidance_scale"]) == (64, 64, 0.0)
 
 
-def test_classes_by_their_names(here: Path, hub: list[tuple[str, str, str]]) -> None:
+def test_classes_by_their_names(here: Path, published: Hub) -> None:
     numbers = answer(LINE)
     named = answer(UNNAMED, "--classes", "golden retriever, 360, lesser panda")
     assert (named["samples"]["key"], named["reused"]) == (numbers["samples"]["key"], True)
@@ -127,7 +124,7 @@ def test_classes_by_their_names(here: Path, hub: list[tuple[str, str, str]]) -> 
     assert "did you mean 'golden retriever'?" in wrong.stderr
 
 
-def test_generate_takes_weights_names_and_auto_as_sample_does(here: Path, hub: list[tuple[str, str, str]]) -> None:
+def test_generate_takes_weights_names_and_auto_as_sample_does(here: Path, published: Hub) -> None:
     line = UNNAMED.replace("sample", "generate", 1).replace("--out cats.png", "")
     done = smalti(line, "--classes", "golden retriever,otter,lesser panda")
     assert done.exit_code == 0, done.output
@@ -139,7 +136,7 @@ def test_generate_takes_weights_names_and_auto_as_sample_does(here: Path, hub: l
     assert (MappedArray(Path(made) / "tokens").read()[:, 0] == codes).all()
 
 
-def test_decode_alone_says_where_its_grid_is(here: Path, hub: list[tuple[str, str, str]]) -> None:
+def test_decode_alone_says_where_its_grid_is(here: Path, published: Hub) -> None:
     samples = answer(LINE)["samples"]["path"]
     line = f"decode --tokens {samples} --tokenizer {TOKENIZER} --rows-per-pass 3"
     assert (here / "cats.png").read_bytes() == Path(answer(line)["pictures"]["grid"]).read_bytes()
@@ -147,24 +144,21 @@ def test_decode_alone_says_where_its_grid_is(here: Path, hub: list[tuple[str, st
     assert picture == f"grid: {made}/grid.png"
 
 
-def test_a_dry_run_downloads_and_writes_nothing(here: Path, hub: list[tuple[str, str, str]]) -> None:
+def test_a_dry_run_downloads_and_writes_nothing(here: Path, published: Hub) -> None:
     done = smalti(LINE, "--dry-run")
     assert done.exit_code == 0, done.output
-    assert "rar_b.bin would be put into the store" in done.stdout
+    assert "rar_b.bin of yucornetto/RAR at 8562ced2ff88 would be downloaded and put into the store" in done.stdout
     assert "classes: [otter]" in smalti(UNNAMED, "--classes", "otter", "--dry-run").stdout
     assert "rows_per_pass: auto" in done.stdout
-    assert hub == []
+    assert published.asked == []
     assert list(here.iterdir()) == []
 
 
-def test_no_network(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*place: Any, **more: Any) -> str:
-        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+def test_no_network(here: Path, hub: Hub) -> None:
     done = smalti(LINE)
-    assert done.exit_code == 3
-    assert "fetch https://huggingface.co/yucornetto/RAR/resolve/main/rar_b.bin" in done.stderr
+    assert done.exit_code == 74
+    assert "fetch https://huggingface.co/yucornetto/RAR/resolve/" in done.stderr
+    assert "give the file: --generator FILE" in done.stderr
     assert Store(here / "store").artifacts() == []
 
 
@@ -179,7 +173,7 @@ def test_no_network(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (LINE.replace("207", "1000"), 2, "class 1000 was asked for"),
     ],
 )
-def test_nonsense_is_refused(line: str, code: int, said: str, here: Path, hub: list[tuple[str, str, str]]) -> None:
+def test_nonsense_is_refused(line: str, code: int, said: str, here: Path, published: Hub) -> None:
     done = smalti(line)
     assert done.exit_code == code, done.output
     assert said in done.stderr

@@ -18,13 +18,13 @@ from models.encoders.dinov2 import Dinov2
 from models.encoders.whitened_patches import WhitenedPatches
 from pipeline.artifact import Artifact
 from pipeline.cluster import Cluster
-from pipeline.errors import CorruptError, InputError, NumericError, UsageError
+from pipeline.durable import hash_file
+from pipeline.errors import CorruptError, InputError, NumericError, StorageError, UsageError
 from pipeline.images import ImageSet
 from pipeline.images.views import CenterViews
 from smalti.arrays import MappedArray
-from stages.encoder_weights import read_weights
-from stages.hub import HubWeights, check_digest
 from stages.passes import ImagesAt, view_passes
+from tests.hub import Hub
 from tests.stages.conformance import (
     check_every_crash,
     check_same_bytes,
@@ -137,32 +137,35 @@ def test_refuses_weights_of_another_network(images: Artifact, tmp_path: Path, mo
         run_stage("extract", tmp_path, {"encoder": DINOV2}, inputs={"images": images}, paths={"weights": file})
 
 
-def test_weights_never_run_code(tmp_path: Path) -> None:
+def test_weights_never_run_code(images: Artifact, tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path.touch, (tmp_path / "was-run",))
 
     torch.save({"weight": Payload()}, tmp_path / "bad.pth")
-    with pytest.raises(InputError, match="cannot be read as weights"):
-        read_weights(tmp_path / "bad.pth")
+    with pytest.raises(CorruptError, match="holds more than tensors, and was not opened"):
+        run_stage(
+            "extract", tmp_path, {"encoder": DINOV2}, inputs={"images": images}, paths={"weights": tmp_path / "bad.pth"}
+        )
     assert not (tmp_path / "was-run").exists()
 
 
-def test_says_how_to_get_weights(images: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+def test_published_weights_come_from_the_hub(
+    images: Artifact, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a digest in the config, that of the file is in the key all the same."""
+    file, _ = tiny_dinov2(tmp_path, monkeypatch)
+    hub.keep("timm/vit_small_patch14_reg4_dinov2.lvd142m", "model.safetensors", file.read_bytes())
+    config = {"encoder": DINOV2, "views": {"kind": "resize", "size": 28}, "shard_images": 16}
+    artifact = run_stage("extract", tmp_path / "store", config, inputs={"images": images})
+    assert artifact.externals == {"weights": hash_file(file)}
 
-    def offline(*arguments: Any, **options: Any) -> str:
-        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(InputError, match=r"timm/vit_small_patch14_reg4_dinov2.lvd142m.*--weights"):
+def test_says_how_to_get_weights(images: Artifact, tmp_path: Path, hub: Hub) -> None:
+    with pytest.raises(
+        StorageError, match=r"timm/vit_small_patch14_reg4_dinov2.lvd142m.*--weights FILE.*whitened-patches"
+    ):
         run_stage("extract", tmp_path, {"encoder": DINOV2}, inputs={"images": images})
-
-
-def test_checks_the_digest_of_a_download(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    with pytest.raises(CorruptError, match="expected 000000"):
-        check_digest(tmp_path / "model.safetensors", HubWeights(repository="a/b", sha256="0" * 64))
 
 
 def test_names_a_corrupt_image(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import collections
+import io
 import os
+import pickle
+import random
 import struct
 import sys
 import time
@@ -17,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.errors import CorruptError, InputError
-from stages.foreign import read_state
+from stages.foreign import find_format, read_state
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(1, dtype=torch.bfloat16)}
 
@@ -106,27 +109,73 @@ def test_huge_headers_are_refused_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - started < 1
 
 
-def damaged_files(root: Path) -> dict[str, Path]:
-    torch.save(STATE, root / "cut.ckpt")
-    (root / "cut.ckpt").write_bytes((root / "cut.ckpt").read_bytes()[:200])
+def zipped(**members: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    return buffer.getvalue()
+
+
+WRONG = {
+    "random.bin": (bytes.fromhex("03a1b2c3d4e5f60718293a4b5c6d7e8f"), "it begins with the bytes 03 a1 b2 c3"),
+    "empty.bin": (b"", "it is empty"),
+    "text.pt": (b"no weights at all", "it is text, 'no weights at all'"),
+    "note.safetensors": (b"see the other folder", "its header would take"),
+    "page.bin": (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "it is an HTML page"),
+    "pointer.bin": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "it is a Git LFS pointer"),
+    "huge.safetensors": (struct.pack("<Q", 2**60) + b"{}", "its header would take"),
+    "photo.ckpt": (b"\xff\xd8\xff\xe0" + bytes(100), "it is a JPEG image"),
+    "array.pt": (b"\x93NUMPY" + bytes(100), "it is a NumPy array"),
+    "pickle.pt": (pickle.dumps({"a": 1}), "it is a Python pickle that torch.save did not write"),
+    "other.ckpt": (zipped(**{"../../evil": "x"}), "it is a zip archive of other files"),
+    "cut.ckpt": (zipped(**{"archive/data.pkl": "x" * 500})[:300], "it is a zip archive whose end is missing"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_weight_file_is_refused_by_its_first_bytes(tmp_path: Path, name: str) -> None:
+    data, said = WRONG[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(CorruptError) as refusal:
+        find_format(tmp_path / name)
+    assert str(refusal.value).startswith(f"{tmp_path / name} is not a PyTorch or safetensors file: ")
+    assert said in str(refusal.value)
+
+
+def damaged_files(root: Path) -> list[Path]:
+    """Files that begin as weight files do."""
     save_file(STATE, root / "cut.safetensors")
     (root / "cut.safetensors").write_bytes((root / "cut.safetensors").read_bytes()[:-4])
-    (root / "empty.bin").write_bytes(b"")
-    (root / "text.pt").write_bytes(b"no weights at all")
-    (root / "deep.safetensors").write_bytes(struct.pack("<Q", 200_000) + b"[" * 200_000)
+    (root / "deep.safetensors").write_bytes(struct.pack("<Q", 200_000) + b"{" + b"[" * 199_999)
     torch.save([torch.ones(1)], root / "list.pt")
     torch.save({"a": 1}, root / "numbers.pt")
-    with zipfile.ZipFile(root / "zip.ckpt", "w") as archive:
-        archive.writestr("../../evil", "x")
-    return {path.name: path for path in root.iterdir()}
+    (root / "fake.pt").write_bytes(zipped(**{"archive/data.pkl": "no pickle", "archive/version": "3"}))
+    torch.save(STATE, root / "old.pth", _use_new_zipfile_serialization=False)
+    old = (root / "old.pth").read_bytes()
+    (root / "cut.pth").write_bytes(old[:-3])
+    (root / "rubbish.pth").write_bytes(old[:120] + random.Random(0).randbytes(300))
+    (root / "old.pth").unlink()
+    return sorted(root.iterdir())
 
 
-def test_damaged_files_are_refused(tmp_path: Path) -> None:
+def test_damaged_files_are_refused_and_no_protection_is_spoken_of(tmp_path: Path) -> None:
     files = damaged_files(tmp_path)
-    assert len(files) == 8
-    for path in files.values():
-        with pytest.raises(CorruptError, match=path.name):
+    assert len(files) == 7
+    for path in files:
+        with pytest.raises(CorruptError, match=path.name) as refusal:
             read_state(path)
+        assert "weights_only" not in str(refusal.value)
+
+
+def test_the_first_bytes_count_and_not_the_name(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "w.bin")
+    torch.save(STATE, tmp_path / "w")
+    assert same(read_state(tmp_path / "w.bin"))
+    assert same(read_state(tmp_path / "w"))
+    torch.save(STATE, tmp_path / "w.safetensors")
+    with pytest.raises(CorruptError, match=r"is a file of torch.save, not a safetensors file; give it a name"):
+        read_state(tmp_path / "w.safetensors")
 
 
 def test_absent_files_are_bad_input(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from models.generators.rar import Rar
 from models.losses.config import AdversarialConfig, PatchConfig
 from pipeline.artifact import Artifact
 from pipeline.durable import hash_file
-from pipeline.errors import CorruptError, InputError, UsageError
+from pipeline.errors import CorruptError, InputError, StorageError, UsageError
 from smalti.tokens import open_tokens
 from stages import stages
 from stages.discriminators import build_adversary
@@ -24,6 +25,7 @@ from stages.image_files import open_pictures
 from stages.import_weights import LAYOUTS, ImportConfig
 from stages.networks import NetworkFile, load_generator, load_tokenizer, read_card
 from stages.weights import load_config, load_weights
+from tests.hub import Hub
 from tests.stages.conformance import check_every_crash, draw_folder, index_folder, run_stage
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -236,7 +238,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, tokenizer: Artifact) -> 
         imported(tmp_path / "store", file, {"layout": "ibq"}, tokenizer=tokenizer)
     with pytest.raises(CorruptError, match="no square grid"):
         imported(tmp_path / "store", saved(tmp_path, rar_state(tokens=6)), {"layout": "rar"})
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="there is no weight file"):
         imported(tmp_path / "store", tmp_path / "absent.bin", {"layout": "rar"})
 
 
@@ -253,20 +255,43 @@ def test_names_of_the_classes_of_imagenet(tmp_path: Path) -> None:
     ]
 
 
-def test_a_file_of_the_hub_and_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+def test_a_file_of_the_hub_enters_the_key_by_its_digest(tmp_path: Path, hub: Hub) -> None:
+    """Same key, same bytes: when the hub gives another file under the same name, another artifact comes out."""
+    place = {"repository": "somebody/rar", "file": "rar_b.bin"}
+    config = {"layout": "rar", "hub": place}
+    first = hub.keep("somebody/rar", "rar_b.bin", saved(tmp_path, rar_state()).read_bytes())
+    one = run_stage("import-weights", tmp_path / "store", config)
+    assert one.externals == {"weights": first}
+    assert one.facts["weights"] == first
+    run_stage("import-weights", tmp_path / "store", config)
+    assert hub.asked == [("somebody/rar", "rar_b.bin", "main")]
+    shutil.rmtree(hub.cache)
+    second = hub.keep("somebody/rar", "rar_b.bin", saved(tmp_path, rar_state(classes=7), "other.bin").read_bytes())
+    other = run_stage("import-weights", tmp_path / "store", config)
+    assert other.key != one.key
+    assert other.externals == {"weights": second}
 
+
+def test_a_digest_in_the_config_gives_the_key_before_the_download(tmp_path: Path, hub: Hub) -> None:
     file = saved(tmp_path, rar_state())
-    asked = []
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda *place, **more: asked.append((*place, more["revision"])) or str(file)
-    )
-    hub = {"repository": "somebody/rar", "file": "rar_b.bin", "revision": "abc"}
-    artifact = run_stage("import-weights", tmp_path / "store", {"layout": "rar", "hub": hub})
-    assert asked == [("somebody/rar", "rar_b.bin", "abc")]
-    assert artifact.facts["weights"] == hash_file(file)
-    with pytest.raises(CorruptError, match="has SHA-256"):
-        run_stage("import-weights", tmp_path / "store", {"layout": "rar", "hub": {**hub, "sha256": "0" * 64}})
+    place = {"repository": "somebody/rar", "file": "rar_b.bin", "sha256": hash_file(file)}
+    config = {"layout": "rar", "hub": place}
+    with pytest.raises(StorageError, match=r"cannot be downloaded .*--weights FILE"):
+        run_stage("import-weights", tmp_path / "store", config)
+    hub.keep("somebody/rar", "rar_b.bin", file.read_bytes())
+    made = run_stage("import-weights", tmp_path / "store", config)
+    hub.forget()
+    shutil.rmtree(hub.cache)
+    assert run_stage("import-weights", tmp_path / "store", config).key == made.key
+    given = run_stage("import-weights", tmp_path / "other", config, paths={"weights": file})
+    assert given.key == made.key
+
+
+def test_a_download_with_another_digest_is_refused(tmp_path: Path, hub: Hub) -> None:
+    hub.keep("somebody/rar", "rar_b.bin", saved(tmp_path, rar_state()).read_bytes())
+    place = {"repository": "somebody/rar", "file": "rar_b.bin", "sha256": "0" * 64}
+    with pytest.raises(CorruptError, match=r"has SHA-256 .* expected 000000"):
+        run_stage("import-weights", tmp_path / "store", {"layout": "rar", "hub": place})
 
 
 def test_whole_after_every_crash(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from pipeline.runner import Options, make
 from pipeline.stage import Inputs
 from pipeline.store import Store
 from stages.networks import NetworkFile, load_classifier
+from stages.places import INCEPTION, WebFile
 from stages.score import score_images as score
 from stages.scoring.extraction import CLASSIFIER
 from stages.scoring.figures import copies, mean_psnr, nearness, rounded
-from stages.scoring.inception import INCEPTION
 from stages.scoring.protocol import ScoreConfig, have_these_extractors
 from tests.stages.small_artifacts import (
     CLASSES,
@@ -71,10 +71,16 @@ def scored(origin: Store, given: dict[str, Any]) -> Artifact:
 
 
 def run(
-    store: Store, given: dict[str, Any], config: ScoreConfig = CONFIG, *, cluster: Any = None, **more: Any
+    store: Store,
+    given: dict[str, Any],
+    config: ScoreConfig = CONFIG,
+    *,
+    cluster: Any = None,
+    paths: dict[str, Path] | None = None,
+    **more: Any,
 ) -> Artifact:
     inputs = Inputs({**given, **{name.replace("_", "-"): value for name, value in more.items()}})
-    return make(store, score, config, inputs, {}, Options(cluster=cluster or InProcess())).artifact
+    return make(store, score, config, inputs, paths or {}, Options(cluster=cluster or InProcess())).artifact
 
 
 def metrics(artifact: Artifact) -> dict[str, Any]:
@@ -280,15 +286,27 @@ def test_inception_weights_are_checked_before_use(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("stages.scoring.protocol.INCEPTION_FEATURES", 8)
-    path = tmp_path / "hub" / "checkpoints" / INCEPTION.name
+    path = tmp_path / "hub" / "checkpoints" / INCEPTION.file
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not the weights")
-    with pytest.raises(InputError, match=r"its SHA-256 begins with .*, expected 6726825d") as refusal:
+    with pytest.raises(CorruptError, match=r"its SHA-256 begins with .*, expected 6726825d") as refusal:
         run(Store(tmp_path), given, CONFIG.model_copy(update={"extractor": "inception"}))
     assert "--weights FILE" in str(refusal.value.hint)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(CorruptError, match=r"other.pth is not weights-inception.*expected 6726825d"):
+        run(
+            Store(tmp_path),
+            given,
+            CONFIG.model_copy(update={"extractor": "inception"}),
+            paths={"weights": tmp_path / "other.pth"},
+        )
 
 
-def test_inception_needs_more_images_than_features(given: dict[str, Any], tmp_path: Path) -> None:
+def test_inception_needs_more_images_than_features(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WebFile, "find", lambda self: tmp_path)
+    monkeypatch.setattr(WebFile, "check", lambda self, path: None)
     with pytest.raises(InputError, match="2048 features needs at least 2048 images, but images has 40"):
         run(Store(tmp_path), given, CONFIG.model_copy(update={"extractor": "inception"}))
 

@@ -21,14 +21,15 @@ from models.adapters.lpips import lpips_heads
 from models.losses.perceptual import TAPS, Lpips
 from pipeline.artifact import Artifact
 from pipeline.cluster import InProcess
-from pipeline.errors import CorruptError, InputError, UsageError
+from pipeline.errors import CorruptError, InputError, StorageError, UsageError
 from pipeline.images import ImageSet
 from pipeline.images.views import EvalCropViews
 from pipeline.keys import config_value
 from pipeline.runner import Options, make
 from pipeline.stage import Inputs
 from pipeline.store import Store
-from stages.perceptual import VGG, package_heads
+from stages.perceptual import package_heads
+from stages.places import VGG16
 from stages.score import score_images as score
 from stages.scoring.extraction import INCEPTION, PYTORCH_FID, choose_extractors
 from stages.scoring.extractors import INCEPTION_LAYERS, PytorchFidExtractor
@@ -164,13 +165,16 @@ def test_lpips_without_its_weights_says_how_to_get_them(
         raise OSError("no network")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
-    with pytest.raises(InputError, match="neither here nor could they be downloaded: no network") as refusal:
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    with pytest.raises(
+        StorageError, match=r"is not on this machine and cannot be downloaded \(no network\)"
+    ) as refusal:
         run(store, given, figures=["lpips"])
     assert "--perceptual FILE" in str(refusal.value.hint)
     assert "leave lpips out of figures" in str(refusal.value.hint)
-    VGG.cached.write_bytes(b"something else")
-    with pytest.raises(InputError, match="expected 397923af"):
+    VGG16.cached.parent.mkdir(parents=True)
+    VGG16.cached.write_bytes(b"something else")
+    with pytest.raises(CorruptError, match="expected 397923af"):
         run(store, given, figures=["lpips"])
 
 
@@ -253,10 +257,7 @@ def test_pytorch_fids_input_is_all_that_differs(inceptions: tuple[Any, Any], mon
         ("pytorch-fid", PYTORCH_FID, "inception-6726825d-pytorch-fid"),
     ],
 )
-def test_the_protocol_chooses_and_names_inceptions_input(
-    name: str, extractor: str, identity: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("stages.scoring.extraction.find_weights", lambda given: given)
+def test_the_protocol_chooses_and_names_inceptions_input(name: str, extractor: str, identity: str) -> None:
     config = ScoreConfig.model_validate({**CONFIG, "extractor": "inception", "inception_input": name})
     run = SimpleNamespace(device="cpu", paths={"weights": Path("inception.pth")})
     chosen = choose_extractors(config, Inputs({}), run)  # type: ignore[arg-type]

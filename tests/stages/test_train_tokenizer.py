@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.artifact import Artifact
-from pipeline.errors import InputError, UsageError
+from pipeline.errors import StorageError, UsageError
 from pipeline.keys import config_value
 from pipeline.progress import Progress
 from stages.code_usage import CodeUsage
@@ -216,11 +216,13 @@ def test_lpips_without_its_weights_says_how_to_get_them_or_to_do_without(
         raise OSError("no network")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    monkeypatch.setattr("urllib.request.urlopen", fail)
     config = {**TINY, "loss": {"kind": "reconstruction", "perceptual": 1.0}}
-    with pytest.raises(InputError, match="neither here nor could they be downloaded: no network") as refusal:
+    with pytest.raises(
+        StorageError, match=r"is not on this machine and cannot be downloaded \(no network\)"
+    ) as refusal:
         run_stage("train-tokenizer", tmp_path / "store", config, inputs={"images": images})
-    assert refusal.value.exit_code == 3
+    assert refusal.value.exit_code == 74
     assert "--perceptual FILE" in str(refusal.value.hint)
     assert "set loss.perceptual to 0" in str(refusal.value.hint)
 

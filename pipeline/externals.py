@@ -1,0 +1,153 @@
+"""External data of a step: what was given, what lies at a place of its own, and what of both goes into the key.
+
+Only a place whose content may change goes into the key, by its digest, which is unknown until the file is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipeline.errors import CorruptError, InputError, SmaltiError, StorageError
+from pipeline.progress import Progress
+from pipeline.stage import Place, Stage
+
+Paths = Mapping[str, Path]
+
+
+class DigestUnknown(InputError):
+    """A key depends on a file that is not on this machine, and whose digest nobody named."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """A file that a step reads and that nobody gave. step: its name in a recipe; empty: a stage on its own."""
+
+    step: str
+    external: str
+    place: Place
+    otherwise: str
+
+    @property
+    def option(self) -> str:
+        """The option that takes a file in its place, as the command spells it that is running."""
+        return option(self.external, self.step)
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether the key cannot be known before the file is here."""
+        return self.place.is_keyed and self.place.sha256 is None and self.place.find() is None
+
+    @property
+    def advice(self) -> str:
+        """What to do when it cannot be downloaded."""
+        ending = f"; or {self.otherwise}" if self.otherwise else ""
+        return f"fetch {self.place.url} on a machine with network and give the file: {self.option}{ending}"
+
+    def as_json(self) -> dict[str, Any]:
+        place = self.place
+        found = {"external": self.external, "file": place.file, "url": place.url, "sha256": place.sha256}
+        return {**found, "option": self.option, "otherwise": self.otherwise}
+
+    def get(self, progress: Progress) -> Path:
+        """The checked file, downloaded if need be; errors say what to do, as this command spells it."""
+        found = self.place.find() or self._fetch(progress)
+        try:
+            self.place.check(found)
+        except CorruptError as error:
+            raise with_hint(error, f"{error.hint}; or give another: {self.option}") from error
+        return found
+
+    def _fetch(self, progress: Progress) -> Path:
+        try:
+            return self.place.fetch(progress)
+        except (StorageError, InputError) as error:
+            raise with_hint(error, self.advice) from error
+
+
+def needs(declared: Stage, config: BaseModel, paths: Paths, *, step: str = "") -> list[Need]:
+    """The files that a step reads from places of their own."""
+    places = {name: external.place(config) for name, external in declared.externals.items() if name not in paths}
+    return [
+        Need(step, name, place, declared.externals[name].otherwise)
+        for name, place in places.items()
+        if place is not None
+    ]
+
+
+def get_all(wanted: list[Need], progress: Progress) -> None:
+    """Have all of these files here and checked; where one is out of reach, the error names the others too."""
+    each = {need.place.url: need for need in wanted}
+    for url, need in each.items():
+        try:
+            need.get(progress)
+        except StorageError as error:
+            others = [f"{other.place.label}: {other.option}" for other in each.values() if _is_absent(other, url)]
+            ending = f"; also not on this machine: {'; '.join(others)}" if others else ""
+            raise with_hint(error, f"{error.hint}{ending}") from error
+
+
+def _is_absent(need: Need, but: str) -> bool:
+    return need.place.url != but and need.place.find() is None
+
+
+def absent_sentence(same: list[Need]) -> str:
+    """What to know of a file that is not here, for all steps that read it."""
+    place = same[0].place
+    steps = ", ".join(need.step for need in same if need.step)
+    options = " ".join(need.option for need in same)
+    otherwise = "; or ".join(dict.fromkeys(need.otherwise for need in same if need.otherwise))
+    return (
+        f"{place.label} is not on this machine{f' ({steps})' if steps else ''}: it is downloaded before anything is computed; "
+        f"without network, fetch {place.url} elsewhere and give the file: {options}{f'; or {otherwise}' if otherwise else ''}"
+    )
+
+
+def content_ids(declared: Stage, config: BaseModel, paths: Paths, *, step: str = "") -> dict[str, str]:
+    """External name -> content id, for the key. DigestUnknown where a file has to be downloaded first.
+
+    InputError or CorruptError for given data that is absent or wrong.
+    """
+    found = {name: _identify(declared, config, name, path, step) for name, path in paths.items()}
+    for need in needs(declared, config, paths, step=step):
+        if need.place.is_keyed:
+            found[need.external] = _known_digest(need)
+    return found
+
+
+def check_files(declared: Stage, config: BaseModel, paths: Paths, *, step: str = "") -> None:
+    """InputError or CorruptError for given files that are absent or wrong."""
+    for name, path in paths.items():
+        if declared.externals[name].is_file:
+            _identify(declared, config, name, path, step)
+
+
+def option(external: str, step: str) -> str:
+    return f"--set {step}.paths.{external}=FILE" if step else f"--{external} FILE"
+
+
+def with_hint(error: SmaltiError, hint: str) -> SmaltiError:
+    return type(error)(error.message, path=error.path, hint=hint)
+
+
+def _known_digest(need: Need) -> str:
+    if need.place.sha256 is not None:
+        return need.place.sha256
+    found = need.place.find()
+    if found is None:
+        raise DigestUnknown(f"digest unknown until {need.place.label} is downloaded", path=need.place.url)
+    return need.place.digest(found)
+
+
+def _identify(declared: Stage, config: BaseModel, name: str, path: Path, step: str) -> str:
+    external = declared.externals[name]
+    try:
+        return external.identify(config, path)
+    except (InputError, CorruptError) as error:
+        if error.hint is not None or not external.is_file:
+            raise
+        raise with_hint(error, f"give another: {option(name, step)}") from error
