@@ -21,6 +21,7 @@ from models.generators.rar import Rar
 from pipeline.store import Store
 from smalti.tokens import open_tokens
 from tests.hub import Hub
+from tests.stages.conformance import draw_folder
 
 ROOT = Path(__file__).parents[2]
 MASKGIT = ROOT / "tests" / "golden" / "rar" / "maskgit_vqgan.safetensors"
@@ -133,7 +134,7 @@ def test_a_weight_file_that_is_not_there(tmp_path: Path) -> None:
 RECIPE = """
 title: weights from the hub, and a score by Inception
 steps:
-  images: {stage: index, config: {source: {kind: digits}}}
+  images: {stage: index, config: {source: {kind: folder}}, paths: {images: FOLDER}}
   tokenizer:
     stage: import-weights
     config: {layout: maskgit-vqgan, resolution: 16, hub: {repository: somebody/things, file: maskgit.bin}}
@@ -155,7 +156,8 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr("urllib.request.urlopen", fail)
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    folder = draw_folder(tmp_path / "folder")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("FOLDER", str(folder)))
     return [str(tmp_path / "recipe.yaml"), "--store", str(tmp_path / "store")]
 
 
@@ -204,7 +206,7 @@ def test_run_says_it_before_anything_is_computed(recipe: list[str], hub: Hub, fi
 
 
 def test_the_digest_of_a_download_is_in_the_keys_of_a_recipe(recipe: list[str], hub: Hub, files: Path) -> None:
-    Path(recipe[0]).write_text(RECIPE.split("  tokens:")[0])
+    Path(recipe[0]).write_text(Path(recipe[0]).read_text().split("  tokens:")[0])
     sha256 = hub.keep("somebody/things", "maskgit.bin", (files / "maskgit.bin").read_bytes())
     made = answer("run", *recipe)["steps"][1]
     assert made["state"] == "made"
