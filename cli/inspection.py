@@ -18,6 +18,7 @@ from pipeline.garbage import INTERRUPTED, NAMED, RUNNING, YOUNG, Garbage, survey
 from pipeline.locks import SUFFIX, find_holder
 from pipeline.runlog import last_step, read_attempts, total_seconds
 from pipeline.store import DAMAGED, Store, named_key
+from smalti.counting import counted
 
 AGE = re.compile(r"(\d+(?:\.\d+)?)([smhdw]?)")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -50,7 +51,7 @@ def status(
         typer.echo(f"draft\t{draft['stage']}/{draft['key'][:12]}\t{_sentence(draft)}")
     for aside in damaged:
         typer.echo(f"damaged\t{aside}\tmoved aside; `smalti gc` removes it when it is old")
-    say(f"{len(rows)} artifacts, {len(drafts)} drafts in {store}")
+    say(f"{counted(len(rows), 'artifact')}, {counted(len(drafts), 'draft')} in {store}")
 
 
 @guarded
@@ -70,7 +71,7 @@ def verify(
         try:
             artifact = verify_artifact(path)
             if not json:
-                typer.echo(f"ok\t{artifact.name}\t{len(artifact.files)} files")
+                typer.echo(f"ok\t{artifact.name}\t{counted(len(artifact.files), 'file')}")
         except SmaltiError as error:
             failures.append((path, error))
             say(f"error: {error}", quiet=json)
@@ -83,7 +84,7 @@ def verify(
             path=first.path,
             hint=first.hint,
         )
-    say(f"{len(paths)} artifacts are whole", quiet=json)
+    say(f"{counted(len(paths), 'artifact')} {'is' if len(paths) == 1 else 'are'} whole", quiet=json)
 
 
 @guarded
@@ -154,7 +155,7 @@ def _outcome(garbage: list[Garbage], removed: list[Garbage], yes: bool) -> str:
     if not garbage:
         return "no garbage"
     if not yes:
-        return f"{len(garbage)} folders, {readable_bytes(_total(garbage))}: delete them with --yes"
+        return f"{counted(len(garbage), 'folder')}, {readable_bytes(_total(garbage))}: delete them with --yes"
     left = f" of {len(garbage)}; somebody took up the others meanwhile" if len(removed) < len(garbage) else ""
     return f"removed {len(removed)}{left or ' folders'}, {readable_bytes(_total(removed))}"
 
@@ -194,7 +195,7 @@ def _draft(path: Path) -> dict[str, Any]:
 
 def _sentence(draft: dict[str, Any]) -> str:
     name = f"{draft['name']} " if draft["name"] else ""
-    units = f", {draft['units']} units done" if draft["units"] else ""
+    units = f", {counted(draft['units'], 'unit')} done" if draft["units"] else ""
     step = "" if draft["step"] is None else f", training step {draft['step']}"
     if draft["state"] == "running":
         return f"{name}running on {draft['host']} since {draft['since']} (process {draft['pid']}){step}{units}"

@@ -22,6 +22,7 @@ from pipeline.runner import Made, Planned
 from pipeline.runner import plan as plan_recipe
 from pipeline.runner import run as run_recipe
 from pipeline.store import Store
+from smalti.counting import counted
 from stages import stages
 from stages.image_sizes import check_step_sizes
 
@@ -155,7 +156,7 @@ def _show_plan(recipe: Recipe, planned: list[Planned], as_json: bool) -> None:
     for sentence in _absent_files(planned):
         say(sentence)
     left = sum(item.state != "done" for item in planned)
-    say(f"{left} of {len(planned)} steps to do" if left else f"nothing to do: all {len(planned)} steps are done")
+    say(f"{left} of {counted(len(planned), 'step')} to do" if left else _all_done(len(planned)))
 
 
 def _absent_files(planned: list[Planned]) -> list[str]:
@@ -184,9 +185,16 @@ def _show_results(recipe: Recipe, results: list[tuple[Step, Made]], seconds: flo
     made_now = sum(not made.reused for _, made in results)
     total = sum(_tree_bytes(made.artifact) for _, made in results)
     if made_now:
-        say(f"{made_now} of {len(results)} steps made in {seconds:.0f} s, {readable_bytes(total)} in all", quiet=quiet)
+        say(
+            f"{made_now} of {counted(len(results), 'step')} made in {seconds:.0f} s, {readable_bytes(total)} in all",
+            quiet=quiet,
+        )
     else:
-        say(f"nothing to do: all {len(results)} steps are done ({readable_bytes(total)})", quiet=quiet)
+        say(f"{_all_done(len(results))} ({readable_bytes(total)})", quiet=quiet)
+
+
+def _all_done(steps: int) -> str:
+    return "nothing to do: " + ("the step is done" if steps == 1 else f"all {steps} steps are done")
 
 
 def _result_json(step: Step, made: Made) -> dict[str, Any]:

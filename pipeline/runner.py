@@ -32,6 +32,7 @@ from pipeline.runlog import Attempt
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, Stage, check_kinds
 from pipeline.store import Store
+from smalti.counting import counted
 
 CHECKED_IN_SILENCE = 2**28  # bytes of inputs that take less than a second
 
@@ -313,7 +314,7 @@ def _needs(step: Step) -> list[Need]:
 
 def _heading(draft: Draft, title: str) -> str:
     stage = draft.request.stage
-    again = f", continues after {len(draft.units())} finished units" if draft.units() else ""
+    again = f", continues after {counted(len(draft.units()), 'finished unit')}" if draft.units() else ""
     return f"{f'{title} ({stage})' if title else stage}{again}"
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from smalti.attributes import TokenAttributes
+from smalti.counting import counted
 from smalti.listing import FileEntry
 
 CROISSANT = "http://mlcommons.org/croissant/1.1"
@@ -112,7 +113,7 @@ def _summary(attributes: TokenAttributes) -> str:
     family = attributes.tokenizer.get("family")
     by = f" by a tokenizer of family {family}" if family else ""
     return (
-        f"{attributes.n_images} images of {attributes.name}, {attributes.n_crops} crop(s) of each, turned into "
+        f"{counted(attributes.n_images, 'image')} of {attributes.name}, {counted(attributes.n_crops, 'crop')} of each, turned into "
         f"{attributes.grid[0]} x {attributes.grid[1]} codes out of {attributes.codes}{by}. "
         f"Labels are 0 to {attributes.classes - 1}."
     )

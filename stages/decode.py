@@ -19,6 +19,7 @@ from pipeline.known import Facts, Known, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
+from smalti.counting import counted
 from smalti.tokens import TokenSet, check_codes, check_labels, open_tokens
 from stages.decoding import ImagesConfig, captions, decode_pass, grid_texts, plan_layout, size_facts, write_beside
 from stages.devices import products, threads
@@ -151,7 +152,7 @@ def decode_tokens(config: DecodeConfig, inputs: Inputs, out: Draft, run: Runtime
         "classes": tokens.attributes.classes,
         "tokenizer": tokenizer_identity(inputs["tokenizer"]),
     }
-    out.figure = f"{tokens.n_images:,} images of {layout.width}x{layout.height}"
+    out.figure = f"{counted(tokens.n_images, 'image')} of {layout.width}x{layout.height}"
 
 
 def check_inputs(config: DecodeConfig, tokens: TokenSet, inputs: Inputs) -> TokenizerConfig:
@@ -177,7 +178,9 @@ def check_inputs(config: DecodeConfig, tokens: TokenSet, inputs: Inputs) -> Toke
             path=path,
         )
     if config.crop >= tokens.n_crops:
-        raise InputError(f"crop {config.crop} was asked for, but {path} has {tokens.n_crops} crops", path=path)
+        raise InputError(
+            f"crop {config.crop} was asked for, but {path} has {counted(tokens.n_crops, 'crop')}", path=path
+        )
     check_labels(tokens.labels, tokens.attributes.classes, CorruptError, str(path / "labels"))
     return tokenizer
 
@@ -213,7 +216,7 @@ def _matching(config: DecodeConfig, originals: Artifact, tokens: TokenSet, image
     if len(pictures) != tokens.n_images or (pictures.keys and pictures.keys != tokens.keys):
         raise InputError(
             f"{originals.name} does not hold the images that the codes of {tokens.path} were made of: "
-            f"{len(pictures)} images, expected the {tokens.n_images} of the same keys",
+            f"{counted(len(pictures), 'image')}, expected the {tokens.n_images} of the same keys",
             path=originals.path,
         )
     return pictures.read(0, len(images_NHW3))

@@ -20,6 +20,7 @@ from pipeline.draft import Draft
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
+from smalti.counting import counted
 from stages.class_names import names_of_generator
 from stages.decoding import ImagesConfig, captions, decode_pass, grid_texts, plan_layout, size_facts, write_beside
 from stages.devices import pick_device, products, threads
@@ -102,7 +103,7 @@ def generate_images(config: GenerateConfig, inputs: Inputs, out: Draft, run: Run
         "classes": card.classes,
         "tokenizer": card.tokenizer,
     }
-    out.figure = f"{config.images:,} samples of {len(np.unique(labels_I))} classes, {images.width}x{images.height}"
+    out.figure = f"{counted(config.images, 'sample')} of {counted(len(np.unique(labels_I)), 'class')}, {images.width}x{images.height}"
 
 
 def generate_shard(spec: GenerateSpec, number: int) -> dict[str, bytes]:

@@ -19,6 +19,7 @@ from pipeline.keys import config_value
 from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, read, stage
+from smalti.counting import counted
 from stages.discriminators import DiscriminatorCard
 from stages.foreign import identify_file, read_state
 from stages.identity import digest_of
@@ -152,7 +153,7 @@ def import_generator(
         "tokenizer": card.tokenizer,
         "weights": hash_file(path),
     }
-    out.figure = f"{config.layout}{size}, {parameters:,} parameters"
+    out.figure = f"{config.layout}{size}, {counted(parameters, 'parameter')}"
 
 
 def make_card(config: ImportConfig, found: Any, path: Path) -> GeneratorCard:
@@ -184,7 +185,7 @@ def import_tokenizer(config: ImportConfig, out: Draft, state: Mapping[str, torch
         "weights": hash_file(path),
         **({"image_size": config.resolution} if config.resolution else {}),
     }
-    out.figure = f"{config.layout}, {codes:,} codes, {parameters:,} parameters"
+    out.figure = f"{config.layout}, {counted(codes, 'code')}, {counted(parameters, 'parameter')}"
 
 
 def import_discriminator(config: ImportConfig, out: Draft, state: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -200,7 +201,7 @@ def import_discriminator(config: ImportConfig, out: Draft, state: Mapping[str, t
         "parameters": parameters,
         "weights": hash_file(path),
     }
-    out.figure = f"{found.config.kind} discriminator, {parameters:,} parameters"
+    out.figure = f"{found.config.kind} discriminator, {counted(parameters, 'parameter')}"
 
 
 def recognise(config: ImportConfig, state: Mapping[str, torch.Tensor], path: Path) -> Any:

@@ -42,6 +42,7 @@ from pipeline.keys import NEUTRAL
 from pipeline.known import Facts, KnownInputs, Origin
 from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, stage
+from smalti.counting import counted
 
 MOST_NAMES = 1000  # class names in the manifest; a larger list stays in images.json
 BAD_IMAGES = "bad-images.txt"
@@ -138,7 +139,7 @@ def index_images(config: IndexConfig, inputs: Inputs, out: Draft, run: Runtime) 
         check_unchanged(listing, out, root)
         if "exclude" in run.paths:
             found, listing = len(listing), exclude(listing, run.paths["exclude"])
-            run.progress.say(f"  excluded: {found - len(listing)} of {found} images")
+            run.progress.say(f"  excluded: {found - len(listing)} of {counted(found, 'image')}")
         report_left_out(listing, run)
         images = ImageSet(listing, source=config.source, decode=config.decode, root=root)
         kept, skipped = keep_good(images, find_problems(config, images, run), run)
@@ -190,7 +191,10 @@ def keep_good(images: ImageSet, problems: Sequence[Problem], run: Runtime) -> tu
 def refuse_problems(images: ImageSet, problems: Sequence[Problem], *, left: int, run: Runtime) -> None:
     """BadImages if the policy does not leave the problems out; a file in the log lists them as --exclude reads them."""
     policy, unread = images.decode_policy, sum(not problem.is_fixed for problem in problems)
-    refusal, setting = f"{len(problems)} of {len(problems) + left} images below {images.folder} cannot be used", SKIP
+    refusal, setting = (
+        f"{len(problems)} of {len(problems) + left} images below {images.folder} cannot be used",
+        SKIP,
+    )
     if policy.corrupt == "skip":
         if 0 < policy.max_skipped < len(problems):
             refusal += f", {policy.max_skipped} may be skipped"
@@ -228,7 +232,8 @@ def describe(out: Draft, images: ImageSet, *, skipped: int) -> None:
         "source": images.source.kind,
         "split": images.source.split,
     }
-    counted = f"{len(images)} image{'s' * (len(images) != 1)}, {classes} class{'es' * (classes != 1)}"
-    out.figure = counted + (f", {skipped} skipped" if skipped else "")
+    out.figure = f"{counted(len(images), 'image')}, {counted(classes, 'class')}" + (
+        f", {skipped} skipped" if skipped else ""
+    )
     if classes <= MOST_NAMES:
         out.facts["class_names"] = images.classes

@@ -20,6 +20,7 @@ from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.arrays import MappedArray
+from smalti.counting import counted
 from stages.code_usage import CodeUsage
 from stages.devices import pick_device
 from stages.encoding import ENCODER, ENCODER_WEIGHTS
@@ -58,7 +59,7 @@ def foresee(config: KMeansConfig, inputs: KnownInputs) -> Facts:
         rows = images * views * height * width
         if rows < config.clusters:
             raise inputs.refusal(
-                f"wants {config.clusters} clusters, but {features.name} has {rows} features of {images} images",
+                f"wants {counted(config.clusters, 'cluster')}, but {features.name} has {counted(rows, 'feature')} of {counted(images, 'image')}",
                 hint="lower clusters, or extract features of more images",
             )
     return {
@@ -106,9 +107,13 @@ def read_sample(features: Artifact, config: KMeansConfig) -> NDArray[np.float32]
     array = MappedArray(features.file("features/zarr.json").parent)
     rows = int(np.prod(array.shape[:-1]))
     if rows < config.clusters or config.max_rows < config.clusters:
-        found = f"{features.name} has {rows} features" if rows < config.clusters else f"max_rows is {config.max_rows}"
+        found = (
+            f"{features.name} has {counted(rows, 'feature')}"
+            if rows < config.clusters
+            else f"max_rows is {config.max_rows}"
+        )
         raise InputError(
-            f"{config.clusters} clusters need at least as many features, but {found}",
+            f"{counted(config.clusters, 'cluster')} need at least as many features, but {found}",
             path=features.path,
             hint="lower clusters, or extract features of more images",
         )

@@ -17,6 +17,7 @@ from pipeline.keys import canonical_bytes
 from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
+from smalti.counting import counted
 from smalti.tokens import TokenSet, open_tokens
 from stages.identity import check_same_tokenizer, tokenizer_identity
 from stages.reservoir import smallest_rows
@@ -138,7 +139,7 @@ def measure(
         predicted_M = model.predict(vectors(held_out, rows_M, centroids_KD))
     iterations = int(model.n_iter_.max())
     if iterations >= config.iterations:
-        run.progress.say(f"  the probe stopped after {iterations} steps without having converged")
+        run.progress.say(f"  the probe stopped after {counted(iterations, 'step')} without having converged")
     return {
         "accuracy": share_right(predicted_M, held_out.labels_of(rows_M)),
         "train_accuracy": share_right(predicted_N, labels_N),

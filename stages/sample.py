@@ -25,6 +25,7 @@ from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
 from smalti.attributes import TokenAttributes
+from smalti.counting import counted
 from smalti.tokens import open_tokens
 from stages.class_names import names_of_generator
 from stages.devices import Precision, products, threads
@@ -90,7 +91,7 @@ def foresee(config: SampleConfig, inputs: KnownInputs) -> Facts:
     check_guidance(config.sampling, generator.name, generator.facts, inputs)
     if config.order is not None and grid and sorted(config.order) != list(range(grid[0] * grid[1])):
         raise inputs.refusal(
-            f"gives an order of {len(config.order)} positions, but an image has {grid[0] * grid[1]} codes, and each has to be "
+            f"gives an order of {counted(len(config.order), 'position')}, but an image has {counted(grid[0] * grid[1], 'code')}, and each has to be "
             "named once"
         )
     labels = {"labels": max(config.classes) + 1} if config.classes else {}
@@ -143,7 +144,7 @@ def draw_samples(config: SampleConfig, inputs: Inputs, out: Draft, run: Runtime)
         "classes": card.classes,
         "tokenizer": card.tokenizer,
     }
-    out.figure = f"{config.images:,} samples of {len(np.unique(labels_I))} classes"
+    out.figure = f"{counted(config.images, 'sample')} of {counted(len(np.unique(labels_I)), 'class')}"
 
 
 def known_card(inputs: Inputs) -> GeneratorCard:

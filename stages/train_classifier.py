@@ -17,6 +17,7 @@ from pipeline.images.views import ShiftViews
 from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
+from smalti.counting import counted
 from stages.known_images import NOT_YET, check_rgb, check_seen, common_pixels
 from stages.training.config import AdamW, OneCycle, TrainingConfig
 from stages.weights import config_json, save_weights
@@ -155,7 +156,7 @@ def check_classes(config: TrainClassifierConfig, artifact: Artifact) -> None:
     found = len(ImageSet.open(artifact.path).classes)
     if found != config.model.classes:
         raise UsageError(
-            f"model.classes is {config.model.classes}, but {artifact.name} has {found} classes",
+            f"model.classes is {config.model.classes}, but {artifact.name} has {counted(found, 'class')}",
             path=artifact.path,
             hint="leave model.classes out, and give images and held-out images of the same classes",
         )

@@ -20,6 +20,7 @@ from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.attributes import TokenAttributes
+from smalti.counting import counted
 from stages.class_names import names_of_tokens
 from stages.known_codes import can_be_guided, check_guidance, check_labels
 from stages.networks import GeneratorCard, NetworkFile, join_tokenizer
@@ -230,7 +231,7 @@ def count(config: TrainGeneratorConfig, card: GeneratorCard, tokens: TrainingTok
     except ValueError as error:
         raise InputError(str(error)) from error
     save(out, network, card, {})
-    out.figure = f"counted {len(tokens)} code sequences"
+    out.figure = f"counted {counted(len(tokens), 'code sequence')}"
 
 
 def learn(
@@ -261,7 +262,7 @@ def learn(
     on_held_out = f" (held-out {outcome.figures['loss']:.2f})" if held_out else ""
     losses = {"loss": round(outcome.loss, 6), **({"held_out": measured} if measured else {})}
     save(out, outcome.task.network, card, losses)
-    out.figure = f"loss {outcome.loss:.2f}{on_held_out} after {config.training.steps} steps"
+    out.figure = f"loss {outcome.loss:.2f}{on_held_out} after {counted(config.training.steps, 'step')}"
 
 
 def save(out: Draft, network: nn.Module, card: GeneratorCard, losses: dict[str, Any]) -> None:

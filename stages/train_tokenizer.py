@@ -13,6 +13,7 @@ from pipeline.draft import Draft
 from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, stage
+from smalti.counting import counted
 from stages.identity import digest_of
 from stages.training.config import AdamW, OneCycle, TokenizerLearning, TrainingConfig
 from stages.training.inputs import HELD_OUT, IMAGES, START, WEIGHTS, check_images, check_known_start, check_start
@@ -106,7 +107,7 @@ def where(inputs: Inputs) -> str:
 
 def describe(out: Draft, task: TokenizerTask, psnr: float, run: Runtime, *, where: str) -> None:
     """What later stages and people need to know of a tokenizer that was trained on images."""
-    run.progress.say(f"  counting the codes in use in {len(task.images):,} images")
+    run.progress.say(f"  counting the codes in use in {counted(len(task.images), 'image')}")
     model, size, used = task.tokenizer.config, task.config.views.size, task.used_codes()
     out.facts = {
         "codebook_size": model.codebook_size,

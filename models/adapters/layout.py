@@ -26,13 +26,16 @@ class Difference:
         return "surplus" if self.wanted is None else "misshapen"
 
 
+def how_many(differences: Sequence[Difference]) -> str:
+    """ "1 tensor that differs", "2 tensors that differ"."""
+    return "1 tensor that differs" if len(differences) == 1 else f"{len(differences)} tensors that differ"
+
+
 class LayoutError(ValueError):
     """A state dict does not fit; `differences` lists every tensor, and so does the message, as a table."""
 
     def __init__(self, subject: str, differences: Sequence[Difference]):
-        super().__init__(
-            f"the weights are not those of {subject}: {len(differences)} tensors that differ\n{table(differences)}"
-        )
+        super().__init__(f"the weights are not those of {subject}: {how_many(differences)}\n{table(differences)}")
         self.subject = subject
         self.differences = tuple(differences)
 

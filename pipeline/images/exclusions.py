@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.errors import InputError
 from pipeline.images.listing import Listing, Problem, name_some
+from smalti.counting import counted
 
 COMMENT = "#"
 
@@ -67,7 +68,7 @@ def exclude(listing: Listing, file: Path) -> Listing:
 
 def write_exclusions(problems: Sequence[Problem], before: Sequence[str] = ()) -> str:
     """The text of a list that leaves these out, with the reason above each, and what was left out `before`."""
-    head = f"{COMMENT} {len(problems)} bad images, as `smalti index --exclude` reads them\n"
+    head = f"{COMMENT} {counted(len(problems), 'bad image')}, as `smalti index --exclude` reads them\n"
     bad = "".join(f"{COMMENT} {reason}:\n{key}\n" for key, reason, _ in problems)
     return head + bad + "".join([f"{COMMENT} left out before:\n" if before else "", *(f"{path}\n" for path in before)])
 

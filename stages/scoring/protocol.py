@@ -14,6 +14,7 @@ from pipeline.images.views import CenterViews
 from pipeline.keys import NEUTRAL
 from pipeline.known import Facts, Known, KnownInputs
 from pipeline.stage import Inputs
+from smalti.counting import counted
 from stages.image_files import Pictures
 from stages.networks import read_classifier_config
 
@@ -135,19 +136,19 @@ def _check_known_classes(images: Known, judges: list[Known], inputs: KnownInputs
     for judge in judges:
         if classes > judge.get("classes", classes):
             raise inputs.refusal(
-                f"scores images of {classes} classes ({images.name}), but {judge.name} judges {judge.get('classes')} classes"
+                f"scores images of {counted(classes, 'class')} ({images.name}), but {judge.name} judges {judge.get('classes')} classes"
             )
 
 
 def _check_known_counts(config: ScoreConfig, inputs: KnownInputs) -> None:
     """There are enough images for each figure."""
-    counted = [judge.get("features", 1) for judge in inputs.all("classifiers")]
-    features = [INCEPTION_FEATURES] if config.extractor == "inception" else counted
+    of_judges = [judge.get("features", 1) for judge in inputs.all("classifiers")]
+    features = [INCEPTION_FEATURES] if config.extractor == "inception" else of_judges
     for known in (inputs["images"], inputs["reference"]):
         for what, needed in needed_images(config, features).items():
             if known.get("images", needed) < needed:
                 raise inputs.refusal(
-                    f"measures {what}, which needs at least {needed} images, but {known.name} has {known.get('images')}"
+                    f"measures {what}, which needs at least {counted(needed, 'image')}, but {known.name} has {known.get('images')}"
                 )
 
 
@@ -246,7 +247,7 @@ def check_counts(config: ScoreConfig, images: int, reference: int, features: lis
     for what, needed in needed_images(config, features).items():
         for name, found in (("images", images), ("reference", reference)):
             if found < needed:
-                raise InputError(f"{what} needs at least {needed} images, but {name} has {found}")
+                raise InputError(f"{what} needs at least {counted(needed, 'image')}, but {name} has {found}")
 
 
 def have_these_extractors(metrics: Mapping[str, Any], config: ScoreConfig, inputs: Inputs) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.adapters.layout import compare, shapes, table
+from models.adapters.layout import compare, how_many, shapes, table
 from pipeline.draft import SCRATCH, Draft
 from pipeline.errors import CorruptError, NumericError
 from stages.weights import write_tensors
@@ -76,8 +76,7 @@ def check_fits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: 
     differences = compare(shapes(found), shapes(wanted))
     if differences:
         raise CorruptError(
-            f"the checkpoint {path} belongs to another training: {len(differences)} tensors that differ\n"
-            + table(differences),
+            f"the checkpoint {path} belongs to another training: {how_many(differences)}\n" + table(differences),
             path=path,
             hint="remove the draft folder to begin anew",
         )

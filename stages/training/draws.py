@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
+from smalti.counting import counted
 from smalti.epoch import exact_order
 
 # B rows of a global batch, N rows of the data
@@ -37,7 +38,8 @@ def rows_of_step(step: int, *, rows: int, batch: int, seed: int) -> Rows_B:
     """
     if batch > rows:
         raise UsageError(
-            f"training.batch is {batch}, but there are only {rows} rows to train on", hint="lower training.batch"
+            f"training.batch is {batch}, but there are only {counted(rows, 'row')} to train on",
+            hint="lower training.batch",
         )
     epoch, place = divmod(step, rows // batch)
     return _order(rows, seed, epoch)[place * batch : (place + 1) * batch]

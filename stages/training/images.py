@@ -13,6 +13,7 @@ from pipeline.artifact import Artifact
 from pipeline.images import ImageSet, ViewPolicy
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs
+from smalti.counting import counted
 from stages.passes import Pass
 from stages.training.draws import stream
 from stages.training.inputs import HELD_OUT
@@ -68,10 +69,9 @@ class TrainingImages:
 def open_images(inputs: Inputs, run: Runtime, *, views: ViewPolicy, seed: int) -> tuple[TrainingImages, TrainingImages]:
     """The images to train on, and those to judge by: the held-out ones, if they are given."""
     artifacts = [inputs["images"], *inputs.all(HELD_OUT)]
-    counts = [f"{artifact.facts['images']:,}" for artifact in artifacts]
-    run.progress.say(
-        f"  reading {' images and '.join(counts)}{' held-out' * (len(counts) - 1)} images, building the networks"
-    )
+    words = ["image", "held-out image"]
+    counts = [counted(artifact.facts["images"], word) for artifact, word in zip(artifacts, words, strict=False)]
+    run.progress.say(f"  reading {' and '.join(counts)}, building the networks")
     opened = [TrainingImages(artifact, views=views, seed=seed) for artifact in artifacts]
     return opened[0], opened[-1]
 

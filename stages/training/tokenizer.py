@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.losses.adversarial import Adversary, as_in_training
 from models.metrics import psnr
 from models.tokenizer import DecoderPass, Reconstructed, Tokenizer, TokenizerPass, to_bytes
+from smalti.counting import counted
 from stages.code_usage import CodeUsage
 from stages.passes import run_passes
 from stages.training.codebook import collapse, collapsed
@@ -144,7 +145,7 @@ class TokenizerTask(Task):
         rows, columns = self.tokenizer.grid(self.config.views.size, self.config.views.size)
         sentence = collapse(self.tokenizer.config, dead=stats["dead"], tokens=training.batch * rows * columns)
         self._has_warned = sentence is not None
-        return sentence and f"after {step + 1} steps {sentence}"
+        return sentence and f"after {counted(step + 1, 'step')} {sentence}"
 
     def final_warning(self, used: int) -> str | None:
         """Advice if the result uses few of its codes. used: codes that occur in the upright views of the training images."""
