@@ -148,7 +148,7 @@ def _check_known_counts(config: ScoreConfig, inputs: KnownInputs) -> None:
         for what, needed in needed_images(config, features).items():
             if known.get("images", needed) < needed:
                 raise inputs.refusal(
-                    f"measures {what}, which needs at least {counted(needed, 'image')}, but {known.name} has {known.get('images')}"
+                    f"measures {what}, which needs at least {needed} images, but {known.name} has {known.get('images')}"
                 )
 
 
@@ -247,7 +247,7 @@ def check_counts(config: ScoreConfig, images: int, reference: int, features: lis
     for what, needed in needed_images(config, features).items():
         for name, found in (("images", images), ("reference", reference)):
             if found < needed:
-                raise InputError(f"{what} needs at least {counted(needed, 'image')}, but {name} has {found}")
+                raise InputError(f"{what} needs at least {needed} images, but {name} has {found}")
 
 
 def have_these_extractors(metrics: Mapping[str, Any], config: ScoreConfig, inputs: Inputs) -> bool:

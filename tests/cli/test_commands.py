@@ -200,7 +200,7 @@ def test_status_verify_and_gc(smalti: Any, tmp_path: Path) -> None:
     assert one_object(smalti("verify tiny/sum --json")) == {"verified": 1}
     assert one_object(smalti("gc --yes --json"))["kept"] == {"named": 2, "young": 1}
     (garbage,) = one_object(smalti("gc --older-than 0 --json"))["garbage"]
-    assert "1 folders" in smalti("gc --older-than 0s").stderr
+    assert "1 folder," in smalti("gc --older-than 0s").stderr
     assert Path(garbage["path"]).exists()
     assert one_object(smalti("gc --older-than 0 --yes --json"))["removed"] == [garbage]
     assert not Path(garbage["path"]).exists()
