@@ -14,7 +14,7 @@ from cli.output import guarded, pictures_of, print_json, print_table, readable_b
 from pipeline.artifact import Artifact
 from pipeline.config import unknown_key
 from pipeline.errors import UsageError
-from pipeline.externals import Need, absent_sentence
+from pipeline.externals import absent_sentences
 from pipeline.foresight import check_recipe
 from pipeline.recipe import STEP_NAME, Recipe, Step, dump_schema, load_recipe
 from pipeline.runlog import total_seconds
@@ -153,19 +153,10 @@ def _show_plan(recipe: Recipe, planned: list[Planned], as_json: bool) -> None:
         return
     rows = [[item.step.name, item.step.stage.name, item.state, item.reason] for item in planned]
     print_table(f"{recipe.name}: {recipe.title}", ["step", "stage", "state", "reason"], rows)
-    for sentence in _absent_files(planned):
+    for sentence in absent_sentences([need for item in planned for need in item.absent]):
         say(sentence)
     left = sum(item.state != "done" for item in planned)
     say(f"{left} of {counted(len(planned), 'step')} to do" if left else _all_done(len(planned)))
-
-
-def _absent_files(planned: list[Planned]) -> list[str]:
-    """A sentence for each file that is not here: who reads it, how it comes, how to do without."""
-    found: dict[str, list[Need]] = {}
-    for item in planned:
-        for need in item.absent:
-            found.setdefault(need.place.url, []).append(need)
-    return [absent_sentence(needs) for needs in found.values()]
 
 
 def _show_results(recipe: Recipe, results: list[tuple[Step, Made]], seconds: float, as_json: bool, quiet: bool) -> None:

@@ -25,7 +25,7 @@ from cli.sources import Unmade, bring, find_made
 from pipeline.artifact import Artifact
 from pipeline.config import KIND, parse_config
 from pipeline.errors import InputError, UsageError
-from pipeline.externals import DigestUnknown, Need, absent_sentence, needs
+from pipeline.externals import DigestUnknown, Need, absent_sentences, needs
 from pipeline.foresight import settle
 from pipeline.recipe import parse_setting, parse_yaml, put_setting
 from pipeline.runner import Made, Options, make, make_request
@@ -224,8 +224,8 @@ def show_plan(
         print_json(found | {"absent": [need.as_json() for need in absent]})
         return
     typer.echo(f"# {sentence}\n{plain_yaml(found['config'])}", nl=False)
-    for need in absent:
-        say(absent_sentence([need]), quiet=values["quiet"])
+    for said in absent_sentences(absent):
+        say(said, quiet=values["quiet"])
 
 
 def _unsettled(declared: Stage, settings: Mapping[str, Any]) -> dict[str, Any]:

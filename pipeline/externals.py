@@ -42,12 +42,6 @@ class Need:
         """Whether the key cannot be known before the file is here."""
         return self.place.is_keyed and self.place.sha256 is None and self.place.find() is None
 
-    @property
-    def advice(self) -> str:
-        """What to do when it cannot be downloaded."""
-        ending = f"; or {self.otherwise}" if self.otherwise else ""
-        return f"fetch {self.place.url} on a machine with network and give the file: {self.option}{ending}"
-
     def as_json(self) -> dict[str, Any]:
         place = self.place
         found = {"external": self.external, "file": place.file, "url": place.url, "sha256": place.sha256}
@@ -66,7 +60,7 @@ class Need:
         try:
             return self.place.fetch(progress)
         except (StorageError, InputError) as error:
-            raise with_hint(error, self.advice) from error
+            raise with_hint(error, _instead([self])) from error
 
 
 def needs(declared: Stage, config: BaseModel, paths: Paths, *, step: str = "") -> list[Need]:
@@ -81,30 +75,46 @@ def needs(declared: Stage, config: BaseModel, paths: Paths, *, step: str = "") -
 
 def get_all(wanted: list[Need], progress: Progress) -> None:
     """Have all of these files here and checked; where one is out of reach, the error names the others too."""
-    each = {need.place.url: need for need in wanted}
-    for url, need in each.items():
+    files = _by_file(wanted)
+    for same in files:
         try:
-            need.get(progress)
+            same[0].get(progress)
         except StorageError as error:
-            others = [f"{other.place.label}: {other.option}" for other in each.values() if _is_absent(other, url)]
-            ending = f"; also not on this machine: {'; '.join(others)}" if others else ""
-            raise with_hint(error, f"{error.hint}{ending}") from error
+            others = [other for other in files if other is not same and other[0].place.find() is None]
+            also = "; ".join(f"{other[0].place.label}: {_options(other)}" for other in others)
+            ending = f"; also not on this machine: {also}" if also else ""
+            raise with_hint(error, f"{_instead(same)}{ending}") from error
 
 
-def _is_absent(need: Need, but: str) -> bool:
-    return need.place.url != but and need.place.find() is None
+def absent_sentences(absent: list[Need]) -> list[str]:
+    """What to know of each file that is not here, for all steps that read it."""
+    return [_absent_sentence(same) for same in _by_file(absent)]
 
 
-def absent_sentence(same: list[Need]) -> str:
-    """What to know of a file that is not here, for all steps that read it."""
-    place = same[0].place
+def _absent_sentence(same: list[Need]) -> str:
     steps = ", ".join(need.step for need in same if need.step)
-    options = " ".join(need.option for need in same)
-    otherwise = "; or ".join(dict.fromkeys(need.otherwise for need in same if need.otherwise))
     return (
-        f"{place.label} is not on this machine{f' ({steps})' if steps else ''}: it is downloaded before anything is computed; "
-        f"without network, fetch {place.url} elsewhere and give the file: {options}{f'; or {otherwise}' if otherwise else ''}"
+        f"{same[0].place.label} is not on this machine{f' ({steps})' if steps else ''}: "
+        f"it is downloaded before anything is computed; without network, {_instead(same)}"
     )
+
+
+def _instead(same: list[Need]) -> str:
+    """What to do about a file that cannot be downloaded."""
+    otherwise = "".join(f"; or {words}" for words in dict.fromkeys(need.otherwise for need in same) if words)
+    return f"fetch {same[0].place.url} on a machine with network and give the file: {_options(same)}{otherwise}"
+
+
+def _options(same: list[Need]) -> str:
+    return " ".join(need.option for need in same)
+
+
+def _by_file(wanted: list[Need]) -> list[list[Need]]:
+    """The needs of each file."""
+    found: dict[str, list[Need]] = {}
+    for need in wanted:
+        found.setdefault(need.place.url, []).append(need)
+    return list(found.values())
 
 
 def content_ids(declared: Stage, config: BaseModel, paths: Paths, *, step: str = "") -> dict[str, str]:

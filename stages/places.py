@@ -29,7 +29,7 @@ from stages.foreign import SUFFIXES
 
 NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)/(?P<file>[\w./-]+)(@(?P<revision>[\w./-]+))?")
 DIGEST = re.compile("[0-9a-f]{64}")
-PATIENCE = 3.0  # seconds until a server that does not answer counts as out of reach
+PATIENCE = 2.5  # seconds until a server that does not answer counts as out of reach
 STALL = 30.0  # seconds without a byte after which a download is given up
 MEGABYTE = 1_000_000
 
@@ -271,9 +271,9 @@ def _answer(ask: Callable[[], object]) -> None:
 
     Thread(target=wait, daemon=True).start()
     try:
-        error = outcome.get(timeout=_patience() + 0.5)
+        error = outcome.get(timeout=_patience() + 0.25)
     except Empty:
-        raise TimeoutError("no answer") from None
+        raise TimeoutError(f"no answer within {_patience():g} s; HF_HUB_ETAG_TIMEOUT sets how long to wait") from None
     if error is not None:
         raise error
 
