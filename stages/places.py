@@ -29,7 +29,7 @@ from stages.foreign import SUFFIXES
 
 NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)/(?P<file>[\w./-]+)(@(?P<revision>[\w./-]+))?")
 DIGEST = re.compile("[0-9a-f]{64}")
-PATIENCE = 2.5  # seconds until a server that does not answer counts as out of reach
+PATIENCE = 2.0  # seconds until a server that does not answer counts as out of reach
 STALL = 30.0  # seconds without a byte after which a download is given up
 MEGABYTE = 1_000_000
 

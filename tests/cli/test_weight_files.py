@@ -140,6 +140,7 @@ steps:
     config: {layout: maskgit-vqgan, resolution: 16, hub: {repository: somebody/things, file: maskgit.bin}}
   tokens: {stage: pretokenize, inputs: {images: images, tokenizer: tokenizer}}
   reconstructions: {stage: decode, inputs: {tokens: tokens, tokenizer: tokenizer, originals: images}}
+  again: {stage: score, inputs: {images: reconstructions, reference: images}, config: {extractor: inception}}
   score:
     stage: score
     inputs: {images: reconstructions, reference: images}
@@ -197,7 +198,7 @@ def test_run_says_it_before_anything_is_computed(recipe: list[str], hub: Hub, fi
     done = smalti("run", *recipe)
     assert done.exit_code == 74, done.output
     assert "(the Inception weights) is not on this machine" in done.stderr
-    assert "--set score.paths.weights=FILE" in done.stderr
+    assert "--set again.paths.weights=FILE --set score.paths.weights=FILE" in done.stderr
     assert "also not on this machine: vgg16-397923af.pth" in done.stderr
     lost = smalti("run", *recipe, "--set", "tokenizer.paths.weights=absent.bin")
     assert lost.exit_code == 3
