@@ -100,7 +100,10 @@ def path(
     here = Store(store)
     drafts = here.find_drafts(name)
     try:
-        found = {"path": str(here.locate(name)), "state": "done"}
+        artifact = here.locate(name)
+        if not artifact.exists():
+            raise InputError(f"{name} names {artifact}, which is not there", path=artifact, hint="run its recipe again")
+        found = {"path": str(artifact), "state": "done"}
     except InputError:
         if len(drafts) != 1:
             raise
@@ -155,9 +158,9 @@ def _outcome(garbage: list[Garbage], removed: list[Garbage], yes: bool) -> str:
     if not garbage:
         return "no garbage"
     if not yes:
-        return f"{counted(len(garbage), 'folder')}, {readable_bytes(_total(garbage))}: delete them with --yes"
-    left = f" of {len(garbage)}; somebody took up the others meanwhile" if len(removed) < len(garbage) else ""
-    return f"removed {len(removed)}{left or ' folders'}, {readable_bytes(_total(removed))}"
+        return f"{counted(len(garbage), 'folder')}, {readable_bytes(_total(garbage))}: delete with --yes"
+    left = "; others were taken up meanwhile" if len(removed) < len(garbage) else ""
+    return f"removed {counted(len(removed), 'folder')}, {readable_bytes(_total(removed))}{left}"
 
 
 def _kept(kept: Mapping[str, int], older_than: str) -> str:
@@ -187,7 +190,7 @@ def _draft(path: Path) -> dict[str, Any]:
         "state": "running" if holder else "interrupted",
         "host": holder.host if holder else last.get("host"),
         "pid": holder.pid if holder else None,
-        "since": holder.since if holder else last.get("started"),
+        "since": holder.since if holder else str(last.get("started", "")).replace("T", " ")[:19],
         "units": len(read_units(path)),
         "step": last_step(path / LOG),
     }
@@ -199,7 +202,8 @@ def _sentence(draft: dict[str, Any]) -> str:
     step = "" if draft["step"] is None else f", training step {draft['step']}"
     if draft["state"] == "running":
         return f"{name}running on {draft['host']} since {draft['since']} (process {draft['pid']}){step}{units}"
-    return f"{name}interrupted on {draft['host']}, where it began {draft['since']}{step}{units}; continues when it is asked for"
+    began = f" on {draft['host']}, where it began {draft['since']}" if draft["host"] else ""
+    return f"{name}interrupted{began}{step}{units}; continues when it is asked for"
 
 
 def _existing(store: Path) -> Store:

@@ -24,6 +24,7 @@ from cli.output import guarded, pictures_of, plain_yaml, print_json, say
 from cli.sources import Unmade, bring, find_made
 from pipeline.artifact import Artifact
 from pipeline.config import KIND, parse_config
+from pipeline.draft import Request
 from pipeline.errors import InputError, UsageError
 from pipeline.externals import DigestUnknown, Need, absent_sentences, needs
 from pipeline.foresight import settle
@@ -37,6 +38,11 @@ from stages.image_sizes import IMAGES, check_sizes, check_unmade_sizes
 
 SCALARS = (int, float, str, bool)
 AUTO = "auto"
+STATES = {
+    "done": "is there already",
+    "run": "would be made",
+    "damaged": "is damaged: it would be moved aside and made again",
+}
 ALL = "All settings, also those of other kinds: smalti config {}"
 
 Values = dict[str, Any]
@@ -208,10 +214,10 @@ def show_plan(
         config = _settle(declared, settings, inputs, values, lambda text: say(text, quiet=values["quiet"]))
         absent = [need for need in needs(declared, config, paths) if need.place.find() is None]
         request = make_request(declared, config, inputs, paths)
-        state = "done" if store.is_current(request) else "run"
+        state = _state(request, store, is_forced=values["force"])
         found |= {"key": request.key, "state": state, "config": config.model_dump(mode="json")}
-        absent = absent if state == "run" else []
-        sentence = f"{declared.name}/{request.key}: {'is there already' if state == 'done' else 'would be made'}"
+        absent = [] if state == "done" else absent
+        sentence = f"{declared.name}/{request.key}: {STATES[state]}"
     except Unmade as unmade:
         if str(unmade) == values.get(IMAGES):
             check_unmade_sizes(declared, settings, str(unmade))
@@ -226,6 +232,12 @@ def show_plan(
     typer.echo(f"# {sentence}\n{plain_yaml(found['config'])}", nl=False)
     for said in absent_sentences(absent):
         say(said, quiet=values["quiet"])
+
+
+def _state(request: Request, store: Store, *, is_forced: bool) -> str:
+    if store.damage(request.stage, request.key) is not None:
+        return "damaged"
+    return "done" if store.is_current(request) and not is_forced else "run"
 
 
 def _unsettled(declared: Stage, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,11 +6,13 @@ it reads, and what that was made from. Removing holds the store still: nobody ta
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from pipeline import durable
@@ -24,6 +26,7 @@ from smalti.limits import parse_json
 Name = tuple[str, str]
 """(stage, key)."""
 
+KEY = re.compile(r"[0-9a-f]{64}")
 NAMED, RUNNING, INTERRUPTED, YOUNG = "named", "running", "interrupted", "young"
 
 
@@ -50,9 +53,14 @@ def survey(store: Store, *, older_than: float = 0.0, drafts: bool = False) -> Su
     that are older count as garbage, too. CorruptError where it cannot be known what an artifact reads.
     """
     roots = _roots(store, older_than=older_than, drafts=drafts)
-    reached = {reason: _closure(store, names) for reason, names in roots.items()}
+    reads = cache(
+        lambda name: [*_reads(store.partial(*name)), *_reads(store.path(*name))]
+    )  # it may be committed just now
+    reached = {reason: _closure(names, reads) for reason, names in roots.items()}
     garbage, kept = [], Counter[str]()
     for path in store.folders():
+        if not KEY.fullmatch(named_key(path)[1]):
+            continue  # a folder that is not ours
         reason = _reason_to_stay(path, store, roots, reached, older_than)
         if reason is None:
             garbage.append(Garbage(path, _tree_bytes(path)))
@@ -105,7 +113,7 @@ def _reason_to_stay(
     return next((reason for reason, names in reached.items() if name in names), None)
 
 
-def _closure(store: Store, names: Iterable[Name]) -> set[Name]:
+def _closure(names: Iterable[Name], reads: Callable[[Name], list[Name]]) -> set[Name]:
     """These and all that they were made from."""
     reached: set[Name] = set()
     todo = list(names)
@@ -113,10 +121,7 @@ def _closure(store: Store, names: Iterable[Name]) -> set[Name]:
         name = todo.pop()
         if name not in reached:
             reached.add(name)
-            todo += [
-                *_reads(store.partial(*name)),
-                *_reads(store.path(*name)),
-            ]  # in this order: it may be committed just now
+            todo += reads(name)
     return reached
 
 

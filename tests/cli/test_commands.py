@@ -200,7 +200,7 @@ def test_status_verify_and_gc(smalti: Any, tmp_path: Path) -> None:
     assert one_object(smalti("verify tiny/sum --json")) == {"verified": 1}
     assert one_object(smalti("gc --yes --json"))["kept"] == {"named": 2, "young": 1}
     (garbage,) = one_object(smalti("gc --older-than 0 --json"))["garbage"]
-    assert "1 folder," in smalti("gc --older-than 0s").stderr
+    assert "1 folder, " in smalti("gc --older-than 0s").stderr
     assert Path(garbage["path"]).exists()
     assert one_object(smalti("gc --older-than 0 --yes --json"))["removed"] == [garbage]
     assert not Path(garbage["path"]).exists()
@@ -299,6 +299,23 @@ def test_force_makes_the_named_steps_again_and_a_dry_run_lists_them(smalti: Any,
         assert [step["state"] for step in one_object(smalti(line))["steps"]] == states
     made = [step["state"] for step in one_object(smalti(f"run recipes/tiny.yaml {words} --json"))["steps"]]
     assert made == [{"run": "made"}.get(state, state) for state in states]
+
+
+def test_a_dry_run_of_one_stage_tells_what_is_forced_and_what_is_damaged(smalti: Any, tmp_path: Path) -> None:
+    smalti("count")
+    assert one_object(smalti("count --dry-run --json"))["state"] == "done"
+    assert one_object(smalti("count --force --dry-run --json"))["state"] == "run"
+    (path,) = tmp_path.glob("store/count/*/numbers/zarr.json")
+    path.unlink()
+    assert one_object(smalti("count --dry-run --json"))["state"] == "damaged"
+    assert one_object(smalti("count --json"))["reused"] is False
+
+
+def test_a_ref_whose_artifact_is_gone_names_no_path(smalti: Any, tmp_path: Path) -> None:
+    smalti("run recipes/tiny.yaml")
+    Path(one_object(smalti("path tiny/sum --json"))["path"]).rename(tmp_path / "lost")
+    result = smalti("path tiny/sum")
+    assert (result.exit_code, "which is not there" in result.stderr) == (3, True)
 
 
 def test_doctor_finds_what_is_needed(smalti: Any) -> None:

@@ -180,6 +180,11 @@ def test_sweeping_takes_strays_and_dead_locks_and_leaves_what_is_reached(
     check_store(store.root, {f"{item.stage}/{item.key}": item.digest for item in made.values()})
 
 
+def test_folders_of_somebody_else_are_no_garbage(store: Store) -> None:
+    (store.root / "photos" / "2026").mkdir(parents=True)
+    assert survey(store).garbage == []
+
+
 def hold_and_die(path: Path) -> None:
     with lock(path, wait=True):
         os.kill(os.getpid(), signal.SIGKILL)
