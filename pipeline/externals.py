@@ -49,7 +49,10 @@ class Need:
 
     def get(self, progress: Progress) -> Path:
         """The checked file, downloaded if need be; errors say what to do, as this command spells it."""
-        found = self.place.find() or self._fetch(progress)
+        return self.check(self.place.find() or self._fetch(progress))
+
+    def check(self, found: Path) -> Path:
+        """The file; CorruptError where it is not what it should be."""
         try:
             self.place.check(found)
         except CorruptError as error:
@@ -71,6 +74,17 @@ def needs(declared: Stage, config: BaseModel, paths: Paths, *, step: str = "") -
         for name, place in places.items()
         if place is not None
     ]
+
+
+def check_caches(wanted: list[Need]) -> None:
+    """CorruptError for a file in a cache that can have one content only, and has another.
+
+    Files of the hub are large, and kept under their digest: they are checked when they are read.
+    """
+    for need in wanted:
+        found = None if need.place.is_keyed else need.place.find()
+        if found is not None:
+            need.check(found)
 
 
 def get_all(wanted: list[Need], progress: Progress) -> None:

@@ -21,7 +21,7 @@ from pipeline.artifact import LOG, Artifact, check_data
 from pipeline.cluster import Cluster, InProcess
 from pipeline.draft import Draft, Request
 from pipeline.errors import BadImages, CorruptError, InputError, SmaltiError
-from pipeline.externals import DigestUnknown, Need, check_files, content_ids, get_all, needs, option
+from pipeline.externals import DigestUnknown, Need, check_caches, check_files, content_ids, get_all, needs, option
 from pipeline.foresight import foresee, look_ahead, settle, settled
 from pipeline.keys import artifact_key, canonical_bytes, config_value
 from pipeline.known import Known
@@ -331,6 +331,10 @@ def _plan_step(recipe: Recipe, step: Step, planned: Mapping[str, Planned], store
     found = _plan_known(recipe, step, planned, store, is_forced=is_forced)
     if found.state in ("done", "missing"):
         return found
+    try:
+        check_caches(_needs(step))
+    except CorruptError as error:
+        return replace(found, state="missing", reason=str(error))
     absent = tuple(need for need in _needs(step) if need.place.find() is None)
     named = ", ".join(need.place.label for need in absent if not need.is_unknown)
     return replace(found, absent=absent, reason=f"{found.reason}; not here: {named}" if named else found.reason)

@@ -86,7 +86,7 @@ class HubWeights(Config):
             raise CorruptError(
                 f"{self.label} has SHA-256 {found[:12]}..., expected {wanted[:12]}...",
                 path=path,
-                hint="delete it from the hub's cache and run again, or correct hub.sha256",
+                hint="delete it from the hub's cache and run again, or ask for the digest that it has",
             )
 
     def fetch(self, progress: Progress) -> Path:

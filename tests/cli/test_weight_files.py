@@ -189,6 +189,16 @@ def test_plan_names_every_file_that_is_not_there(recipe: list[str], hub: Hub, tm
     assert "is not a PyTorch or safetensors file: it is an HTML page" in wrong["reason"]
 
 
+def test_a_wrong_file_in_torchs_cache_is_named_too(recipe: list[str], hub: Hub, tmp_path: Path) -> None:
+    wrong = tmp_path / "torch" / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    wrong.parent.mkdir(parents=True)
+    wrong.write_bytes(b"half of it")
+    step = planned(recipe)["score"]
+    assert step["state"] == "missing"
+    assert f"{wrong} is not weights-inception-2015-12-05-6726825d.pth (the Inception weights)" in step["reason"]
+    assert "give another: --set score.paths.weights=FILE" in step["reason"]
+
+
 def test_run_says_it_before_anything_is_computed(recipe: list[str], hub: Hub, files: Path, tmp_path: Path) -> None:
     done = smalti("run", *recipe)
     assert done.exit_code == 74, done.output
