@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.quantizers.lookup_free import entropies
+from models.quantizers.config import LookupFreeConfig
+from models.quantizers.lookup_free import LookupFreeQuantizer
 from models.quantizers.propagation import propagate
 from models.quantizers.vector import nearest
 
@@ -166,7 +167,8 @@ def peak_mebibytes() -> float:
 
 
 def lookup_free(z_ND: Tensor, _: Tensor) -> None:
-    sample, codebook = entropies(z_ND, temperature=TEMPERATURE)
+    config = LookupFreeConfig(temperature=TEMPERATURE, entropy_tokens=len(z_ND))
+    sample, codebook = LookupFreeQuantizer(config, dim=z_ND.shape[1]).entropies(z_ND)
     (sample - codebook).backward()
 
 
@@ -181,7 +183,7 @@ def dense_lookup_free(z_ND: Tensor, _: Tensor) -> None:
 def ibq(z_ND: Tensor, codebook_KD: Tensor) -> None:
     done = propagate(z_ND, codebook_KD, beta=BETA, temperature=TEMPERATURE)
     game = (done.z_ND * upstream(z_ND)).sum() + done.quantization
-    (game + 0.05 * (done.sample_entropy - done.codebook_entropy)).backward()
+    (game + 0.05 * (done.sample_entropy - done.codebook_entropy_G[0])).backward()
 
 
 def dense_ibq(z_ND: Tensor, codebook_KD: Tensor) -> None:

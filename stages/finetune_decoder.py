@@ -48,7 +48,7 @@ def foresee(config: FinetuneDecoderConfig, inputs: KnownInputs) -> Facts:
 
 @stage(
     "finetune-decoder",
-    version=1,
+    version=2,
     config=FinetuneDecoderConfig,
     reads=IMAGES | {"tokenizer": read("tokenizer", help="the tokenizer whose decoder is trained further")} | START,
     writes="tokenizer",

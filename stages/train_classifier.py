@@ -109,7 +109,7 @@ def foresee(config: TrainClassifierConfig, inputs: KnownInputs) -> Facts:
 
 @stage(
     "train-classifier",
-    version=1,
+    version=2,
     config=TrainClassifierConfig,
     reads={
         "images": read("image-set", help="labelled images to train on"),

@@ -53,7 +53,7 @@ def foresee(config: TrainDiscriminatorConfig, inputs: KnownInputs) -> Facts:
 
 @stage(
     "train-discriminator",
-    version=1,
+    version=2,
     config=TrainDiscriminatorConfig,
     reads=IMAGES
     | {"tokenizer": read("tokenizer", help="the tokenizer whose reconstructions are to be told from images")},

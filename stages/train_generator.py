@@ -162,7 +162,7 @@ def listed(value: Artifact | list[Artifact]) -> list[Artifact]:
 
 @stage(
     "train-generator",
-    version=2,
+    version=3,
     config=TrainGeneratorConfig,
     reads={
         "tokens": read("token-set", help="codes to learn, of one or several token sets", many=True),

@@ -64,7 +64,7 @@ def foresee(config: TrainTokenizerConfig, inputs: KnownInputs) -> Facts:
 
 @stage(
     "train-tokenizer",
-    version=1,
+    version=2,
     config=TrainTokenizerConfig,
     reads=IMAGES | START,
     writes="tokenizer",

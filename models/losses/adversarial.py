@@ -16,6 +16,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.batch_part import BatchPart
 from models.layers.precision import at_least_float32
 from models.losses.config import DISCRIMINATORS, AdversarialConfig
 from models.registry import build
@@ -32,7 +33,10 @@ class Opinion(NamedTuple):
 
 
 class Adversary(nn.Module):
-    """A discriminator and LeCAM's running means of its logits (buffers, so that a resumed training has them)."""
+    """A discriminator and LeCAM's running means of its logits (buffers, so that a resumed training has them).
+
+    part: of the step's batch, which the next images are; what moves once per step does so with the last piece.
+    """
 
     real_mean: Tensor
     fake_mean: Tensor
@@ -43,6 +47,7 @@ class Adversary(nn.Module):
         self.discriminator = build(config.discriminator, DISCRIMINATORS, channels=channels)
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
+        self.part = BatchPart()
 
     def forward(self, pixels_BCHW: Tensor, output_BCHW: Tensor, *, step: int) -> Opinion:
         """The discriminator's side: images and reconstructions, both without gradient, in the network's range."""
@@ -52,8 +57,8 @@ class Adversary(nn.Module):
         losses = {"discriminator": factor * self.telling_apart(real_B1hw, fake_B1hw)}
         stats = {"logits_real": real_B1hw.detach().mean(), "logits_fake": fake_B1hw.detach().mean()}
         if self.config.lecam:
-            self.follow(stats["logits_real"], stats["logits_fake"])
-            above_fake, below_real = F.relu(real_B1hw - self.fake_mean), F.relu(self.real_mean - fake_B1hw)
+            real_mean, fake_mean = self.follow(stats["logits_real"], stats["logits_fake"])
+            above_fake, below_real = F.relu(real_B1hw - fake_mean), F.relu(real_mean - fake_B1hw)
             lecam = above_fake.square().mean() + below_real.square().mean()
             losses["lecam"] = factor * self.config.lecam * lecam
             stats["lecam_unweighted"] = lecam.detach()
@@ -67,14 +72,23 @@ class Adversary(nn.Module):
         return F.softplus(-image_means(real_B1hw)).mean() + F.softplus(image_means(fake_B1hw)).mean()
 
     @torch.no_grad()
-    def follow(self, real: Tensor, fake: Tensor) -> None:
-        """Move the running means, over all replicas, before they are used. They start at 0."""
+    def follow(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """The running means with those of this step in them, over all processes and its pieces so far; they start at 0.
+
+        They move once per step, with its last piece.
+        """
         means = torch.stack([real, fake]).to(self.real_mean.dtype)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if self.part.world > 1:
             torch.distributed.all_reduce(means)
-            means /= torch.distributed.get_world_size()
-        self.real_mean.lerp_(means[0], 1 - self.config.lecam_decay)
-        self.fake_mean.lerp_(means[1], 1 - self.config.lecam_decay)
+            means /= self.part.world
+        self._seen_means = means + self._seen_means if self.part.piece else means  # sums over the pieces of this step
+        step_means = self._seen_means / (self.part.piece + 1)
+        real_mean = self.real_mean.lerp(step_means[0], 1 - self.config.lecam_decay)
+        fake_mean = self.fake_mean.lerp(step_means[1], 1 - self.config.lecam_decay)
+        if self.part.is_last:
+            self.real_mean.copy_(real_mean)
+            self.fake_mean.copy_(fake_mean)
+        return real_mean, fake_mean
 
     def generator_side(
         self, output_BCHW: Tensor, *, reconstruction_loss: Tensor, last_weight: Tensor, step: int
@@ -94,6 +108,13 @@ class Adversary(nn.Module):
             weight = output_BCHW.new_tensor(self.config.weight)
         stats = {"adversarial_weight": weight, "adversarial_unweighted": unweighted.detach()}
         return Opinion({"adversarial": weight * unweighted}, stats)
+
+
+def spread_statistics(module: nn.Module, pieces: int) -> None:
+    """Let the running statistics of batch normalisation move in `pieces` passes as far as in one of the whole batch."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d) and pieces > 1 and norm.momentum is not None:
+            norm.momentum = 1 - (1 - norm.momentum) ** (1 / pieces)
 
 
 def image_means(logits_B1hw: Tensor) -> Tensor:

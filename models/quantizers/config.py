@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from models.config import Config
+from models.config import NEUTRAL, Config
 
 
 class VectorConfig(Config):
@@ -45,6 +45,12 @@ class LookupFreeConfig(Config):
     entropy_weight: float = Field(default=0.1, ge=0, description="Weight of the entropy loss.")
     sample_weight: float = Field(default=1.0, ge=0, description="In it: weight of the entropy of single tokens.")
     batch_weight: float = Field(default=1.0, ge=0, description="In it: weight of the (maximised) entropy of codes.")
+    entropy_tokens: int = Field(
+        default=2048,
+        ge=1,
+        json_schema_extra=NEUTRAL,
+        description="Tokens over which the entropy of codes is taken, as published per device; a smaller batch is one group.",
+    )
     commitment_weight: float = Field(default=0.25, ge=0, description="Weight of the distance of latents to signs.")
     enlarge_ratio: float = Field(default=0.0, ge=0, description="More entropy weight at first: (1 + ratio) at step 0.")
     enlarge_steps: int = Field(default=2000, ge=1, description="Steps until that surplus has fallen to nothing.")
@@ -73,6 +79,12 @@ class IndexBackpropagationConfig(Config):
     entropy_weight: float = Field(default=0.05, ge=0, description="Weight of the entropy loss; 0: none.")
     sample_weight: float = Field(default=1.0, ge=0, description="In it: weight of the entropy of single tokens.")
     batch_weight: float = Field(default=1.0, ge=0, description="In it: weight of the (maximised) entropy of codes.")
+    entropy_tokens: int = Field(
+        default=1024,
+        ge=1,
+        json_schema_extra=NEUTRAL,
+        description="Tokens over which the entropy of codes is taken, as published per device; a smaller batch is one group.",
+    )
     usage_decay: float = Field(default=0.99, ge=0, lt=1, description="Decay per step of the running use of each code.")
     dead_below: float = Field(
         default=0.1, ge=0, lt=1, description="A code is dead if used less than this share of an even use."

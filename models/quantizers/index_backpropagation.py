@@ -11,19 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.quantizers.config import IndexBackpropagationConfig
-from models.quantizers.propagation import Propagated, propagate
+from models.quantizers.groups import GroupsTokens
+from models.quantizers.propagation import Propagated, TokenGroup, propagate, tempered_mass
 from models.quantizers.quantizer import Quantized
-from models.quantizers.usage import CountsUse
 from models.quantizers.vector import most_similar
 
 # Shapes: B images, D latent channels, h w latent grid, N tokens (B*h*w), K codes
 
 
-class IndexBackpropagationQuantizer(CountsUse):
+class IndexBackpropagationQuantizer(GroupsTokens):
     """Codebook of `config.codes` rows of width `dim`, standard normal at first."""
 
     def __init__(self, config: IndexBackpropagationConfig, *, dim: int):
-        super().__init__(config.codes, decay=config.usage_decay, dead_below=config.dead_below)
+        super().__init__(
+            config.codes, entropy_tokens=config.entropy_tokens, decay=config.usage_decay, dead_below=config.dead_below
+        )
         self.config = config
         self.codebook_KD = nn.Parameter(torch.randn(config.codes, dim))
 
@@ -31,9 +33,13 @@ class IndexBackpropagationQuantizer(CountsUse):
         """Quantize; in training also keep the running use of codes. In the codebook's precision, even under autocast."""
         z_BhwD = z_BDhw.movedim(1, -1)
         z_ND = z_BhwD.reshape(-1, z_BDhw.shape[1]).to(self.codebook_KD.dtype)
-        temperature = self.config.temperature if self.config.entropy_weight else None
+        self.prepare(z_ND)
+        temperature, groups = None, None
+        if self.config.entropy_weight:
+            temperature = self.config.temperature
+            groups = [TokenGroup(one.rows, one.tokens, self.mass_of_all_passes(one)) for one in self.groups(len(z_ND))]
         with torch.autocast(z_BDhw.device.type, enabled=False):
-            passed = propagate(z_ND, self.codebook_KD, beta=self.config.beta, temperature=temperature)
+            passed = propagate(z_ND, self.codebook_KD, beta=self.config.beta, temperature=temperature, groups=groups)
             losses, entropies = self.losses(passed)
         if self.training:
             self.count(passed.codes_N)
@@ -49,15 +55,22 @@ class IndexBackpropagationQuantizer(CountsUse):
         z_BhwD = z_BDhw.movedim(1, -1)
         return most_similar(z_BhwD.reshape(-1, z_BDhw.shape[1]), self.codebook_KD).reshape(z_BhwD.shape[:3])
 
+    def needs_survey(self, tokens: int) -> bool:
+        return bool(self.config.entropy_weight) and super().needs_survey(tokens)
+
+    @torch.no_grad()
+    def mass(self, z_ND: Tensor) -> Tensor:
+        with torch.autocast(z_ND.device.type, enabled=False):
+            return tempered_mass(z_ND.to(self.codebook_KD.dtype), self.codebook_KD, self.config.temperature)
+
     def losses(self, passed: Propagated) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Weighted losses, and the two entropies (nats) for the log."""
         config = self.config
         losses = {"quantization": config.weight * passed.quantization}
         if not config.entropy_weight:
             return losses, {}
-        balance = config.sample_weight * passed.sample_entropy - config.batch_weight * passed.codebook_entropy
-        entropies = {
-            "sample_entropy": passed.sample_entropy.detach(),
-            "codebook_entropy": passed.codebook_entropy.detach(),
-        }
+        groups = self.groups(len(passed.codes_N))
+        codebook_entropy = self.mean_over_groups(list(passed.codebook_entropy_G), groups)
+        balance = config.sample_weight * passed.sample_entropy - config.batch_weight * codebook_entropy
+        entropies = {"sample_entropy": passed.sample_entropy.detach(), "codebook_entropy": codebook_entropy.detach()}
         return losses | {"entropy": config.entropy_weight * balance}, entropies

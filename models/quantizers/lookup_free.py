@@ -15,19 +15,21 @@ from torch import Tensor
 
 from models.layers.precision import at_least_float32
 from models.quantizers.config import LookupFreeConfig
+from models.quantizers.groups import GroupsTokens
 from models.quantizers.quantizer import Quantized
-from models.quantizers.usage import CountsUse
 
 # Shapes: B images, D latent channels (bits of a code), h w latent grid, N tokens (B*h*w), K = 2^D codes,
 # L and M joint values of the low and of the high channels (L * M = K)
 EPSILON = 1e-5  # inside the logarithm of the mean distribution, as published
 
 
-class LookupFreeQuantizer(CountsUse):
+class LookupFreeQuantizer(GroupsTokens):
     """Signs of `dim` channels; there is no parameter. Channel 0 is the lowest bit; a channel of exactly 0 is a 0 bit."""
 
     def __init__(self, config: LookupFreeConfig, *, dim: int):
-        super().__init__(2**dim, decay=config.usage_decay, dead_below=config.dead_below)
+        super().__init__(
+            2**dim, entropy_tokens=config.entropy_tokens, decay=config.usage_decay, dead_below=config.dead_below
+        )
         self.config = config
         self.register_buffer("bit_values_D", 2 ** torch.arange(dim), persistent=False)
 
@@ -37,6 +39,7 @@ class LookupFreeQuantizer(CountsUse):
         codes_Bhw = self.encode(z_BDhw)
         codes_N = codes_Bhw.flatten()
         z_ND = at_least_float32(z_BDhw).movedim(1, -1).reshape(len(codes_N), -1)
+        self.prepare(z_ND)
         losses, entropies = self.losses(z_ND)
         if self.training:
             self.count(codes_N)
@@ -56,7 +59,7 @@ class LookupFreeQuantizer(CountsUse):
         """Weighted losses, and the two entropies (nats) for the log. Float32 even under autocast."""
         config = self.config
         with torch.autocast(z_ND.device.type, enabled=False):
-            sample, codebook = entropies(z_ND, temperature=config.temperature)
+            sample, codebook = self.entropies(z_ND)
             commitment = F.mse_loss(z_ND, torch.where(z_ND > 0, 1.0, -1.0).to(z_ND.dtype))
         weight = config.entropy_weight * (1 + config.enlargement(int(self.step)))
         losses = {
@@ -65,17 +68,37 @@ class LookupFreeQuantizer(CountsUse):
         }
         return losses, {"sample_entropy": sample.detach(), "codebook_entropy": codebook.detach()}
 
+    def entropies(self, z_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean entropy of a token over all codes, and mean over groups of the entropy of their mean; nats, exact."""
+        logits_ND, groups = code_logits(z_ND, self.config.temperature), self.groups(len(z_ND))
+        codebook = []
+        for group in groups:
+            mass_ML, of_all_ML = joint_mass(logits_ND[group.rows]), self.mass_of_all_passes(group)
+            if of_all_ML is not None:
+                mass_ML = mass_ML + (of_all_ML - mass_ML).detach()
+            codebook.append(entropy_of(mass_ML / group.tokens))
+        return binary_entropy(logits_ND).sum(1).mean(), self.mean_over_groups(codebook, groups)
 
-def entropies(z_ND: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Mean entropy of a token over all codes, and entropy of the mean distribution; both in nats, exact.
+    @torch.no_grad()
+    def mass(self, z_ND: Tensor) -> Tensor:
+        with torch.autocast(z_ND.device.type, enabled=False):
+            return joint_mass(code_logits(at_least_float32(z_ND), self.config.temperature))
 
-    The logit of code c is 2 z.c / temperature, so that a channel is +1 with probability sigmoid(4 z / temperature).
-    """
-    logits_ND = z_ND * (4 / temperature)
-    low = z_ND.shape[1] // 2
+
+def code_logits(z_ND: Tensor, temperature: float) -> Tensor:
+    """The logit of +1 of each channel: that of code c is 2 z.c / temperature, so +1 has sigmoid(4 z / temperature)."""
+    return z_ND * (4 / temperature)
+
+
+def joint_mass(logits_ND: Tensor) -> Tensor:
+    """The sum over tokens of the probabilities of all codes: those of the high channels (M) by those of the low (L)."""
+    low = logits_ND.shape[1] // 2
     high_NM, low_NL = joint(logits_ND[:, low:]), joint(logits_ND[:, :low])
-    mean_ML = high_NM.T @ low_NL / len(z_ND)
-    return binary_entropy(logits_ND).sum(1).mean(), -(mean_ML * (mean_ML + EPSILON).log()).sum()
+    return high_NM.T @ low_NL
+
+
+def entropy_of(mean_ML: Tensor) -> Tensor:
+    return -(mean_ML * (mean_ML + EPSILON).log()).sum()
 
 
 def binary_entropy(logits: Tensor) -> Tensor:

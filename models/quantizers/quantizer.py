@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.batch_part import BatchPart
 from models.metrics import perplexity
 
 # Shapes: B images, D latent channels, h w latent grid, N tokens (B*h*w), K codes
@@ -29,11 +30,16 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module, ABC):
-    """Latents to codes and back. Built as `Quantizer(config, dim=D)`; a subclass passes on its number of codes."""
+    """Latents to codes and back. Built as `Quantizer(config, dim=D)`; a subclass passes on its number of codes.
+
+    part: what the next forward pass sees. A training that cuts a batch into pieces or shares it sets it before each
+    pass. Clocks count steps: what changes once per step does so with the last piece.
+    """
 
     def __init__(self, codes: int):
         super().__init__()
         self.codebook_size = codes
+        self.part = BatchPart()
 
     @abstractmethod
     def forward(self, z_BDhw: Tensor) -> Quantized:
@@ -46,6 +52,21 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def lookup(self, codes_Bhw: Tensor) -> Tensor:
         """What the decoder gets for codes in 0..K-1: (B, D, h, w)."""
+
+    def needs_survey(self, tokens: int) -> bool:
+        """Whether this step asks for `survey` before passes of so many tokens."""
+        return False
+
+    def survey(self, z_ND: Tensor) -> None:
+        """See the latents of this process's whole share of a batch, before the first of several pieces is quantized.
+
+        Of a share in one piece, `forward` does this itself.
+        """
+
+    def prepare(self, z_ND: Tensor) -> None:
+        """What `forward` does first: in a training step of one piece, the survey that is due."""
+        if self.training and self.part.pieces == 1 and self.needs_survey(len(z_ND)):
+            self.survey(z_ND.detach())
 
     @torch.no_grad()
     def stats(self, codes_N: Tensor) -> dict[str, Tensor]:

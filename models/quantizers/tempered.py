@@ -45,14 +45,14 @@ class Slopes(NamedTuple):
     codebook_K: Tensor
 
 
-def entropy_slopes(mass_K: Tensor, grad_sample: Tensor, grad_codebook: Tensor, *, scale: float) -> Slopes:
-    """`mass_K` is the mean of Q over all tokens, `scale` is 1 / (tokens * temperature)."""
-    shifted_K = mass_K + EPSILON
-    return Slopes(scale * grad_sample, -scale * grad_codebook * (shifted_K.log() + mass_K / shifted_K))
+def entropy_slopes(mean_K: Tensor, grad_sample: Tensor, grad_codebook: Tensor) -> Slopes:
+    """mean_K: of Q over a group.  Both gradients are divided by the temperature and by the tokens of their mean."""
+    shifted_K = mean_K + EPSILON
+    return Slopes(grad_sample, -grad_codebook * (shifted_K.log() + mean_K / shifted_K))
 
 
-def codebook_entropy(mass_K: Tensor) -> Tensor:
-    return -(mass_K * (mass_K + EPSILON).log()).sum()
+def codebook_entropy(mean_K: Tensor) -> Tensor:
+    return -(mean_K * (mean_K + EPSILON).log()).sum()
 
 
 class Windowed(NamedTuple):

@@ -1,6 +1,6 @@
 """The running use of a codebook: which codes were used lately.
 
-The running use is a buffer, so that a checkpoint has it, and is summed over replicas.
+The running use is a buffer, so that a checkpoint has it, and is summed over processes.
 """
 
 from __future__ import annotations
@@ -38,9 +38,12 @@ class CountsUse(Quantizer):
 
     @torch.no_grad()
     def count(self, codes_N: Tensor) -> None:
-        """Advance the step and the running use, over all replicas."""
+        """Count the codes of a piece; with the last one advance the step and the running use, over all processes."""
         counts_K = torch.bincount(codes_N, minlength=self.codebook_size).to(self.usage_K.dtype)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts_K)
-        self.usage_K.lerp_(counts_K / counts_K.sum(), 1 - self.decay)
+        self._counts_K = counts_K + self._counts_K if self.part.piece else counts_K  # of this step so far
+        if not self.part.is_last:
+            return
+        if self.part.world > 1:
+            torch.distributed.all_reduce(self._counts_K)
+        self.usage_K.lerp_(self._counts_K / self._counts_K.sum(), 1 - self.decay)
         self.step += 1

@@ -33,8 +33,7 @@ class VectorQuantizer(CountsUse):
         """Quantize; in training also keep the running use of codes, and revive the little-used ones when due."""
         z_BhwD = z_BDhw.permute(0, 2, 3, 1)
         z_ND = z_BhwD.reshape(-1, z_BDhw.shape[1])
-        if self.training:
-            self.refresh(z_ND.detach())
+        self.prepare(z_ND)
         codes_N = nearest(z_ND.detach(), self.codebook_KD.detach())
         if self.training:
             self.count(codes_N)
@@ -60,22 +59,37 @@ class VectorQuantizer(CountsUse):
             "codebook": weight["codebook"] * F.mse_loss(chosen_ND, z_ND.detach()),
         }
 
-    @torch.no_grad()
-    def refresh(self, z_ND: Tensor) -> None:
-        """Before the search of a training step: fill the codebook at the first, revive codes at every N-th."""
+    def needs_survey(self, tokens: int) -> bool:
+        return self.starts() or self.revives()
+
+    def starts(self) -> bool:
+        """Whether this step fills the codebook."""
+        return self.config.init == "latents" and int(self.step) == 0
+
+    def revives(self) -> bool:
+        """Whether this step revives little-used codes."""
         config, step = self.config, int(self.step)
-        if step == 0 and config.init == "latents":
+        return bool(config.revive_every and step % config.revive_every == 0 and 0 < step <= config.revive_until)
+
+    @torch.no_grad()
+    def survey(self, z_ND: Tensor) -> None:
+        """Before the search of a training step: fill the codebook at the first, revive codes at every N-th."""
+        if self.starts():
             self.replace(torch.ones_like(self.usage_K, dtype=torch.bool), z_ND)
-        elif config.revive_every and step % config.revive_every == 0 and 0 < step <= config.revive_until:
+        elif self.revives():
             self.replace(self.little_used(), z_ND)
 
     def replace(self, is_replaced_K: Tensor, z_ND: Tensor) -> None:
-        """Put random latents into the marked rows, and count these rows as used evenly."""
+        """Put random latents of the whole batch into the marked rows, and count these rows as used evenly."""
+        if self.part.world > 1:
+            shares = [torch.empty_like(z_ND) for _ in range(self.part.world)]
+            torch.distributed.all_gather(shares, z_ND.contiguous())
+            z_ND = torch.cat(shares)
         rows = int(is_replaced_K.sum())
         draws = torch.randperm(len(z_ND), device=z_ND.device)
         fresh_ND = z_ND[draws.repeat(-(-rows // len(draws)))[:rows]].to(self.codebook_KD.dtype)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.broadcast(fresh_ND, src=0)  # every replica must hold one codebook
+        if self.part.world > 1:
+            torch.distributed.broadcast(fresh_ND, src=0)  # each process draws others, and all must hold one codebook
         self.codebook_KD[is_replaced_K] = fresh_ND
         self.usage_K[is_replaced_K] = 1 / self.config.codes
 

@@ -10,17 +10,22 @@ from torch import Tensor, nn
 
 
 class Average:
-    """Averaged copies of all trainable parameters, updated after every step with a fixed decay."""
+    """Averaged copies of all trainable parameters, updated after every step.
 
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
+    warms_up: the decay rises to its value with the steps, as (1 + step) / (10 + step): else a short training's average
+    would be full of the first weights.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, *, warms_up: bool):
+        self.decay, self.warms_up = decay, warms_up
         self._parameters = {name: one for name, one in module.named_parameters() if one.requires_grad}
         self.tensors = {name: one.detach().clone() for name, one in self._parameters.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move every average by 1 - decay towards its parameter."""
-        torch._foreach_lerp_(list(self.tensors.values()), list(self._parameters.values()), 1 - self.decay)
+    def update(self, step: int) -> None:
+        """Move every average by 1 - decay towards its parameter, after `step` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.warms_up else self.decay
+        torch._foreach_lerp_(list(self.tensors.values()), list(self._parameters.values()), 1 - decay)
 
     @torch.no_grad()
     def put(self) -> None:

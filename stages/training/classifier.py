@@ -8,11 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from models.classifiers.config import BUILDERS
 from models.registry import build
-from stages.passes import run_passes
-from stages.training.images import TrainingImages, unit_pixels
+from stages.training.images import TrainingImages, mean_figure, unit_pixels
 from stages.training.task import Batch, Losses, Modules, Part, Task
 
 if TYPE_CHECKING:
@@ -45,7 +45,10 @@ class ClassifierTask(Task):
 
     def evaluate(self) -> dict[str, float]:
         """Share of right answers on the judged images."""
-        passes = self.judged.upright_passes(self.config.rows_per_pass)
-        named_N = run_passes(lambda images_BCHW: self.network(images_BCHW).argmax(1), passes, device=self.device)
-        accuracy = float(np.mean(named_N == self.judged.image_set.labels))
+        accuracy = mean_figure(self._is_right, self.judged, self.replicas, rows=self.config.rows_per_pass)
         return {"accuracy": accuracy, "loss": 1 - accuracy}
+
+    def _is_right(self, images_BCHW: Tensor, numbers_B: NDArray[np.int64]) -> Tensor:
+        labels_B = torch.from_numpy(self.judged.image_set.labels[numbers_B]).to(images_BCHW.device)
+        is_right_B: Tensor = self.network(images_BCHW).argmax(1) == labels_B
+        return is_right_B

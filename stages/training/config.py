@@ -80,7 +80,7 @@ Optimizer = AdamW  # a union tagged by `kind` as soon as there is a second one
 
 
 class TrainingConfig(Config):
-    """Budget and optimizer of one training. Nothing here depends on the number of processes."""
+    """Budget and optimizer of one training, over all processes together."""
 
     steps: int = Field(default=1000, ge=1, description="optimizer steps")
     batch: int = Field(default=64, ge=1, description="rows of one step, over all processes together")
@@ -101,6 +101,11 @@ class TrainingConfig(Config):
         gt=0,
         lt=1,
         description="decay per step of averaged weights, which become the result; null: no average",
+    )
+    ema_warmup: bool = Field(
+        default=True,
+        json_schema_extra=NEUTRAL,
+        description="let the decay rise as (1 + step) / (10 + step) to that of ema; false: the published, constant one",
     )
     skip_bad_steps: int = Field(
         default=0, ge=0, description="steps with a NaN or infinite loss or gradient to leave out"

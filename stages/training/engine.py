@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from models.batch_part import BatchPart
 from pipeline.draft import Draft
 from pipeline.durable import write_file
 from pipeline.errors import NumericError
@@ -146,8 +147,8 @@ class Trainer:
         """One step of every part on this process's share of the batch; counts a bad one, or raises NumericError."""
         self._seed()
         turns = [running for running in self.turns if self.step >= running.part.first_step]
-        passes = self._passes(batch, turns)
         buffers = self._copy_of_buffers(self.parts) if self.config.skip_bad_steps else []
+        passes = self._passes(batch, turns)
         seen = Losses({}, {})
         for running in turns:
             losses = self._gradients(running, passes, is_last=running is turns[-1])
@@ -164,7 +165,7 @@ class Trainer:
         else:
             for running in self.parts:
                 if running.average is not None:
-                    running.average.update()
+                    running.average.update(self.step)
         self.step += 1
         return seen
 
@@ -265,6 +266,10 @@ class Trainer:
     def _passes(self, batch: Batch, turns: list[Running]) -> SharedPasses:
         """The passes of this step over its batch, on the device."""
         batch = tuple(tensor.to(self.replicas.device, non_blocking=True) for tensor in batch)
+        pieces: list[Batch] = list(zip(*(tensor.chunk(self.config.accumulation) for tensor in batch), strict=True))
+        self.task.part = self._part(0)
+        if len(pieces) > 1:
+            self.task.survey(pieces)
         is_made_twice = self.config.accumulation > 1 and turns[0] is not self.main
         buffers = self._copy_of_buffers([self.main]) if is_made_twice else []
 
@@ -273,11 +278,13 @@ class Trainer:
             put_buffers(buffers)
 
         return SharedPasses(
-            batch,
-            self.config.accumulation,
+            pieces,
             lambda piece: self.task.shared_pass(self.modules, piece, self.step),
             begin_again=begin_again,
         )
+
+    def _part(self, piece: int) -> BatchPart:
+        return BatchPart(piece, self.config.accumulation, self.replicas.rank, self.replicas.world)
 
     def _gradients(self, running: Running, passes: SharedPasses, *, is_last: bool) -> Losses:
         """Fill the gradients of one part; losses and stats are the means over the pieces of the batch.
@@ -289,6 +296,7 @@ class Trainer:
         for number in range(len(passes)):
             is_exchanged = number + 1 == len(passes)
             with nullcontext() if is_exchanged else self.replicas.without_exchange(list(self.modules.values())):
+                self.task.part = self._part(number)
                 seen = passes.take(number, is_main=running is self.main, is_kept=not is_last)
                 losses = self.task.losses(running.part.name, self.modules, seen, self.step)
                 total = torch.stack(list(losses.losses.values())).sum()

@@ -107,8 +107,8 @@ class GeneratorTask(Task):
             with self.replicas.autocast():
                 loss, stats = self.network.loss(*tensors)
             sums += len(rows_P) * torch.tensor([float(loss), float(stats["correct"])], dtype=torch.float64)
-        means = self.replicas.mean(sums.to(self.device))
-        return {name: mean * self.replicas.world / count for name, mean in zip(("loss", "correct"), means, strict=True)}
+        loss, correct = self.replicas.mean_of_sums(sums.tolist(), count)
+        return {"loss": loss, "correct": correct}
 
     def draw(self, step: int) -> dict[str, bytes]:
         """A grid of samples; every process draws and decodes its share."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from pipeline.images import ImageSet, ViewPolicy
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs
 from smalti.counting import counted
-from stages.passes import Pass
+from stages.passes import Pass, to_images
 from stages.training.draws import stream
 from stages.training.inputs import HELD_OUT
+from stages.training.replicas import Replicas
 
 # B rows of a global batch, P rows of this process's share, S pixels per side, N images, V views
 
@@ -64,6 +65,28 @@ class TrainingImages:
 
     def _read_all(self) -> NDArray[np.uint8]:
         return self.image_set.all_views(range(len(self)), views=self.views, threads=1)
+
+
+def mean_figure(
+    figure: Callable[[torch.Tensor, NDArray[np.int64]], torch.Tensor],
+    images: TrainingImages,
+    replicas: Replicas,
+    *,
+    rows: int,
+) -> float:
+    """The mean of a figure over the upright views of all images, the same number in every process; each takes passes.
+
+    figure: images in [0,1] (rows, 3, S, S) and their numbers (rows,) to one value per image.
+    """
+    total = 0.0
+    for first in range(replicas.rank * rows, len(images), replicas.world * rows):
+        numbers_R = np.minimum(
+            np.arange(first, first + rows), len(images) - 1
+        )  # a last pass is filled with its last row
+        figures_R = figure(to_images(images.upright(numbers_R), replicas.device), numbers_R)
+        total += float(figures_R[: len(images) - first].double().sum())
+    (mean,) = replicas.mean_of_sums([total], len(images))
+    return mean
 
 
 def open_images(inputs: Inputs, run: Runtime, *, views: ViewPolicy, seed: int) -> tuple[TrainingImages, TrainingImages]:

@@ -6,7 +6,7 @@ CUDA and by gloo on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
@@ -80,6 +80,11 @@ class Replicas:
             torch.distributed.all_reduce(values)
             values /= self.world
         return [float(value) for value in values.tolist()]
+
+    def mean_of_sums(self, sums: Sequence[float], count: int) -> list[float]:
+        """Means over `count` values of which each process summed up its own, the same on each."""
+        means = self.mean(torch.tensor(sums, dtype=torch.float64, device=self.device))
+        return [mean * self.world / count for mean in means]
 
     def gather(self, values: Tensor) -> Tensor:
         """Tensors of equal shape of all processes, joined along the first axis in the order of ranks."""

@@ -21,7 +21,7 @@ class Running:
         self.optimizer = build_optimizer(part)
         self.parameters = parameters_of(self.optimizer)
         self.names = {id(parameter): name for name, parameter in part.module.named_parameters()}
-        self.average = Average(part.module, config.ema) if config.ema is not None else None
+        self.average = None if config.ema is None else Average(part.module, config.ema, warms_up=config.ema_warmup)
 
     def rate(self, step: int, steps: int) -> float:
         return self.part.schedule.rate(step, base=self.part.optimizer.learning_rate, steps=steps)

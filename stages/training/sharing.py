@@ -23,8 +23,8 @@ class SharedPasses:
     make: gives the pass over one piece.  begin_again: puts random numbers and buffers back to where the step began.
     """
 
-    def __init__(self, batch: Batch, pieces: int, make: Callable[[Batch], Any], *, begin_again: Callable[[], None]):
-        self._pieces: list[Batch] = list(zip(*(tensor.chunk(pieces) for tensor in batch), strict=True))
+    def __init__(self, pieces: list[Batch], make: Callable[[Batch], Any], *, begin_again: Callable[[], None]):
+        self._pieces = pieces
         self._make = make
         self._begin_again = begin_again
         self._kept: dict[int, Any] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from models.batch_part import BatchPart
 from stages.training.config import Optimizer, Schedule
 from stages.training.replicas import Replicas
 
@@ -66,12 +67,17 @@ class Task(ABC):
     """Losses and stats that progress shows beside the loss, as they were when last logged."""
     draws_every: int = 0
     """Steps between drawings; 0: none."""
+    part: BatchPart = BatchPart()
+    """Which part of the step's batch the next pass or losses are of; the engine sets it."""
     replicas: Replicas
     """All processes of the training, which the engine sets: evaluations and drawings are shared between them."""
 
     @abstractmethod
     def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
         """CPU tensors of this process's share of a step's global batch, first axis = rows; drawn by (seed, step)."""
+
+    def survey(self, pieces: Sequence[Batch]) -> None:  # noqa: B027 - most tasks look at one piece after the other
+        """See all pieces of this process's share of a batch, before the passes over them are made one by one."""
 
     def shared_pass(self, modules: Modules, batch: Batch, step: int) -> Any:
         """What the losses of all parts of a step are computed from; here the batch itself.

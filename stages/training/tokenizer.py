@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.losses.adversarial import Adversary, as_in_training
+from models.losses.adversarial import Adversary, as_in_training, spread_statistics
 from models.metrics import psnr
 from models.tokenizer import DecoderPass, Reconstructed, Tokenizer, TokenizerPass, to_bytes
 from smalti.counting import counted
@@ -19,7 +19,7 @@ from stages.passes import run_passes
 from stages.training.codebook import collapse, collapsed
 from stages.training.config import AdversaryConfig, ReconstructionTraining, TokenizerLearning
 from stages.training.grids import draw_reconstructions
-from stages.training.images import TrainingImages, unit_pixels
+from stages.training.images import TrainingImages, mean_figure, unit_pixels
 from stages.training.task import Batch, Losses, Modules, Part, Task
 
 if TYPE_CHECKING:
@@ -81,14 +81,30 @@ class TokenizerTask(Task):
         self.draws_every = self.grids.every_of(config.training.steps) if self.grids else 0
         self.reads_ahead = not images.is_cached
         self._has_warned = False
+        if self.adversary is not None:
+            spread_statistics(self.adversary, config.training.accumulation)
         self.seeing.to(device)
 
     def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
         return self.images.batch(step, rows_B, share)[:1]
 
+    def survey(self, pieces: Sequence[Batch]) -> None:
+        """Where the quantizer needs the latents of a whole batch, in pieces, the images are encoded twice."""
+        quantizer, config = self.tokenizer.quantizer, self.config
+        quantizer.part = self.part
+        rows, columns = self.tokenizer.grid(config.views.size, config.views.size)
+        if self.learns != "tokenizer" or not quantizer.needs_survey(len(pieces[0][0]) * rows * columns):
+            return
+        with torch.no_grad(), self.replicas.autocast():
+            latents = [
+                self.tokenizer.autoencoder.encode(self.tokenizer.to_pixels(unit_pixels(piece[0]))) for piece in pieces
+            ]
+            quantizer.survey(torch.cat(latents).movedim(1, -1).flatten(0, 2))
+
     def shared_pass(self, modules: Modules, batch: Batch, step: int) -> Reconstructed:
         """The reconstruction that both sides see: the discriminator on its own step, the tokenizer on its."""
         images_BCHW = unit_pixels(batch[0])
+        self.tokenizer.quantizer.part = self.part
         if PART in modules:
             seen: Reconstructed = modules[PART](images_BCHW)
             return seen
@@ -99,6 +115,8 @@ class TokenizerTask(Task):
     def losses(self, part: str, modules: Modules, batch: Any, step: int) -> Losses:
         """Of the tokenizer with what it minds of the discriminator, or of the discriminator."""
         seen: Reconstructed = batch
+        if self.adversary is not None:
+            self.adversary.part = self.part
         if part == ADVERSARY:
             told = modules[ADVERSARY](seen.pixels_BCHW, seen.output_BCHW, step=step)
             alone = {"reconstruction": seen.reconstruction_loss} if self.learns == "discriminator" else {}
@@ -123,12 +141,11 @@ class TokenizerTask(Task):
 
     def evaluate(self) -> dict[str, float]:
         """Mean PSNR in dB of the judged images, or the share of patches that the discriminator tells apart."""
-        passes = self.judged.upright_passes(self.config.rows_per_pass)
+        rows = self.config.rows_per_pass
         if self.learns == "discriminator":
-            told = float(run_passes(self._told_apart, passes, device=self.device).mean())
+            told = mean_figure(self._told_apart, self.judged, self.replicas, rows=rows)
             return {"told_apart": told, "loss": 1 - told}
-        decibels_N = run_passes(self._psnr, passes, device=self.device)
-        mean = float(np.minimum(decibels_N, PERFECT).mean())
+        mean = mean_figure(self._psnr, self.judged, self.replicas, rows=rows)
         return {"psnr": mean, "loss": -mean}
 
     def draw(self, step: int) -> dict[str, bytes]:
@@ -159,12 +176,12 @@ class TokenizerTask(Task):
         usage.add(run_passes(self.tokenizer.encode, passes, device=self.device))
         return usage.used
 
-    def _psnr(self, images_BCHW: Tensor) -> Tensor:
+    def _psnr(self, images_BCHW: Tensor, _: NDArray[np.int64]) -> Tensor:
         decoded_BCHW = self.tokenizer.decode(self.tokenizer.encode(images_BCHW))
         decibels_B: Tensor = psnr(to_bytes(decoded_BCHW, self.tokenizer.rounding).float() / 255, images_BCHW)
-        return decibels_B
+        return decibels_B.clamp(max=PERFECT)
 
-    def _told_apart(self, images_BCHW: Tensor) -> Tensor:
+    def _told_apart(self, images_BCHW: Tensor, _: NDArray[np.int64]) -> Tensor:
         """Share of the patches of each image and of its reconstruction that are called what they are, (B,)."""
         assert self.adversary is not None
         seen, judge = self.seeing(images_BCHW), self.adversary.discriminator

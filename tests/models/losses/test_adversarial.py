@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.losses.adversarial import Adversary, as_in_training
+from models.batch_part import BatchPart
+from models.losses.adversarial import Adversary, as_in_training, spread_statistics
 from models.losses.blur_discriminator import BlurDiscriminator
 from models.losses.config import DISCRIMINATORS, AdversarialConfig, BlurConfig, PatchConfig, ReconstructionConfig
 from models.losses.reconstruction import ReconstructionLoss
@@ -132,6 +133,44 @@ class TestIbq:
         told = game.generator_side(output, reconstruction_loss=total(reconstruction), last_weight=output, step=5)
         assert not told.losses
         close(total(reconstruction) + self.codebook(0), logs["g_total"], self.tolerance)
+
+
+def in_pieces(game: Adversary, pixels: Tensor, output: Tensor, *, pieces: int, step: int) -> None:
+    """One step of the discriminator's side, over the pieces of a batch."""
+    for piece, (some, other) in enumerate(zip(pixels.chunk(pieces), output.chunk(pieces), strict=True)):
+        game.part = BatchPart(piece, pieces)
+        game(some, other, step=step)
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_lecam_moves_once_per_step(pieces: int) -> None:
+    torch.manual_seed(0)
+    games = [adversary(IBQ, start=0) for _ in range(2)]
+    for game in games:
+        game.discriminator.eval()  # each logit is that of its image alone
+    for step, (pixels, output) in enumerate(torch.rand(3, 2, 8, 3, 32, 32)):
+        for game, count in zip(games, (1, pieces), strict=True):
+            in_pieces(game, pixels, output, pieces=count, step=step)
+        close(games[1].real_mean, games[0].real_mean, 1e-7)
+        close(games[1].fake_mean, games[0].fake_mean, 1e-7)
+    assert abs(float(games[0].real_mean)) > 1e-6
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_running_statistics_forget_as_much_in_pieces(pieces: int) -> None:
+    """What is left of a start far away tells how often the statistics have moved."""
+    torch.manual_seed(0)
+    left = []
+    for count in (1, pieces):
+        game = adversary(IBQ, start=0).train()
+        spread_statistics(game, count)
+        norms = [one for one in game.modules() if isinstance(one, torch.nn.BatchNorm2d)]
+        for norm in norms:
+            norm.running_mean.fill_(1e6)
+        in_pieces(game, *torch.rand(2, 8, 3, 32, 32), pieces=count, step=0)
+        left.append([float(norm.running_mean.mean()) for norm in norms])
+    assert left[1] == pytest.approx(left[0], rel=1e-3)
+    assert left[0] == pytest.approx([0.81e6] * len(left[0]), rel=1e-2)  # of images and of reconstructions, 0.9 each
 
 
 VARIANTS = {

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.quantizers.config import LookupFreeConfig
-from models.quantizers.lookup_free import LookupFreeQuantizer, entropies, join_code, split_code
+from models.quantizers.lookup_free import LookupFreeQuantizer, join_code, split_code
 from tests.models.quantizers.quantizer_suite import QuantizerSuite
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "open_magvit2"
@@ -31,6 +31,11 @@ every_case = pytest.mark.parametrize("case", BITS)
 
 def quantizer(case: str) -> LookupFreeQuantizer:
     return LookupFreeQuantizer(LookupFreeConfig(), dim=BITS[case])
+
+
+def entropies(z_ND: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    config = LookupFreeConfig(temperature=temperature, entropy_tokens=len(z_ND))
+    return LookupFreeQuantizer(config, dim=z_ND.shape[1]).entropies(z_ND)
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:

@@ -159,9 +159,11 @@ def test_a_skipped_step_leaves_no_trace_in_buffers(tmp_path: Path) -> None:
     assert torch.equal(before.task.network.mean_I, after.task.network.mean_I)
 
 
-def test_an_average_is_the_mean_of_the_past(tmp_path: Path) -> None:
+@pytest.mark.parametrize("warms_up", [False, True])
+def test_an_average_is_the_mean_of_the_past(tmp_path: Path, warms_up: bool) -> None:
     def weights_after(steps: int, ema: float | None) -> torch.Tensor:
-        task = train_in(tmp_path / f"{steps} {ema}", tiny(steps=steps, ema=ema), checkpoint_seconds=1e9).task
+        config = tiny(steps=steps, ema=ema, ema_warmup=warms_up)
+        task = train_in(tmp_path / f"{steps} {ema}", config, checkpoint_seconds=1e9).task
         return task.network.linear.weight.detach().clone()
 
     from stages.training.config import Constant
@@ -175,7 +177,8 @@ def test_an_average_is_the_mean_of_the_past(tmp_path: Path) -> None:
         start = weights_after(1, 0.75)
     finally:
         small_task.SCHEDULE = schedule
-    expected = start.lerp(one, 0.25).lerp(two, 0.25)
+    second, third = (1 - 2 / 11, 1 - 3 / 12) if warms_up else (0.25, 0.25)
+    expected = start.lerp(one, second).lerp(two, third)
     assert torch.allclose(averaged, expected, atol=1e-6)
     assert not torch.allclose(start, first)
 

@@ -17,6 +17,7 @@ from pipeline.errors import NumericError
 from pipeline.store import Store
 from stages.training.task import Batch
 from stages.training.tokenizer import TokenizerTask
+from stages.weights import load_weights
 from tests.stages.conformance import check_same_bytes, draw_folder, index_folder, run_stage
 from tests.stages.training.two_processes import die, run_two
 
@@ -123,6 +124,26 @@ def test_two_processes_killed_and_resumed_are_the_same_bytes(tmp_path: Path, ima
     assert whole is not None
     assert resumed is not None
     check_same_bytes(whole, resumed)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_pieces_and_processes_train_as_one(tmp_path: Path, images: Artifact, quantizer: str) -> None:
+    """Entropies, first codebook, revivals and clocks are those of the whole batch; sums differ in their last digits."""
+    config = {**config_of(quantizer), "adversarial": None}
+    config["training"] = {**config["training"], "optimizer": {"kind": "adamw", "learning_rate": 1e-3, "eps": 1e-3}}
+    whole = load_weights(train_in(tmp_path / "whole", images, config))
+    pieces = {**config, "training": {**config["training"], "accumulation": 4}}
+    cut = load_weights(train_in(tmp_path / "cut", images, pieces))
+
+    def work(own: Path, rank: int) -> dict[str, Any]:
+        return {"key": train_in(tmp_path / "shared", images, config).path.name}
+
+    (tmp_path / "shared").mkdir()
+    reports = run_two(tmp_path / "shared", work)
+    shared = load_weights(Store(tmp_path / "shared").open("train-tokenizer", reports[0]["key"]))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(cut[name], tensor, atol=2e-4, rtol=1e-3, msg=f"cut: {name}")
+        torch.testing.assert_close(shared[name], tensor, atol=2e-4, rtol=1e-3, msg=f"shared: {name}")
 
 
 def test_codes_are_revived_here(tmp_path: Path, images: Artifact) -> None:
