@@ -16,6 +16,7 @@ from pipeline.draft import read_note, read_units
 from pipeline.errors import CorruptError, InputError, SmaltiError, UsageError
 from pipeline.garbage import INTERRUPTED, NAMED, RUNNING, YOUNG, Garbage, survey, sweep
 from pipeline.locks import SUFFIX, find_holder
+from pipeline.outside import is_token_folder, verify_outside
 from pipeline.runlog import last_step, read_attempts, total_seconds
 from pipeline.store import DAMAGED, Store, named_key
 from smalti.counting import counted
@@ -65,11 +66,13 @@ def verify(
     Example: smalti verify digits/rar/tokens
     """
     here = Store(store) if names else _existing(store)
-    paths = [here.locate(name) for name in names] if names else here.artifacts()
+    outside = [Path(name) for name in names or [] if is_token_folder(Path(name))]
+    inside = [here.locate(name) for name in names or [] if Path(name) not in outside]
+    paths = [*outside, *inside] if names else here.artifacts()
     failures: list[tuple[Path, SmaltiError]] = []
     for path in paths:
         try:
-            artifact = verify_artifact(path)
+            artifact = verify_outside(path) if path in outside else verify_artifact(path)
             if not json:
                 typer.echo(f"ok\t{artifact.name}\t{counted(len(artifact.files), 'file')}")
         except SmaltiError as error:

@@ -1,6 +1,6 @@
 """What a word on the command line means as an input: an artifact of the store, or data that is brought in first.
 
-An image set may be a plain folder or the word `digits`, which is indexed; a tokenizer or generator may be a published
+A token set may be a folder of one outside of the store, which is used where it is. An image set may be a plain folder or the word `digits`, which is indexed; a tokenizer or generator may be a published
 weight file, here or on the hub, which is imported.
 """
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pipeline.artifact import MANIFEST, Artifact
 from pipeline.config import parse_config
 from pipeline.externals import Need
+from pipeline.outside import KIND, is_token_folder, open_outside
 from pipeline.runner import Options, make, make_request
 from pipeline.stage import Inputs, Read, Stage
 from pipeline.store import Store
@@ -49,7 +50,7 @@ def bring(text: str, wanted: Read, store: Store, options: Options, *, flag: str)
     place = _hub_place(text, wanted)
     source = _source(text, wanted) if place is None else _weight_file(Need("", flag, place, "").get(options.progress))
     if source is None:
-        return store.find(text)
+        return _find(text, wanted, store)
     made = make(store, source.stage, source.config, Inputs({}), source.paths, options)
     if not made.reused:
         options.progress.say(f"put {text} into the store as {made.artifact.name}")
@@ -64,11 +65,18 @@ def find_made(text: str, wanted: Read, store: Store) -> Artifact:
         raise Unmade(text, f"{place.label} would be downloaded and put into the store")
     source = _source(text, wanted) if here is None else _weight_file(here)
     if source is None:
-        return store.find(text)
+        return _find(text, wanted, store)
     request = make_request(source.stage, source.config, Inputs({}), source.paths)
     if not store.is_current(request):
         raise Unmade(text, f"{text} would be put into the store")
     return store.open(request.stage, request.key)
+
+
+def _find(text: str, wanted: Read, store: Store) -> Artifact:
+    """What is there already: in the store, or a token set's folder outside of it."""
+    if KIND in wanted.kinds and is_token_folder(Path(text)):
+        return open_outside(Path(text))
+    return store.find(text)
 
 
 def _hub_place(text: str, wanted: Read) -> HubWeights | None:

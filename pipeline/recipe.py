@@ -27,11 +27,14 @@ from pydantic import BaseModel, Field
 
 from pipeline.config import Config, parse_config, unknown_key
 from pipeline.errors import InputError, UsageError
+from pipeline.outside import FOLDER, KIND, OUTSIDE
 from pipeline.settings import schema_of
-from pipeline.stage import Stage, imply
+from pipeline.stage import Read, Stage, imply
 
 RECIPES = "recipes"
 VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+VARIABLE = re.compile(r"\{(.*?)\}")
+OUTSIDE_NAME = "{"  # no step's name holds it
 STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a part of a ref and of --set: no slash, no dot
 
 
@@ -73,7 +76,8 @@ class StepText(Config):
         default_factory=dict, description="settings of the stage; what is left out has its default"
     )
     inputs: dict[str, str | list[str]] = Field(
-        default_factory=dict, description="input of the stage -> step that makes it"
+        default_factory=dict,
+        description="input of the stage -> step that makes it, or a token set's folder: \"{name}\" of the recipe's paths",
     )
     paths: dict[str, str] = Field(
         default_factory=dict, description='external data -> path; "{name}" stands for an entry of the recipe\'s paths'
@@ -149,7 +153,8 @@ def load_recipe(
         if name not in text.paths:
             raise UsageError(unknown_key(name, f"the paths of {path.name}", list(text.paths)))
     variables = {**text.paths, **(paths or {})}
-    steps = {name: _step(name, step, stages, text, variables, path.name) for name, step in text.steps.items()}
+    written = {name: _step(name, step, stages, text, variables, path.name) for name, step in text.steps.items()}
+    steps = {**_outside(written, variables), **written}
     return Recipe(recipe_name(path), text.title, tuple(steps[name] for name in _order(steps, path.name)))
 
 
@@ -265,7 +270,9 @@ def _step(
     _check_inputs(declared, text, recipe, place)
     config = parse_config(declared.config, imply(declared, text.config, text.paths), where=f"{place}.config")
     paths, missing = _fill_paths(declared, config, text, variables, place)
-    return Step(name, declared, config, dict(text.inputs), paths, missing, text.config)
+    parents = [parent for value in text.inputs.values() for parent in ([value] if isinstance(value, str) else value)]
+    missing += tuple(lacking for parent in parents for lacking in _fill(parent, variables)[1])
+    return Step(name, declared, config, dict(text.inputs), paths, tuple(dict.fromkeys(missing)), text.config)
 
 
 def _check_inputs(declared: Stage, text: StepText, recipe: RecipeText, place: str) -> None:
@@ -275,7 +282,9 @@ def _check_inputs(declared: Stage, text: StepText, recipe: RecipeText, place: st
         if isinstance(value, list) and not declared.reads[name].many:
             raise UsageError(f"{place}.inputs.{name} takes one step, found a list")
         for parent in value if isinstance(value, list) else [value]:
-            if parent not in recipe.steps:
+            if OUTSIDE_NAME in parent:
+                _check_outside(declared.reads[name], parent, recipe, f"{place}.inputs.{name}")
+            elif parent not in recipe.steps:
                 raise UsageError(unknown_key(parent, f"{place}.inputs.{name}", list(recipe.steps)))
     absent = [name for name, item in declared.reads.items() if not item.optional and name not in text.inputs]
     if absent:
@@ -289,19 +298,45 @@ def _fill_paths(
     for name, template in text.paths.items():
         if name not in declared.externals:
             raise UsageError(unknown_key(name, f"{place}.paths", list(declared.externals)))
-        used = re.findall(r"\{(.*?)\}", template)
-        for variable in used:
-            if variable not in variables:
-                raise UsageError(unknown_key(variable, f"{place}.paths.{name} ({template})", list(variables)))
-        absent = [variable for variable in used if variables[variable] is None]
+        _check_variables(template, variables, f"{place}.paths.{name}")
+        path, absent = _fill(template, variables)
         missing += absent
-        if not absent:
-            filled[name] = Path(re.sub(r"\{(.*?)\}", lambda match: str(variables[match[1]]), template))
+        if path is not None:
+            filled[name] = path
     given = {*filled, *(name for name in text.paths if name not in filled)}
     for name, external in declared.externals.items():
         if external.needed(config) and name not in given:
             raise UsageError(f"{place}.paths lacks {name}: {external.help}")
-    return filled, tuple(dict.fromkeys(missing))
+    return filled, tuple(missing)
+
+
+def _check_outside(wanted: Read, template: str, recipe: RecipeText, place: str) -> None:
+    """UsageError for a path in the place of an input that is not a token set, or with a name that the recipe lacks."""
+    _check_variables(template, recipe.paths, place)
+    if KIND not in wanted.kinds:
+        raise UsageError(f"{place} is {template!r}, but only a {KIND} may lie outside of the store: name a step")
+
+
+def _check_variables(template: str, variables: Mapping[str, Any], place: str) -> None:
+    for variable in VARIABLE.findall(template):
+        if variable not in variables:
+            raise UsageError(unknown_key(variable, f"{place} ({template})", list(variables)))
+
+
+def _fill(template: str, variables: Mapping[str, str | None]) -> tuple[Path | None, list[str]]:
+    """The path that a template stands for; None, and the names of the variables that are not given."""
+    absent = [variable for variable in VARIABLE.findall(template) if variables[variable] is None]
+    return (None if absent else Path(VARIABLE.sub(lambda match: str(variables[match[1]]), template))), absent
+
+
+def _outside(steps: Mapping[str, Step], variables: Mapping[str, str | None]) -> dict[str, Step]:
+    """A step for every token set outside of the store that is an input, by what stands in the recipe for it."""
+    found: dict[str, Step] = {}
+    for template in (parent for step in steps.values() for parent in step.parents() if OUTSIDE_NAME in parent):
+        path, absent = _fill(template, variables)
+        paths = {} if path is None else {FOLDER: path}
+        found[template] = Step(template, OUTSIDE, Config(), {}, paths, tuple(absent))
+    return found
 
 
 def _order(steps: Mapping[str, Step], where: str) -> list[str]:

@@ -26,6 +26,7 @@ from pipeline.foresight import foresee, look_ahead, settle, settled
 from pipeline.keys import artifact_key, canonical_bytes, config_value
 from pipeline.known import Known
 from pipeline.locks import steady
+from pipeline.outside import FOLDER, OUTSIDE, open_outside
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, Step
 from pipeline.runlog import Attempt
@@ -135,7 +136,8 @@ def run(recipe: Recipe, store: Store, options: Options, *, force: Collection[str
                     yield step, result
             return
         except DamagedInput as damage:
-            if damage.artifact.path in mended:
+            is_ours = damage.artifact.path == store.path(damage.artifact.stage, damage.artifact.key)
+            if damage.artifact.path in mended or not is_ours:
                 raise
             mended.add(damage.artifact.path)
             store.set_aside(damage.artifact, options.progress.say)
@@ -166,6 +168,8 @@ def make(
     options: Options,
 ) -> Made:
     """The artifact of one stage: the finished one if there is one that fits, else made now (or continued)."""
+    if declared is OUTSIDE:
+        return Made(open_outside(paths[FOLDER]), reused=True)
     check_kinds(declared, inputs)
     config = settle(declared, config, inputs)
     wanted = needs(declared, config, paths, step=options.title)
@@ -328,6 +332,8 @@ def _check_input(artifact: Artifact) -> None:
 def _plan_step(recipe: Recipe, step: Step, planned: Mapping[str, Planned], store: Store, *, is_forced: bool) -> Planned:
     if step.missing:
         return Planned(step, None, "missing", missing_sentence(step))
+    if step.stage is OUTSIDE:
+        return _plan_outside(step)
     found = _plan_known(recipe, step, planned, store, is_forced=is_forced)
     if found.state in ("done", "missing"):
         return found
@@ -375,6 +381,17 @@ def _plan_known(
     if stale:
         return Planned(step, key, "run", f"input {', '.join(stale)} was made again and differs from the one used")
     return Planned(step, key, "done", "", artifact)
+
+
+def _plan_outside(step: Step) -> Planned:
+    """A token set that lies outside of the store: done if it is there, since nobody makes it."""
+    try:
+        artifact = open_outside(step.paths[FOLDER])
+    except InputError as error:
+        return Planned(step, None, "missing", str(error))
+    except CorruptError as error:
+        return Planned(step, None, "damaged", str(error))
+    return Planned(step, artifact.key, "done", "", artifact)
 
 
 def _fits(artifact: Artifact, name: str, value: Planned | list[Planned]) -> bool:

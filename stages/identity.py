@@ -50,6 +50,12 @@ def check_same_tokenizer(
     found: Mapping[str, Any], wanted: Mapping[str, Any], *, what: str, by: str, path: Path
 ) -> None:
     """CorruptError (exit code 4) unless `what` (which carries `found`) belongs to the tokenizer of `by` (`wanted`)."""
+    if not found:
+        raise CorruptError(
+            f"{what} does not say which tokenizer made its codes, so that they cannot be told to be those of {by}",
+            path=path,
+            hint="create the token set with its `tokenizer` (id, family, config_sha256, weights_sha256)",
+        )
     if not is_same_tokenizer(found, wanted):
         raise CorruptError(
             f"{what} was made with another tokenizer than {by}: weights {_short(found)}, expected {_short(wanted)}",

@@ -57,12 +57,19 @@ def run(command: list[str] | str, root: Path) -> str:
     return done.stdout
 
 
+def write_recipes(page: Path, root: Path) -> None:
+    """Recipes of the page, where its commands find them."""
+    for name, text in re.findall(r"^```yaml file=(\S+)\n(.*?)^```$", page.read_text(), re.M | re.S):
+        (root / name).write_text(text)
+
+
 def blocks(page: Path) -> list[re.Match[str]]:
     return [found for found in BLOCK.finditer(page.read_text()) if not any(word in found["rest"] for word in ELSEWHERE)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page(page: Path, clone: Path) -> None:
+    write_recipes(page, clone)
     for block in blocks(page):
         if block["head"] == "python":
             assert block["reason"] is None, "python blocks are always run"

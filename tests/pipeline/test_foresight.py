@@ -190,6 +190,9 @@ steps:
 """
 
 
+SCORES = ("best-score", "reconstruction-score", "score", "histogram-score")
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64-pixel pictures in nine classes."""
@@ -199,22 +202,30 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_folder(folder: Path, pictures: Path, *settings: str) -> dict[str, Any]:
+def run_folder(folder: Path, pictures: Path, *settings: str, text: str = FOLDER) -> dict[str, Any]:
     path = folder / "recipe.yaml"
-    path.write_text(FOLDER)
+    path.write_text(text)
     recipe = load_recipe(path, stages(), settings=settings, paths={"images": str(pictures)})
     check_recipe(recipe)
     plan(recipe, Store(folder / "store"))
     return {step.name: made.artifact for step, made in run(recipe, Store(folder / "store"), Options(device="cpu"))}
 
 
-def test_a_folder_goes_through_from_images_to_score(tmp_path: Path, pictures: Path) -> None:
-    made = run_folder(tmp_path, pictures)
+TINY = ["judge.model.features=8", "samples.images=18", "histogram-samples.images=18"]
+TINY += [f"{step}.training={{steps: 2, batch: 8}}" for step in ("judge", "tokenizer", "generator")]
+TINY += ["generator.model={kind: rar, width: 16, layers: 1, heads: 1, mlp_width: 16}"]
+TINY += [f"{step}.{name}=2" for step in SCORES for name in ("splits", "subsets", "subset_size")]
+
+
+def test_the_recipe_of_the_documentation_takes_a_folder_from_images_to_scores(tmp_path: Path, pictures: Path) -> None:
+    """Nine classes, of which the recipe says nothing."""
+    text = (ROOT / "docs" / "recipes.md").read_text().split("```yaml file=pictures.yaml\n")[1].split("```")[0]
+    made = run_folder(tmp_path, pictures, *TINY, text=text)
     model = made["judge"].config["model"]
     assert (model["classes"], model["image_size"], made["judge"].config["views"]["size"]) == (9, 64, 64)
     assert made["images"].facts["size"] == 64
-    assert made["score"].facts["values"]["ratio"] > 0
-    recipe = load_recipe(tmp_path / "recipe.yaml", stages(), paths={"images": str(pictures)})
+    assert all(made[step].facts["values"]["ratio"] > 0 for step in SCORES if step != "best-score")
+    recipe = load_recipe(tmp_path / "recipe.yaml", stages(), settings=TINY, paths={"images": str(pictures)})
     assert {one.state for one in plan(recipe, Store(tmp_path / "store"))} == {"done"}
 
 

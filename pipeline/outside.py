@@ -1,0 +1,103 @@
+"""Token sets outside of the store: what `smalti.create_tokens` or another project wrote, used where it lies.
+
+Such a folder has no manifest. It is an input like an artifact of the store: its key is the digest of its content, so that
+the same codes in another folder are the same input, and other codes in the same folder are another one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import FORMAT, MANIFEST, Artifact, FileEntry, open_artifact
+from pipeline.config import Config
+from pipeline.durable import hash_file
+from pipeline.stage import External, Stage
+from smalti.content import content_digest
+from smalti.tokens import TokenSet, open_tokens, verify_tokens
+
+EXTERNAL = "external"
+KIND = "token-set"
+FOLDER = "folder"
+METADATA = "zarr.json"
+
+
+def is_token_folder(path: Path) -> bool:
+    """Whether this is a zarr group that is not an artifact."""
+    return (path / METADATA).is_file() and not (path / MANIFEST).exists()
+
+
+def open_outside(path: Path) -> Artifact:
+    """A token set as an artifact that no store holds, checked at level *open*.
+
+    InputError: there is none at `path`.  CorruptError: it is damaged.
+    """
+    token_set = open_tokens(path)
+    key = content_digest(token_set)
+    manifest = {
+        "format": FORMAT,
+        "stage": EXTERNAL,
+        "version": 1,
+        "kind": KIND,
+        "key": key,
+        "config": {},
+        "inputs": {},
+        "externals": {},
+        "facts": _facts(token_set),
+        "files": [_entry(path, name).as_json() for name in _metadata(token_set)],
+    }
+    return Artifact(path.absolute(), manifest, digest=key)
+
+
+def verify_outside(path: Path) -> Artifact:
+    """The token set after every byte and every code was checked, as far as its checksums go."""
+    verify_tokens(path)
+    return open_outside(path)
+
+
+def open_input(path: Path) -> Artifact:
+    """What lies in a folder that is an input: an artifact, or a token set outside of the store."""
+    return open_outside(path) if is_token_folder(path) else open_artifact(path)
+
+
+def _facts(token_set: TokenSet) -> dict[str, Any]:
+    """What later stages compare, as of a token set of ours."""
+    said = token_set.attributes
+    return {
+        "images": said.n_images,
+        "crops": said.n_crops,
+        "grid": list(said.grid),
+        "codes": said.codes,
+        "classes": said.classes,
+        "resolution": said.resolution,
+        "tokenizer": dict(said.tokenizer),
+    }
+
+
+def _metadata(token_set: TokenSet) -> list[str]:
+    """The files that tell what the arrays are; the shards are checked by their own checksums."""
+    arrays = ["tokens", "labels", "keys", *(["boxes"] if token_set.boxes is not None else [])]
+    return sorted([METADATA, *(f"{name}/{METADATA}" for name in arrays)])
+
+
+def _entry(folder: Path, name: str) -> FileEntry:
+    path = folder / name
+    return FileEntry(name, path.stat().st_size, hash_file(path))
+
+
+def _is_opened(*given: Any) -> None:
+    raise AssertionError("what lies outside is opened, never made")
+
+
+OUTSIDE = Stage(
+    EXTERNAL,
+    1,
+    Config,
+    {},
+    KIND,
+    _is_opened,
+    "A token set outside of the store.",
+    "",
+    {FOLDER: External("folder of the token set", lambda config, path: open_outside(path).key)},
+)
+"""What stands in a recipe's plan for a token set that lies outside."""
