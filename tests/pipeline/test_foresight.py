@@ -112,7 +112,7 @@ NEVER_UNLABELLED = {"kind": "rar", "width": 16, "layers": 1, "heads": 1, "mlp_wi
         ({"imported.inputs": {"tokenizer": "tokenizer"}}, "step imported imports a tokenizer"),
         ({"train.config.source.size": 48, "features.config": {"views": {"kind": "none", "size": 32}}}, "at 32 pixels, but those of train have 48"),
         ({"tokenizer.config": {"model": {"autoencoder": {"channels": 1}}}}, "step tokenizer has model.autoencoder.channels 1"),
-        ({"codebook.config": {"clusters": 30000}}, "wants 30000 clusters, but features has 22992 features of 1437 images"),
+        ({"codebook.config": {"clusters": 30000}}, "wants 30,000 clusters, but features has 22,992 features of 1,437 images"),
         ({"adversarial.config": None}, "step adversarial reads the discriminator of discriminator, but its adversarial"),
         ({"adversarial.config.adversarial.discriminator": {"kind": "patch", "layers": 1}}, "step adversarial has adversarial"),
         # labels
