@@ -5,19 +5,26 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 
 from cli import doctor, inspection, recipes, settings
-from cli.output import print_error
+from cli.options import followers
+from cli.output import explain, guarded, print_error
 from cli.pictures import generate_command, sample_command
 from cli.single import stage_command
 from pipeline import ranks
 from pipeline.errors import UsageError
+from pipeline.followers import ARRIVAL_SECONDS
+from pipeline.following import follow
 from smalti import __version__
 from stages import stages
+
+Result = TypeVar("Result")
+HURRY_SECONDS = 5.0  # after an error, for processes of the launch that come late
 
 CommandLineError: Any = typer.BadParameter.__mro__[2]  # typer exports no base class of its complaints
 
@@ -72,12 +79,27 @@ for name, declared in stages().items():
 
 
 def main() -> None:
-    """Entry point of the console script. With --json a wrong option is answered by an object too.
+    """Entry point of the console script. Of several processes of a launch the first alone runs the command."""
+    if ranks.is_first():
+        lead()
+    else:
+        sys.exit(_ended_by(take_part))
 
-    Under torchrun only the first process prints results.
-    """
-    if not ranks.is_first():
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+
+def lead() -> None:
+    """Run the command; the other processes of the launch, if there are any, leave when it ends."""
+    others, patience = _ended_by(followers), HURRY_SECONDS
+    try:
+        run_app()
+    except SystemExit as end:
+        patience = HURRY_SECONDS if end.code else ARRIVAL_SECONDS
+        raise
+    finally:
+        others.dismiss(patience=patience)
+
+
+def run_app() -> None:
+    """With --json a wrong option is answered by an object too."""
     if "--json" not in sys.argv:
         app()
     try:
@@ -85,3 +107,17 @@ def main() -> None:
     except CommandLineError as error:
         print_error(UsageError(error.format_message(), hint="see --help"), UsageError.exit_code, as_json=True)
         sys.exit(UsageError.exit_code)
+
+
+def take_part() -> int:
+    """Do what process 0 says; the exit code. Nothing is printed, unless process 0 cannot."""
+    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+    return follow(stages(), explain=explain, say=lambda error: print_error(error, error.exit_code, as_json=False))
+
+
+def _ended_by(work: Callable[[], Result]) -> Result:
+    """What `work` returns; its errors end the process like those of a command."""
+    try:
+        return guarded(work)()
+    except typer.Exit as end:
+        sys.exit(end.exit_code)

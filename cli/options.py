@@ -6,16 +6,19 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pipeline import ranks
-from pipeline.cluster import connect
+from cli.output import print_error
+from pipeline.cluster import Cluster, connect
 from pipeline.errors import UsageError
+from pipeline.followers import Followers
+from pipeline.launched import launched
 from pipeline.progress import Progress
 from pipeline.runner import Options
 
@@ -69,10 +72,11 @@ def running(values: dict[str, Any]) -> Iterator[Options]:
     """The runner's options from the common ones, with the cluster connected."""
     if not DEVICE.fullmatch(values["device"]):
         raise UsageError(f"--device {values['device']}: expected auto, cpu, cuda or cuda:N")
-    progress = Progress.on_stderr(quiet=values["quiet"] or not ranks.is_first())
-    with connect(workers=values["workers"], scheduler=values["scheduler"], say=progress.say) as cluster:
+    progress = Progress.on_stderr(quiet=values["quiet"])
+    with _cluster(values["workers"], values["scheduler"], progress.say) as cluster:
         yield Options(
             cluster=cluster,
+            followers=followers(),
             progress=progress,
             device=values["device"],
             threads=values["threads"] or core_count(),
@@ -81,6 +85,18 @@ def running(values: dict[str, Any]) -> Iterator[Options]:
             force=values["force"],
             command=shlex.join(["smalti", *sys.argv[1:]]),
         )
+
+
+@cache
+def followers() -> Followers:
+    """The other processes of this launch, heard from the first call on."""
+    return Followers.listen(say=lambda error: print_error(error, error.exit_code, as_json="--json" in sys.argv))
+
+
+def _cluster(workers: int, scheduler: str | None, say: Callable[[str], None]) -> AbstractContextManager[Cluster]:
+    if followers().count and not scheduler:
+        return launched(followers(), workers=workers)
+    return connect(workers=workers, scheduler=scheduler, say=say)
 
 
 def core_count() -> int:

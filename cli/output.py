@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import ranks
 from pipeline.artifact import Artifact
 from pipeline.durable import ONLY_WRITING, REFUSALS
 from pipeline.errors import CannotWrite, MemoryExhausted, SmaltiError, StorageError
@@ -39,26 +38,29 @@ def guarded(command: CommandT) -> CommandT:
             signal.signal(number, _terminate)
         try:
             return command(*args, **kwargs)
-        except SmaltiError as error:
-            fail(error, error.exit_code, as_json)
         except KeyboardInterrupt:
             fail(SmaltiError(INTERRUPTED), 130, as_json)
         except Terminated:
             fail(SmaltiError(INTERRUPTED), 143, as_json)
-        except MemoryError as error:
-            fail(MemoryExhausted(f"the memory of this machine is used up {error}".strip()), 71, as_json)
-        except BrokenPipeError:  # `smalti status | head`: typer leaves quietly
-            raise
-        except OSError as error:
-            translated = _translate(error)
-            fail(translated, translated.exit_code, as_json)
-        except typer.Exit:
+        except (BrokenPipeError, typer.Exit):  # `smalti status | head`: typer leaves quietly
             raise
         except Exception as error:
-            traceback.print_exc()
-            fail(SmaltiError(f"internal error: {type(error).__name__}: {error}", hint="please report it"), 70, as_json)
+            explained = explain(error)
+            fail(explained, explained.exit_code, as_json)
 
     return run  # type: ignore[return-value]
+
+
+def explain(error: Exception) -> SmaltiError:
+    """Any exception as one sentence with an exit code; of what we did not expect, the traceback is printed."""
+    if isinstance(error, SmaltiError):
+        return error
+    if isinstance(error, MemoryError):
+        return MemoryExhausted(f"the memory of this machine is used up {error}".strip())
+    if isinstance(error, OSError):
+        return _translate(error)
+    traceback.print_exception(error)
+    return SmaltiError(f"internal error: {type(error).__name__}: {error}", hint="please report it")
 
 
 def fail(error: SmaltiError, code: int, as_json: bool) -> NoReturn:
@@ -129,7 +131,7 @@ def pictures_of(artifact: Artifact) -> dict[str, str]:
 
 def say(text: str, *, quiet: bool = False) -> None:
     """A sentence for the person in front of the screen."""
-    if not quiet and ranks.is_first():
+    if not quiet:
         typer.echo(text, err=True)
 
 

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from cli.options import COMMON, ConfigOption, SetOption, running
 from cli.output import guarded, pictures_of, plain_yaml, print_json, say
 from cli.sources import Unmade, bring, find_made
+from pipeline import ranks
 from pipeline.artifact import Artifact
 from pipeline.config import KIND, parse_config
 from pipeline.draft import Request
@@ -118,8 +119,9 @@ def _settle(
         numbers = numbers_of(waiting[name], declared.names[name](inputs), where=f"--{_flag(name)}")
         put_setting(settled, name.split("."), numbers)
     config = parse_config(declared.config, settled, where=declared.name)
+    processes = max(1, values["workers"]) + ranks.local_world_size() - 1
     for name in sorted(waiting.keys() & declared.proposes.keys()):
-        proposal = declared.proposes[name](config, inputs, values["device"], max(1, values["workers"]))
+        proposal = declared.proposes[name](config, inputs, values["device"], processes)
         say_so(f"  --{_flag(name)} {proposal.value}: {proposal.reason}")
         settled[name] = proposal.value
     return settle(declared, parse_config(declared.config, settled, where=declared.name), inputs)

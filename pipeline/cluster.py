@@ -258,8 +258,7 @@ def connect(*, workers: int = 0, scheduler: str | None = None, say: Say = lambda
 def _client(workers: int, scheduler: str | None, say: Say) -> Iterator[Any]:
     from dask.distributed import Client, LocalCluster
 
-    for name in [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]:
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # we say it in our words
+    silence_dask()
     if scheduler:
         with _reach(scheduler, say) as client:
             yield client
@@ -334,6 +333,14 @@ def _outcome(future: Any, number: int) -> Any:
 
 def _death(number: int) -> Failure:
     return Failure(WorkerError(f"the worker of shard {number} kept dying ({TRIES} times)"), "retry")
+
+
+def silence_dask() -> None:
+    """What dask would log is said in our words."""
+    import dask.distributed  # noqa: F401 - makes the loggers
+
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _lost() -> StorageError:

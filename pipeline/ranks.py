@@ -1,17 +1,31 @@
 """Which of several processes this one is, as `torchrun` and `accelerate launch` tell it (no torch here).
 
-Rank 0 alone takes locks, writes drafts and logs. The others compute with it, and follow what it finishes.
+Process 0 alone runs the runner (`pipeline.followers` is its view of the others); the others do what it tells them
+(`pipeline.following`).
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
 
 from pipeline.errors import UsageError
 
-POLL_SECONDS = 0.2
+PORTS = 16  # tried one after the other, beginning behind the launcher's own
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the processes of a launch meet.
+
+    host: of process 0.  ports: process 0 listens on the first that is free.  key: known to this launch alone.
+    """
+
+    host: str
+    ports: tuple[int, ...]
+    key: bytes
+    is_one_host: bool
 
 
 def rank() -> int:
@@ -22,14 +36,36 @@ def world_size() -> int:
     return _number("WORLD_SIZE", 1)
 
 
+def local_rank() -> int:
+    """Number of this process among those of the launch on this machine."""
+    return _number("LOCAL_RANK", 0)
+
+
+def local_world_size() -> int:
+    """Processes of the launch on this machine; without word of it, all may be elsewhere."""
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
 def is_first() -> bool:
     return rank() == 0
 
 
-def wait_until(is_there: Callable[[], bool]) -> None:
-    """Wait for what rank 0 makes. Should rank 0 die, the launcher ends this process."""
-    while not is_there():
-        time.sleep(POLL_SECONDS)
+def meeting() -> Meeting:
+    """From the launcher's address and the name of its run. UsageError where it names none."""
+    port = _number("MASTER_PORT", 0)
+    if not port or not os.environ.get("MASTER_ADDR"):
+        raise UsageError(
+            f"the environment says WORLD_SIZE={world_size()} but not MASTER_ADDR and MASTER_PORT",
+            hint="start several processes with torchrun or accelerate launch",
+        )
+    is_one_host = local_world_size() == world_size()
+    names = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
+    return Meeting(
+        host="127.0.0.1" if is_one_host else os.environ["MASTER_ADDR"],
+        ports=tuple(1024 + (port - 1023 + number) % (65536 - 1024) for number in range(PORTS)),
+        key=sha256("\n".join(["smalti", *names, str(port), str(world_size())]).encode()).digest(),
+        is_one_host=is_one_host,
+    )
 
 
 def _number(name: str, default: int) -> int:

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from pipeline import durable, ranks
+from pipeline import durable
 from pipeline.artifact import LOG, Artifact, check_data
 from pipeline.cluster import Cluster, InProcess
 from pipeline.draft import Draft, Request
 from pipeline.errors import BadImages, CorruptError, InputError, SmaltiError
 from pipeline.externals import DigestUnknown, Need, check_caches, check_files, content_ids, get_all, needs, option
+from pipeline.followers import Followers
 from pipeline.foresight import foresee, look_ahead, settle, settled
 from pipeline.keys import artifact_key, canonical_bytes, config_value
 from pipeline.known import Known
@@ -68,6 +69,7 @@ class Options:
     """How to run: nothing here changes what comes out."""
 
     cluster: Cluster = field(default_factory=InProcess)
+    followers: Followers = field(default_factory=Followers)
     progress: Progress = field(default_factory=Progress)
     device: str = "auto"
     threads: int = 1
@@ -184,9 +186,7 @@ def make(
         declared.check(config, dict(inputs.items()))
     options.before_work()
     files = {need.external: need.get(options.progress) for need in wanted}
-    job = _Job(store, declared, config, inputs, {**paths, **files}, options, request)
-    if not ranks.is_first():
-        return job.follow()
+    job = _Job(store, declared, config, inputs, paths, files, options, request)
     say = options.progress.say
     with store.draft(request, wait=options.wait, again=options.force, name=options.ref, say=say) as draft:
         if draft is not None:
@@ -196,23 +196,27 @@ def make(
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """One artifact that has to be made."""
+    """One artifact that has to be made. paths: external data that was given.  files: what was found at its own place."""
 
     store: Store
     declared: Stage
     config: BaseModel
     inputs: Inputs
     paths: Mapping[str, Path]
+    files: Mapping[str, Path]
     options: Options
     request: Request
 
     def work(self, draft: Draft) -> None:
         """Check the inputs' data, run the stage into the draft, and commit it."""
-        runtime = self._runtime(draft, self.options.progress)
+        runtime = self._runtime(draft)
         runtime.progress.say(_heading(draft, self.options.title))
         self._check_inputs(runtime.progress)
         log, options = draft.log / "run.json", self.options
-        with Attempt(log, device=options.device, threads=options.threads, command=options.command):
+        with (
+            Attempt(log, device=options.device, threads=options.threads, command=options.command),
+            self._together(draft),
+        ):
             self.declared.function(self.config, self.inputs, draft, runtime)
         draft.commit(self.store.path(self.declared.name, draft.request.key))
 
@@ -224,26 +228,35 @@ class _Job:
         for artifact in inputs:
             _check_input(artifact)
 
-    def follow(self) -> Made:
-        """In another process of a torchrun launch: take part in a training, whose artifact the first process writes."""
-        if self.declared.trains:
-            with TemporaryDirectory() as folder:
-                draft = Draft.open(Path(folder), self.request)
-                self.declared.function(self.config, self.inputs, draft, self._runtime(draft, Progress()))
-        stage, key = self.request.stage, self.request.key
-        ranks.wait_until(lambda: self.store.has(stage, key))
-        return Made(self.store.open(stage, key), reused=False)
+    def _together(self, draft: Draft) -> AbstractContextManager[None]:
+        """Within this block the other processes of the launch do the same, if the stage trains."""
+        return self.options.followers.training(self._order(draft)) if self.declared.trains else nullcontext()
 
-    def _runtime(self, draft: Draft, progress: Progress) -> Runtime:
+    def _order(self, draft: Draft) -> dict[str, Any]:
+        """What another process needs in order to take part, in plain values (`pipeline.following`)."""
+        options = self.options
+        return {
+            "stage": self.declared.name,
+            "request": asdict(self.request),
+            "inputs": {name: _map(value, lambda artifact: str(artifact.path)) for name, value in self.inputs.items()},
+            "paths": {name: str(path.absolute()) for name, path in self.paths.items()},
+            "store": str(self.store.root),
+            "draft": str(draft.path),
+            "device": options.device,
+            "threads": options.threads,
+            "checkpoint_seconds": options.checkpoint_seconds,
+        }
+
+    def _runtime(self, draft: Draft) -> Runtime:
         options = self.options
         return Runtime(
             cluster=options.cluster,
-            progress=progress.into(draft.log),
+            progress=options.progress.into(draft.log),
             log=draft.log,
             device=options.device,
             threads=options.threads,
             checkpoint_seconds=options.checkpoint_seconds,
-            paths=dict(self.paths),
+            paths={**self.paths, **self.files},
             store=self.store.root,
         )
 
@@ -269,7 +282,7 @@ def make_request(
 def _note(store: Store, request: Request, paths: Mapping[str, Path], options: Options) -> Artifact:
     """The finished artifact, with its ref; nobody takes it for garbage before it has one."""
     artifact = _remember_paths(store.open(request.stage, request.key), paths)
-    if options.ref and ranks.is_first():
+    if options.ref:
         store.set_ref(options.ref, artifact)
     return artifact
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
+from pipeline import ranks
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,16 +16,18 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU."""
+    """ "auto" is CUDA where there is one, else the CPU. Of several processes on a machine each has a device of its own."""
     import torch
 
     # A sampler asks for attention over one key more at every step, and cuDNN would make a plan for each number of keys.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 unless `products` says otherwise
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: this machine has no CUDA device", hint="leave --device out or give cpu")
+    if name == "cuda" and ranks.local_world_size() > 1:
+        name = f"cuda:{ranks.local_rank() % torch.cuda.device_count()}"
     try:
         picked = torch.device(name)
     except RuntimeError as error:

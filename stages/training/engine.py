@@ -365,8 +365,8 @@ class Trainer:
             checkpoints.save_best(self.out, self.step, weights)
 
     def _load_best(self) -> None:
-        path = checkpoints.best_file(self.out, self.best_step)
-        state = checkpoints.read_state(path)
+        path = self.replicas.from_first(str(checkpoints.best_file(self.out, self.best_step)))
+        state = checkpoints.read_state(Path(path))
         for running in self.parts:
             running.part.module.load_state_dict(checkpoints.part_of(state, f"model.{running.part.name}."))
 

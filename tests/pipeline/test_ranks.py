@@ -24,10 +24,3 @@ def test_nonsense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(UsageError, match="RANK is 'first'"):
         ranks.rank()
-
-
-def test_waiting_ends_when_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "POLL_SECONDS", 0.0)
-    answers = iter([False, False, True])
-    ranks.wait_until(lambda: next(answers))
-    assert next(answers, None) is None

@@ -20,11 +20,14 @@ import torch
 import zarr
 from PIL import Image
 
-from pipeline import durable
+from pipeline import durable, ranks
 from pipeline.artifact import LOG, MANIFEST, Artifact, verify_artifact
 from pipeline.cluster import Cluster, InProcess, connect
 from pipeline.config import parse_config
-from pipeline.runner import Options, make
+from pipeline.errors import SmaltiError, WorkerError
+from pipeline.followers import ARRIVAL_SECONDS, Followers
+from pipeline.following import follow
+from pipeline.runner import Options, make, make_request
 from pipeline.stage import Inputs, Stage
 from pipeline.store import Store
 from stages import MODULES
@@ -46,11 +49,26 @@ def run_stage(
     cluster: Cluster | None = None,
     **options: Any,
 ) -> Artifact:
-    """The artifact of one stage, made in `store` as the command line would make it."""
+    """The artifact of one stage, made in `store` as the command line would make it.
+
+    In a process that follows another (`tests.two_processes`): the one that process 0 has made.
+    """
     declared = find_stage(name)
-    parsed = parse_config(declared.config, config or {}, where=name)
-    chosen = Options(cluster=cluster or InProcess(), device="cpu", **options)
-    return make(Store(store), declared, parsed, Inputs(inputs or {}), paths or {}, chosen).artifact
+    parsed, given = parse_config(declared.config, config or {}, where=name), Inputs(inputs or {})
+    if not ranks.is_first():
+        follow({name: declared}, explain=as_worker_error, say=print)
+        return Store(store).open(name, make_request(declared, parsed, given, paths or {}).key)
+    followers = Followers.listen(say=print)
+    chosen = Options(cluster=cluster or InProcess(), followers=followers, device="cpu", **options)
+    try:
+        return make(Store(store), declared, parsed, given, paths or {}, chosen).artifact
+    finally:
+        followers.dismiss(patience=ARRIVAL_SECONDS)
+
+
+def as_worker_error(error: Exception) -> SmaltiError:
+    """What the command line would say of an error in another process."""
+    return error if isinstance(error, SmaltiError) else WorkerError(f"{type(error).__name__}: {error}")
 
 
 def find_stage(name: str) -> Stage:

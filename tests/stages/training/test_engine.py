@@ -24,7 +24,7 @@ from pipeline.runtime import Terminated
 from stages.training import checkpoints
 from stages.training.draws import rows_of_step
 from tests.stages.training.small_task import SmallTask, draft_in, first_gradients, tiny, train_in, weights_of
-from tests.stages.training.two_processes import die, run_two
+from tests.two_processes import die, run_two
 
 KINDS = {
     "plain": {},

@@ -21,7 +21,7 @@ from stages.weights import load_weights
 from tests.stages.conformance import run_stage
 from tests.stages.small_artifacts import CLASSES, CODES, made, token_artifact, tokenizer_artifact
 from tests.stages.training.small_task import first_gradients
-from tests.stages.training.two_processes import run_two
+from tests.two_processes import run_two
 
 IMAGES, CROPS, STEPS, BATCH, LAYERS = 40, 2, 6, 8, 2
 RAR = {

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import sys
 import time
-import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +22,7 @@ from stages.weights import load_weights
 from tests.stages.conformance import check_same_bytes, run_stage
 from tests.stages.small_artifacts import CLASSES, CODES, token_artifact, tokenizer_artifact
 from tests.stages.training.small_task import first_gradients
+from tests.two_processes import run_two
 
 IMAGES = 40
 RAR = {"kind": "rar", "width": 16, "layers": 2, "heads": 2, "mlp_width": 32, "init": {"adaln": 0.05, "classes": 1.0}}
@@ -81,9 +79,9 @@ def kill_after(step: int, store: Path, tokens: Artifact) -> None:
 
 def test_two_processes_see_what_one_sees(tmp_path: Path, tokens: Artifact) -> None:
     """The same rows, orders and dropped labels in every step; first gradients and result as near as sums allow."""
-    report(tmp_path / "alone", tokens)
-    alone = read_report(tmp_path / "alone", 0)
-    two = run_two(tmp_path / "two", tokens)
+    alone = report(tmp_path / "alone", tokens)
+    (tmp_path / "two").mkdir()
+    two = run_two(tmp_path / "two", lambda own, rank: report(tmp_path / "two", tokens))
     for step, whole in enumerate(alone["seen"]):
         for mine, first, second in zip(whole, two[0]["seen"][step], two[1]["seen"][step], strict=True):
             assert first + second == mine, f"step {step}"
@@ -98,8 +96,8 @@ def test_two_processes_see_what_one_sees(tmp_path: Path, tokens: Artifact) -> No
         torch.testing.assert_close(together[name], tensor, atol=1e-3, rtol=0)
 
 
-def report(folder: Path, tokens: Artifact, rank: int = 0) -> None:
-    """Train without dropout, and write what the batches held and what the first gradients were."""
+def report(folder: Path, tokens: Artifact) -> dict[str, Any]:
+    """Train without dropout; what the batches held and what the first gradients were."""
     seen: list[list[Any]] = []
     take = GeneratorTask.batch
 
@@ -111,34 +109,8 @@ def report(folder: Path, tokens: Artifact, rank: int = 0) -> None:
     with pytest.MonkeyPatch.context() as patch, first_gradients() as gradients:
         patch.setattr(GeneratorTask, "batch", look)
         train_in(folder, tokens, WITHOUT_DROPOUT)
-    (folder / f"report-{rank}.json").write_text(json.dumps({"seen": seen, "first": gradients}))
-
-
-def read_report(folder: Path, rank: int) -> dict[str, Any]:
-    return dict(json.loads((folder / f"report-{rank}.json").read_text()))
+    return {"seen": seen, "first": gradients}
 
 
 def read_key(store: Path) -> tuple[str, str]:
     return "train-generator", next(path.name for path in (store / "train-generator").iterdir() if len(path.name) == 64)
-
-
-def run_two(folder: Path, tokens: Artifact) -> list[dict[str, Any]]:
-    """The training in two processes, as torchrun tells them of each other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [os.fork() or replica(folder, tokens, rank, port) for rank in range(2)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
-    return [read_report(folder, rank) for rank in range(2)]
-
-
-def replica(folder: Path, tokens: Artifact, rank: int, port: int) -> NoReturn:
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in told.items()})
-    try:
-        report(folder, tokens, rank)
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(1)
