@@ -16,6 +16,9 @@ ADVICE = {
     "training.optimizer.learning_rate, or take fewer codes (model.quantizer.codes) or narrower ones "
     "(model.autoencoder.latent)",
 }
+ADVICE_TO_ALL = (
+    "take fewer codes, or lower training.optimizer.learning_rate"  # a quantizer that is added has no line above
+)
 
 
 def collapse(config: TokenizerConfig, *, dead: float, tokens: int) -> str | None:
@@ -27,7 +30,7 @@ def collapse(config: TokenizerConfig, *, dead: float, tokens: int) -> str | None
     alive = alive_if_even(codes, tokens=tokens, decay=config.quantizer.usage_decay, dead_below=dead_below(config))
     if 1 - dead > (1 - COLLAPSE) * alive:
         return None
-    return f"{dead:.0%} of the {codes} codes are hardly used: the codebook collapses; {ADVICE[config.quantizer.kind]}"
+    return f"{dead:.0%} of the {codes} codes are hardly used: the codebook collapses; {ADVICE.get(config.quantizer.kind, ADVICE_TO_ALL)}"
 
 
 def collapsed(config: TokenizerConfig, *, used: int, tokens: int) -> str | None:
@@ -38,7 +41,7 @@ def collapsed(config: TokenizerConfig, *, used: int, tokens: int) -> str | None:
     codes = config.codebook_size
     if used > (1 - COLLAPSE) * codes * -math.expm1(-tokens / codes):
         return None
-    return f"the tokenizer uses {used} of its {codes} codes: the codebook collapsed; {ADVICE[config.quantizer.kind]}"
+    return f"the tokenizer uses {used} of its {codes} codes: the codebook collapsed; {ADVICE.get(config.quantizer.kind, ADVICE_TO_ALL)}"
 
 
 def dead_below(config: TokenizerConfig) -> float:
