@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 
 from pipeline import followers, link, proof, ranks
-from pipeline.artifact import Artifact, check_data, open_artifact
+from pipeline.artifact import Artifact, check_data
 from pipeline.cluster import InProcess
 from pipeline.config import parse_config
 from pipeline.draft import Draft, Request
@@ -31,6 +31,7 @@ from pipeline.externals import needs
 from pipeline.followers import CAUSE_SECONDS, LEAVE_SECONDS, Say
 from pipeline.launched import working_for
 from pipeline.link import Link, Message
+from pipeline.outside import open_input
 from pipeline.progress import Progress
 from pipeline.runner import make_request
 from pipeline.runtime import Runtime, Terminated
@@ -268,7 +269,7 @@ def check_store(order: Message) -> None:
 
 
 def _opened(paths: str | list[str]) -> Artifact | list[Artifact]:
-    return [open_artifact(Path(path)) for path in paths] if isinstance(paths, list) else open_artifact(Path(paths))
+    return [open_input(Path(path)) for path in paths] if isinstance(paths, list) else open_input(Path(paths))
 
 
 def _as_json(error: SmaltiError, code: int) -> dict[str, Any]:

@@ -12,8 +12,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import cli.main
+from pipeline import following
 from pipeline.artifact import list_files
 from pipeline.durable import hash_file
+from pipeline.outside import open_outside
 from pipeline.store import Store
 from smalti import create_tokens
 from stages.identity import tokenizer_identity
@@ -81,6 +83,11 @@ def test_from_foreign_codes_to_images(tmp_path: Path) -> None:
     assert made("verify", folder)["verified"] == 1
     assert made("verify")["verified"] > 0
     assert generator["path"] not in {row["path"] for row in made("gc --older-than 0s")["garbage"]}
+
+
+def test_other_processes_of_a_launch_open_it(tmp_path: Path) -> None:
+    folder = create(tmp_path / "elsewhere")
+    assert [one.key for one in following._opened([str(folder)])] == [open_outside(folder).key]
 
 
 def test_its_content_is_its_name(tmp_path: Path) -> None:
