@@ -174,7 +174,7 @@ def test_an_input_that_differs_stops_both_before_the_first_step(tmp_path: Path) 
 
     def look_elsewhere(rank: int) -> None:
         if rank:
-            following.open_artifact = lambda path: open_artifact(elsewhere)
+            following.open_input = lambda path: open_artifact(elsewhere)
 
     first, second = launch(tmp_path, before=look_elsewhere)
     assert (first["code"], second) == (4, {"code": 0})
