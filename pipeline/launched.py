@@ -76,7 +76,9 @@ def _scheduler(workers: int) -> Iterator[Any]:
     own = {"n_workers": workers} if workers else {"n_workers": 1, "processes": False, "memory_limit": 0}
     host = "127.0.0.1" if ranks.meeting().is_one_host else "0.0.0.0"
     with (
-        LocalCluster(**own, threads_per_worker=1, protocol="tcp://", host=host, dashboard_address=None) as cluster,
+        LocalCluster(
+            **own, threads_per_worker=1, protocol="tcp://", host=host, dashboard_address="127.0.0.1:0"
+        ) as cluster,
         Client(cluster) as client,
     ):
         yield client
