@@ -318,7 +318,7 @@ def test_where_no_worker_sees_the_draft_nothing_is_computed(
     assert time.monotonic() - started < 15
     assert caught.value.exit_code == 74
     (draft,) = Store(tmp_path / "hidden").drafts()
-    assert {path.name for path in draft.iterdir()} <= {"log"}
+    assert {path.name for path in draft.iterdir()} <= {"log", "request.json"}
     assert not list(elsewhere.there.glob("hidden/count/*"))
 
 
