@@ -13,7 +13,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import extract_tb, format_exception
@@ -21,12 +21,14 @@ from typing import Any, Literal, Protocol
 
 from pipeline import proof
 from pipeline.errors import CannotWrite, MemoryExhausted, SmaltiError, StorageError, UsageError, WorkerError
+from pipeline.kept import give_back
 
 TRIES = 3
 POLL_SECONDS = 1.0
 SILENT_SECONDS = 2.0
 DESERTED_SECONDS = 60.0
 RESULT_SECONDS = 30.0
+FORGET_SECONDS = 5.0
 CONNECT_SECONDS = 20.0
 
 Outcome = tuple[int, Any]
@@ -116,6 +118,15 @@ class _Distribution:
             self._hand_out()
             self._check_service()
             yield from self._collect()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Have all workers give back what they kept for these shards; one that does not answer soon does it before the next map."""
+        from dask.distributed import CancelledError, wait
+
+        told = [self._submit(address, give_back) for address in self.proved & self.threads.keys()]
+        with suppress(TimeoutError, CancelledError), self.client.as_current():
+            wait(told, timeout=FORGET_SECONDS)
 
     def _look(self) -> Iterator[Outcome]:
         """See which workers came and went; the shards of lost ones are tried again."""
@@ -123,7 +134,7 @@ class _Distribution:
             return
         self.threads, self.looked = self._living(), time.monotonic()
         for address in self.threads.keys() - self.proved - self.refused.keys() - set(self.proofs.values()):
-            self.proofs[self._submit(address, proof.answer, self.nonce, proof.SEEN_SECONDS)] = address
+            self.proofs[self._submit(address, _introduce, self.nonce, proof.SEEN_SECONDS)] = address
         self.proved &= self.threads.keys()
         self.refused = {address: text for address, text in self.refused.items() if address in self.threads}
         for future, address in list(self.proofs.items()):
@@ -283,6 +294,12 @@ def _reach(scheduler: str, say: Say) -> Any:
         return Client(scheduler, timeout=CONNECT_SECONDS - SILENT_SECONDS)
     except OSError as error:
         raise _no_scheduler(scheduler) from error
+
+
+def _introduce(nonce: Path, seconds: float) -> proof.Answer:
+    """In a worker: begin a map with nothing of an earlier one in memory, and prove that it shares the folder."""
+    give_back()
+    return proof.answer(nonce, seconds)
 
 
 def attempt(function: Callable[[int], Any], number: int) -> Any:

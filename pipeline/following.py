@@ -29,6 +29,7 @@ from pipeline.draft import Draft, Request
 from pipeline.errors import CorruptError, SmaltiError, StorageError
 from pipeline.externals import needs
 from pipeline.followers import CAUSE_SECONDS, LEAVE_SECONDS, Say
+from pipeline.kept import give_back
 from pipeline.launched import working_for
 from pipeline.link import Link, Message
 from pipeline.outside import open_input
@@ -202,7 +203,10 @@ class _Task:
 
     def work(self, folder: Path) -> None:
         draft = Draft.open(folder, self.request)
-        self.declared.function(self.config, self.inputs, draft, replace(self.run, log=draft.log))
+        try:
+            self.declared.function(self.config, self.inputs, draft, replace(self.run, log=draft.log))
+        finally:
+            give_back()
 
 
 def _take_part(leader: Leader, order: Message, stages: Mapping[str, Stage], explain: Explain) -> None:

@@ -24,6 +24,7 @@ from pipeline.errors import BadImages, CorruptError, InputError, SmaltiError
 from pipeline.externals import DigestUnknown, Need, check_caches, check_files, content_ids, get_all, needs, option
 from pipeline.followers import Followers
 from pipeline.foresight import foresee, look_ahead, settle, settled
+from pipeline.kept import give_back
 from pipeline.keys import artifact_key, canonical_bytes, config_value
 from pipeline.known import Known
 from pipeline.locks import steady
@@ -217,7 +218,10 @@ class _Job:
             Attempt(log, device=options.device, threads=options.threads, command=options.command),
             self._together(draft),
         ):
-            self.declared.function(self.config, self.inputs, draft, runtime)
+            try:
+                self.declared.function(self.config, self.inputs, draft, runtime)
+            finally:
+                give_back()
         draft.commit(self.store.path(self.declared.name, draft.request.key))
 
     def _check_inputs(self, progress: Progress) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from pipeline import ranks
 from pipeline.errors import UsageError
+from pipeline.kept import after_giving_back
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +38,15 @@ def pick_device(name: str) -> torch.device:
     if picked.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N; other devices were never tried")
     return picked
+
+
+@after_giving_back
+def return_device_memory() -> None:
+    """Give CUDA back the memory that nothing holds any more; without CUDA, Python has done it already."""
+    torch = sys.modules.get("torch")  # who has not imported it holds no memory of a device
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()  # recorded steps and compiled blocks refer to each other
+        torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from models.encoders.config import BUILDERS, Dinov2Config, EncoderConfig, WhitenedPatchesConfig
 from models.registry import build
 from pipeline.errors import CorruptError
+from pipeline.kept import kept
 from stages.devices import pick_device
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def build_encoder(config: Encoder, state: dict[str, torch.Tensor], device: str) 
     return encoder.eval().requires_grad_(False).to(pick_device(device))
 
 
-@lru_cache(maxsize=2)
+@kept(2)
 def load_encoder(folder: Path, digest: str, device: str) -> torch.nn.Module:
     """The encoder of a features artifact or its draft; once per process. digest: SHA-256 of its weight file."""
     from safetensors.torch import load_file

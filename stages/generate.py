@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from pipeline.draft import Draft
+from pipeline.kept import kept
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
@@ -143,7 +144,7 @@ def decode_meanwhile(spec: GenerateSpec, passes: Iterator[NDArray[np.int64]]) ->
     return np.concatenate(codes), np.concatenate(images)
 
 
-@lru_cache(2)
+@kept(2)
 def decoding_thread(tokenizer: NetworkFile, grid: tuple[int, int], rows: int) -> ThreadPoolExecutor:
     """The thread of this process that decodes such passes; on CUDA whatever it does is in a stream of its own.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,12 @@ from models.registry import build
 from models.tokenizer_config import TokenizerConfig
 from pipeline.artifact import Artifact, read_manifest
 from pipeline.errors import CorruptError
+from pipeline.kept import kept
 from stages.devices import pick_device
 from stages.identity import check_same_tokenizer, tokenizer_identity
 from stages.weights import fill, load_config, load_weights
 
-KEPT = 8  # networks in memory per process: a sweep over many does not keep them all
+MOST = 8  # networks in memory per process: a sweep over many does not keep them all
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def join_tokenizer(card: GeneratorCard, tokenizer: Artifact, *, what: str, path:
     return card.model_copy(update={"tokenizer": identity, "resolution": card.grid[0] * config.downsample})
 
 
-@lru_cache(KEPT)
+@kept(MOST)
 def load_generator(file: NetworkFile) -> Any:
     """The generator, in evaluation mode, on its device."""
     artifact = file.open()
@@ -109,7 +109,7 @@ def load_generator(file: NetworkFile) -> Any:
     return _ready(network, artifact, file.device)
 
 
-@lru_cache(KEPT)
+@kept(MOST)
 def load_tokenizer(file: NetworkFile) -> Any:
     """The tokenizer (models.tokenizer.Tokenizer), in evaluation mode, on its device."""
     from models.tokenizer import Tokenizer
@@ -118,7 +118,7 @@ def load_tokenizer(file: NetworkFile) -> Any:
     return _ready(Tokenizer(read_tokenizer_config(artifact)), artifact, file.device)
 
 
-@lru_cache(KEPT)
+@kept(MOST)
 def load_classifier(file: NetworkFile) -> Any:
     """The classifier, in evaluation mode, on its device."""
     artifact = file.open()

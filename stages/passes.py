@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.artifact import Artifact
 from pipeline.images import ImageSet, ViewPolicy
+from pipeline.kept import kept
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ def to_images(rows_RSS3: NDArray[np.uint8], device: torch.device) -> torch.Tenso
     return torch.from_numpy(rows_RSS3).to(device).permute(0, 3, 1, 2).contiguous().float().div_(255)
 
 
-@lru_cache(maxsize=4)
+@kept(4)
 def _open(path: Path, digest: str) -> ImageSet:
     return ImageSet.open(path)
 

@@ -5,12 +5,12 @@ A given file may also be a published tokenizer's checkpoint, whose losses hold b
 
 from __future__ import annotations
 
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import CorruptError, UsageError
+from pipeline.kept import kept
 from pipeline.stage import External
 from stages.devices import pick_device
 from stages.foreign import identify_file, read_state
@@ -33,7 +33,7 @@ PERCEPTUAL_EXTERNAL = External(
 """The declaration that stages complete with `place` and `otherwise`."""
 
 
-@lru_cache(2)
+@kept(2)
 def load_lpips(path: Path, device: str, pixel_range: PixelRange = "0..1") -> Lpips:
     """LPIPS for images in this range; once per process. CorruptError if the file holds no VGG16."""
     from models.adapters.layout import LayoutError

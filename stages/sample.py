@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +18,7 @@ from models.sampling.config import SamplingConfig
 from pipeline.artifact import Artifact
 from pipeline.draft import Draft
 from pipeline.errors import NumericError, UsageError
+from pipeline.kept import kept
 from pipeline.keys import config_value
 from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
@@ -257,7 +257,7 @@ def sampled_passes(
         yield codes_BT[: stop - first].cpu().numpy()
 
 
-@lru_cache(2)
+@kept(2)
 def _decoder(file: NetworkFile, rows: int, guided: bool, order: tuple[int, ...] | None, precision: Precision) -> Any:
     """The static cache of this process, made once and used by every pass."""
     import torch

@@ -5,11 +5,11 @@ A codebook is a tokenizer without `decode`: the nearest centroid of each feature
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.artifact import Artifact
 from pipeline.errors import CorruptError, UsageError
+from pipeline.kept import kept
 from stages.encoding import Encoder, build_encoder, parse_encoder
 from stages.networks import NetworkFile, load_tokenizer, read_tokenizer_config
 from stages.weights import WEIGHTS, load_config, load_weights
@@ -46,7 +46,7 @@ class FeatureTokenizer:
         return nearest(features_BhwD.flatten(0, 2), self.centroids_KD).reshape(features_BhwD.shape[:3])
 
 
-@lru_cache(maxsize=4)
+@kept(4)
 def load_encodes(file: NetworkFile) -> Encodes:
     """The network of a tokenizer or codebook artifact, in evaluation mode; once per process."""
     artifact = file.open()

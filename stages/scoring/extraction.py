@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from pipeline.artifact import Artifact, read_manifest
 from pipeline.draft import SCRATCH, Draft
 from pipeline.errors import NumericError
 from pipeline.images import Views
+from pipeline.kept import kept
 from pipeline.runtime import Runtime
 from pipeline.shards import unit_name
 from pipeline.stage import Inputs
@@ -176,7 +176,7 @@ def gather_pairs(spec: ExtractionSpec, out: Draft) -> dict[str, float]:
     }
 
 
-@lru_cache(2)
+@kept(3)
 def _open(source: Source, size: int, views: Views | None) -> Pictures:
     """The images of a source; opened once per process."""
     return open_pictures(read_manifest(source.path), size=size, views=views)

@@ -6,7 +6,6 @@ An extractor takes uint8 images (B, 3, H, W) and gives features (B, E) and logit
 from __future__ import annotations
 
 import io
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
+from pipeline.kept import kept
 from pipeline.keys import sha256
 from stages.devices import pick_device
 from stages.networks import NetworkFile, load_classifier
@@ -78,7 +78,7 @@ for name, extractor in ((CLASSIFIER, ClassifierExtractor), (PYTORCH_FID, Pytorch
         register_feature_extractor(name, extractor)
 
 
-@lru_cache(4)
+@kept(4)
 def load_extractor(file: ExtractorFile) -> Any:
     """The extractor on its device; once per process."""
     parts = {"classifier": file.classifier} if file.weights is None else _checked_weights(file.weights)

@@ -7,12 +7,12 @@ an interruption changes what a row of a batch meets.
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
+from pipeline.kept import kept
 from smalti.counting import counted
 from smalti.epoch import exact_order
 
@@ -55,7 +55,7 @@ def share_of(batch: int, *, rank: int, world: int, accumulation: int) -> slice:
     return slice(batch // world * rank, batch // world * (rank + 1))
 
 
-@lru_cache(maxsize=2)
+@kept(2)
 def _order(rows: int, seed: int, epoch: int) -> Rows_B:
     return exact_order(rows, seed=seed, epoch=epoch)
 

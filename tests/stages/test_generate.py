@@ -22,7 +22,7 @@ from pipeline.stage import Inputs
 from pipeline.store import Store
 from smalti.tokens import open_tokens
 from stages.decode import DecodeConfig, decode_tokens
-from stages.generate import GenerateConfig, decoding_thread, generate_images
+from stages.generate import GenerateConfig, generate_images
 from stages.image_files import open_pictures
 from stages.sample import SampleConfig, choose_labels, draw_samples
 from tests.stages.conformance import zarr_members
@@ -152,15 +152,6 @@ def test_every_five_thousand_of_the_published_protocol_hold_each_class_five_time
     labels_I = choose_labels(SampleConfig(images=50_000), 1000, None)
     for first in range(0, 50_000, 5_000):
         assert (np.bincount(labels_I[first : first + 5_000], minlength=1000) == 5).all()
-
-
-def test_one_thread_decodes_all_shards_of_a_process(generator: Artifact, tokenizer: Artifact, tmp_path: Path) -> None:
-    decoding_thread.cache_clear()
-    run(Store(tmp_path / "first"), generator, tokenizer)
-    after_one = threading.active_count()
-    run(Store(tmp_path / "second"), generator, tokenizer)
-    assert threading.active_count() == after_one
-    assert decoding_thread.cache_info().misses == 1
 
 
 def test_a_decoding_that_fails_is_said_and_the_thread_serves_on(
