@@ -94,7 +94,7 @@ def foresee(config: IndexConfig, inputs: KnownInputs) -> Facts:
 
 def foresee_digits(source: DigitsSource, inputs: KnownInputs) -> Facts:
     names = tuple(str(digit) for digit in range(CLASSES))
-    part = f"digits, {source.split} of split {source.split_seed} with {source.held_out}"
+    part = f"digits, {source.split} of split {source.split_seed} with {source.held_out} and {source.validation}"
     listed = Origin(inputs.name, digest=part)
     return {
         "images": source.images,

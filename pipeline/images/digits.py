@@ -1,8 +1,9 @@
 """scikit-learn's bundled handwritten digits as an image source: 1,797 real 8x8 images, upscaled, split by class.
 
-The split asks no random generator: within each class the images of the smallest SHA-256(seed, key) are held out, so it
-is the same on every platform and with every library version. The held-out count is ceil(held_out * 1797), shared
-among the classes by largest remainder: 360 and 1,437 by default.
+The split asks no random generator: within each class the images of the smallest SHA-256(seed, key) are held out and
+the next ones are for validation, so it is the same on every platform and with every library version. There are
+ceil(held_out * 1797) and ceil(validation * 1797) of them, shared among the classes by largest remainder: 360 held out,
+180 for validation and 1,257 to train on by default.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import hashlib
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import Config
 from pipeline.errors import InputError
@@ -28,29 +29,42 @@ SHA256 = (
     "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"  # of pixels (0..16, uint8) then labels (uint8)
 )
 
+Split = Literal["train", "validation", "held-out", "all"]
+
 
 class DigitsSource(Config):
     """The handwritten digits that scikit-learn bundles: white on black, RGB, nothing to download."""
 
     kind: Literal["digits"] = "digits"
-    split: Literal["train", "held-out", "all"] = Field("train", description="which part of the stratified split")
+    split: Split = Field("train", description="which part of the stratified split")
     size: int = Field(32, ge=8, le=1024, description="pixels per side after bicubic upscaling from 8x8")
     split_seed: int = Field(0, ge=0, description="which stratified split")
     held_out: float = Field(0.2, gt=0, lt=1, description="share of the images that is held out")
+    validation: float = Field(0.1, ge=0, lt=1, description="share of the images that settings are chosen by")
+
+    @model_validator(mode="after")
+    def _leaves_some_to_train_on(self) -> Self:
+        if self.counts["train"] < 1:
+            raise ValueError(f"held_out {self.held_out} and validation {self.validation} leave no digit to train on")
+        return self
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many digits each split has."""
+        held_out, validation = math.ceil(self.held_out * IMAGES), math.ceil(self.validation * IMAGES)
+        train = IMAGES - held_out - validation
+        return {"held-out": held_out, "validation": validation, "train": train, "all": IMAGES}
 
     @property
     def images(self) -> int:
-        """How many digits this split has."""
-        held_out = math.ceil(self.held_out * IMAGES)
-        return {"train": IMAGES - held_out, "held-out": held_out, "all": IMAGES}[self.split]
+        """How many digits this source has."""
+        return self.counts[self.split]
 
 
 def list_digits(source: DigitsSource) -> Listing:
     """The digits of one split; keys are `digit-0000` to `digit-1796`, their rows in scikit-learn's array."""
     _, labels = load_digits()
-    held_out = split_held_out(labels, seed=source.split_seed, share=source.held_out)
-    chosen = {"train": ~held_out, "held-out": held_out, "all": np.ones(IMAGES, dtype=bool)}[source.split]
-    rows = np.flatnonzero(chosen)
+    rows = split_rows(labels, source)
     return Listing(
         keys=[_key(row) for row in rows],
         labels=labels[rows].astype(np.int32),
@@ -70,14 +84,21 @@ def draw_digits(keys: Sequence[str], size: int) -> NDArray[np.uint8]:
     return images_NHW3
 
 
-def split_held_out(labels: NDArray[np.uint8], *, seed: int, share: float) -> NDArray[np.bool_]:
-    """Which images are held out: (N,) bool, ceil(share * N) of them, as many of each class as its share asks for."""
-    held_out = np.zeros(len(labels), dtype=bool)
-    for label, count in enumerate(share_among(np.bincount(labels, minlength=CLASSES), math.ceil(share * len(labels)))):
-        rows = np.flatnonzero(labels == label)
-        order = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}:{_key(row)}".encode()).digest())
-        held_out[order[:count]] = True
-    return held_out
+def split_rows(labels: NDArray[np.uint8], source: DigitsSource) -> NDArray[np.intp]:
+    """The rows of the source's split, ascending: of each class as many as the share asks for."""
+    left = [_by_hash(np.flatnonzero(labels == label), source.split_seed) for label in range(CLASSES)]
+    parts = {"all": left}
+    for split in ("held-out", "validation"):
+        counts = share_among(np.array([len(rows) for rows in left]), source.counts[split])
+        parts[split] = [rows[:count] for rows, count in zip(left, counts, strict=True)]
+        left = [rows[count:] for rows, count in zip(left, counts, strict=True)]
+    parts["train"] = left
+    return np.sort(np.concatenate(parts[source.split]))
+
+
+def _by_hash(rows: NDArray[np.intp], seed: int) -> NDArray[np.intp]:
+    """The rows by ascending SHA-256(seed, key)."""
+    return np.array(sorted(rows, key=lambda row: hashlib.sha256(f"{seed}:{_key(row)}".encode()).digest()))
 
 
 def share_among(sizes: NDArray[np.intp], total: int) -> list[int]:

@@ -112,7 +112,7 @@ NEVER_UNLABELLED = {"kind": "rar", "width": 16, "layers": 1, "heads": 1, "mlp_wi
         ({"imported.inputs": {"tokenizer": "tokenizer"}}, "step imported imports a tokenizer"),
         ({"train.config.source.size": 48, "features.config": {"views": {"kind": "none", "size": 32}}}, "at 32 pixels, but those of train have 48"),
         ({"tokenizer.config": {"model": {"autoencoder": {"channels": 1}}}}, "step tokenizer has model.autoencoder.channels 1"),
-        ({"codebook.config": {"clusters": 30000}}, "wants 30,000 clusters, but features has 22,992 features of 1,437 images"),
+        ({"codebook.config": {"clusters": 30000}}, "wants 30,000 clusters, but features has 20,112 features of 1,257 images"),
         ({"adversarial.config": None}, "step adversarial reads the discriminator of discriminator, but its adversarial"),
         ({"adversarial.config.adversarial.discriminator": {"kind": "patch", "layers": 1}}, "step adversarial has adversarial"),
         # labels
@@ -150,7 +150,7 @@ NEVER_UNLABELLED = {"kind": "rar", "width": 16, "layers": 1, "heads": 1, "mlp_wi
         ({"pairs.inputs.reference": "train", "pairs.inputs.best": None}, "cannot use reconstructions and train together"),
         ({"score.config": {"pairs": True}}, "step score compares pairs .* but images holds samples"),
         ({"samples.config": {"images": 60}}, "features, which needs at least 64 images, but images has 60"),
-        ({"best.config": {"extractor": "inception"}}, "2048 features, which needs at least 2048 images, but train has 1437"),
+        ({"best.config": {"extractor": "inception"}}, "2048 features, which needs at least 2048 images, but train has 1257"),
     ],
 )  # fmt: skip
 def test_what_cannot_fit_is_said(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -214,24 +215,41 @@ def test_names_that_cannot_be_keys_are_problems(root: Path, name: bytes, shown: 
 
 class TestDigits:
     def test_split_is_exact_disjoint_and_stratified(self) -> None:
-        train, held_out, whole = (list_images(DigitsSource(split=split)) for split in ("train", "held-out", "all"))
-        assert (len(train), len(held_out), len(whole)) == (1437, 360, 1797)
-        assert sorted(train.keys + held_out.keys) == whole.keys
-        assert train.keys == sorted(train.keys)
-        shares = np.bincount(held_out.labels) / np.bincount(whole.labels)
-        assert (np.abs(shares - 0.2) < 0.006).all()
+        parts = [list_images(DigitsSource(split=split)) for split in ("train", "validation", "held-out")]
+        whole = list_images(DigitsSource(split="all"))
+        assert [len(part) for part in (*parts, whole)] == [1257, 180, 360, 1797]
+        assert sorted(key for part in parts for key in part.keys) == whole.keys
+        assert all(part.keys == sorted(part.keys) for part in parts)
+        for part, share in zip(parts, (0.7, 0.1, 0.2), strict=True):
+            shares = np.bincount(part.labels) / np.bincount(whole.labels)
+            assert (np.abs(shares - share) < 0.006).all()
         np.testing.assert_array_equal(whole.labels, load_digits()[1])
 
     def test_split_is_pinned(self) -> None:
-        """Another split would change every key and score of the digits recipes."""
-        assert list_images(DigitsSource(split="held-out")).keys[:6] == [
-            "digit-0002",
-            "digit-0006",
-            "digit-0014",
-            "digit-0016",
-            "digit-0025",
-            "digit-0030",
-        ]
+        """Another split would change every key and score of the digits recipes; the held-out images are those of the
+        split into two parts that older versions had."""
+        held_out, validation = (list_images(DigitsSource(split=split)).keys for split in ("held-out", "validation"))
+        assert hashlib.sha256("\n".join(held_out).encode()).hexdigest() == (
+            "c2398cdd3b101e40e17996b124afae9ee2aa62e8767fe0830f674e51486efdc4"
+        )
+        assert validation[:6] == ["digit-0020", "digit-0023", "digit-0031", "digit-0035", "digit-0041", "digit-0079"]
+
+    @pytest.mark.parametrize(
+        "fields", [{}, {"validation": 0.0}, {"held_out": 0.5}, {"validation": 0.33, "split_seed": 2}]
+    )
+    def test_source_knows_its_counts(self, fields: dict[str, float]) -> None:
+        for split in ("train", "validation", "held-out", "all"):
+            source = DigitsSource.model_validate({"split": split, **fields})
+            assert len(list_images(source)) == source.images
+
+    def test_validation_takes_from_the_training_images_alone(self) -> None:
+        with_it, without = (DigitsSource(validation=share) for share in (0.1, 0.0))
+        assert set(list_images(with_it).keys) < set(list_images(without).keys)
+        assert len(list_images(without)) == 1437
+
+    def test_some_digits_are_left_to_train_on(self) -> None:
+        with pytest.raises(ValidationError, match=r"held_out 0.7 and validation 0.3 leave no digit to train on"):
+            DigitsSource(held_out=0.7, validation=0.3)
 
     def test_other_seed_is_another_split(self) -> None:
         assert list_images(DigitsSource(split_seed=1)).keys != list_images(DigitsSource()).keys
