@@ -360,6 +360,18 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert len(continued[0]["seen"]) == 6
 
 
+def test_two_processes_end_with_the_same_best_weights(tmp_path: Path) -> None:
+    """Only the first process keeps them in its draft; the other reads them there."""
+
+    def work(own: Path, rank: int) -> dict[str, Any]:
+        outcome = train_in(own, tiny(evaluate_every=3, select="best"), dropout=0.0)
+        return {name: value.hex() for name, value in weights_of(outcome).items()}
+
+    first, second = run_two(tmp_path, work)
+    assert first == second
+    assert not (tmp_path / "rank-1/scratch").exists()
+
+
 def test_long_trainings_write_to_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stages.training.metrics.TENSORBOARD_STEPS", 12)
     train_in(tmp_path, tiny())
