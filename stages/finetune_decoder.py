@@ -15,7 +15,7 @@ from stages.identity import CODES_OF, tokenizer_identity
 from stages.known_images import check_codes_fit
 from stages.networks import read_tokenizer_config
 from stages.tokenizing import code_grid
-from stages.train_tokenizer import describe, where
+from stages.train_tokenizer import count_used, describe, where
 from stages.training.config import AdamW, TokenizerLearning, TrainingConfig, WarmupCosine
 from stages.training.inputs import IMAGES, START, WEIGHTS, check_images, check_known_start, check_start
 from stages.weights import config_json, save_weights
@@ -78,7 +78,8 @@ def finetune_decoder(config: FinetuneDecoderConfig, inputs: Inputs, out: Draft, 
         make=lambda: open_tokenizer(parent),
         label="finetune-decoder",
     )
+    used = count_used(outcome, out, run)
     if outcome.is_first:
         save_weights(out, outcome.task.tokenizer.state_dict(), config_json(model))
-        describe(out, outcome.task, outcome.figures["psnr"], run, where=where(inputs))
+        describe(out, outcome.task, outcome.figures["psnr"], used, where=where(inputs))
         out.facts |= {CODES_OF: tokenizer_identity(parent)}

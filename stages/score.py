@@ -7,7 +7,7 @@ extraction survives interruptions and can be spread over workers. The figures th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pipeline.keys import canonical_bytes
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import External, Inputs, read, stage
-from smalti.tokens import open_tokens
+from smalti.tokens import TokenSet, open_tokens
 from stages.code_usage import CodeUsage
 from stages.devices import threads
 from stages.foreign import identify_file
@@ -30,8 +30,17 @@ from stages.identity import is_same_tokenizer
 from stages.image_files import Pictures, open_pictures
 from stages.perceptual import PERCEPTUAL, PERCEPTUAL_EXTERNAL
 from stages.places import INCEPTION, VGG16
-from stages.scoring.extraction import ExtractionSpec, Source, choose_extractors, extract_shard, gather, gather_pairs
+from stages.scoring.extraction import (
+    ExtractionSpec,
+    Source,
+    choose_extractors,
+    extract_shard,
+    gather,
+    gather_nearness,
+    gather_pairs,
+)
 from stages.scoring.protocol import (
+    SEEN,
     ScoreConfig,
     check_classes,
     check_counts,
@@ -46,11 +55,12 @@ from stages.scoring.protocol import (
 
 METRICS = "metrics.json"
 FORMAT = 1
+BLOCK_CODES = 2**22
 
 
 @stage(
     "score",
-    version=1,
+    version=2,
     config=ScoreConfig,
     reads={
         "images": read("images", "image-set", help="what to score: samples, or reconstructions (pairs)"),
@@ -104,11 +114,15 @@ def score_images(config: ScoreConfig, inputs: Inputs, out: Draft, run: Runtime) 
         check_best(config, inputs, size)
     perceptual = run.paths[PERCEPTUAL].absolute() if "lpips" in config.figures else None
     extractors = choose_extractors(config, inputs, run)
-    sources = (Source.of(inputs["images"]), Source.of(inputs["reference"]))
-    counts = (len(images), len(reference))
-    spec = ExtractionSpec(extractors, sources, counts, size, config, run.device, perceptual)
+    seen = [inputs[name] for name in SEEN if name in inputs]
+    counts = tuple(len(open_pictures(one, size=size, views=config.views)) for one in seen)
+    sources = tuple(map(Source.of, seen))
+    spec = ExtractionSpec(extractors, sources, counts, size, config, out.path.absolute(), run.device, perceptual)
     sizes = [stop - start for _, _, start, stop in spec.blocks]
-    map_shards(out, run, extract_shard, spec, sizes, label="score")
+    later = len(spec.shards_of(spec.nearness, 2))  # these shards read what others wrote
+    map_shards(out, run, extract_shard, spec, sizes[: len(sizes) - later], label="score")
+    if later:
+        map_shards(out, run, extract_shard, spec, sizes, label="nearness")
     with threads(1), threadpool_limits(1):  # the last bits of a figure depend on the number of threads
         metrics = measure(config, inputs, spec, out, images, reference)
     out.put("metrics", {METRICS: canonical_bytes(metrics) + b"\n"})
@@ -168,8 +182,9 @@ def measure(
     values = {
         **mean(each),
         **mean(shares),
-        **compare_pixels(config, inputs, images, reference),
+        **compare_pixels(config, images, reference),
         **gather_pairs(spec, out),
+        **gather_nearness(spec, out),
         **measure_usage(config, inputs),
         **find_copies(inputs),
     }
@@ -213,19 +228,15 @@ def add_ratios(each: list[dict[str, float]], best: dict[str, Any]) -> None:
         figures["ratio"] = figures["distance"] / ideal["distance"]
 
 
-def compare_pixels(config: ScoreConfig, inputs: Inputs, images: Pictures, reference: Pictures) -> dict[str, float]:
-    """PSNR of reconstructions, and nearness to training images, where they were asked for."""
-    from stages.scoring.figures import mean_psnr, nearness
+def compare_pixels(config: ScoreConfig, images: Pictures, reference: Pictures) -> dict[str, float]:
+    """PSNR of reconstructions, where it was asked for."""
+    from stages.scoring.figures import mean_psnr
 
-    values: dict[str, float] = {}
-    if config.pairs:
-        blocks = zip(images.passes(config.shard_images), reference.passes(config.shard_images), strict=True)
-        sums = [mean_psnr(ours, theirs) * len(ours) for (_, ours), (_, theirs) in blocks]
-        values["psnr"] = sum(sums) / len(images)
-    if "training-images" in inputs:
-        training = open_pictures(inputs["training-images"], size=images.size, views=config.views)
-        values |= nearness(*(_pixels(pictures) for pictures in (images, reference, training)))
-    return values
+    if not config.pairs:
+        return {}
+    blocks = zip(images.passes(config.shard_images), reference.passes(config.shard_images), strict=True)
+    sums = [mean_psnr(ours, theirs) * len(ours) for (_, ours), (_, theirs) in blocks]
+    return {"psnr": sum(sums) / len(images)}
 
 
 def measure_usage(config: ScoreConfig, inputs: Inputs) -> dict[str, float]:
@@ -251,8 +262,7 @@ def find_copies(inputs: Inputs) -> dict[str, float]:
             f"{inputs['tokens'].name} and {inputs['training'].name} hold codes of different tokenizers or grids",
             path=ours.path,
         )
-    sequences = [tokens.tokens.read().reshape(-1, tokens.attributes.tokens) for tokens in (ours, training)]
-    return {"copies": copies(*sequences)}
+    return {"copies": copies(np.concatenate(list(_sequences(ours))), _sequences(training))}
 
 
 def sentence(values: Mapping[str, float]) -> str:
@@ -281,6 +291,9 @@ def mean(each: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(figures[name] for figures in each) / len(each) for name in (each[0] if each else {})}
 
 
-def _pixels(pictures: Pictures) -> NDArray[np.float32]:
-    flat_NP = pictures.read(0, len(pictures)).reshape(len(pictures), -1).astype(np.float32)
-    return flat_NP / np.float32(255)
+def _sequences(token_set: TokenSet) -> Iterator[NDArray[Any]]:
+    """All rows of codes, in blocks (R, T) of about `BLOCK_CODES` codes."""
+    images = max(1, BLOCK_CODES // (token_set.n_crops * token_set.attributes.tokens))
+    for start in range(0, token_set.n_images, images):
+        block_ICT = token_set.tokens.read_rows(start, min(start + images, token_set.n_images))
+        yield block_ICT.reshape(-1, block_ICT.shape[-1])

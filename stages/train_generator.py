@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from models.generators.config import BUILDERS, GeneratorConfig, RarConfig, RarInit
@@ -225,9 +224,8 @@ def count(config: TrainGeneratorConfig, card: GeneratorCard, tokens: TrainingTok
     import torch
 
     network = build(card.model, BUILDERS, codes=card.codes, tokens=card.tokens, classes=card.classes)
-    codes_NT, labels_N = tokens.read(np.arange(len(tokens)))
     try:
-        network.fit(torch.from_numpy(codes_NT), torch.from_numpy(labels_N))
+        network.fit((torch.from_numpy(codes_NT), torch.from_numpy(labels_N)) for codes_NT, labels_N in tokens.blocks())
     except ValueError as error:
         raise InputError(str(error)) from error
     save(out, network, card, {})

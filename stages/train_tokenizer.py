@@ -20,6 +20,7 @@ from stages.training.inputs import HELD_OUT, IMAGES, START, WEIGHTS, check_image
 from stages.weights import config_json, save_weights
 
 if TYPE_CHECKING:
+    from stages.training.engine import Outcome
     from stages.training.tokenizer import TokenizerTask
 
 SMALL_TOKENIZER = TokenizerConfig(
@@ -94,9 +95,10 @@ def train_tokenizer(config: TrainTokenizerConfig, inputs: Inputs, out: Draft, ru
         make=lambda: Tokenizer(config.model),
         label="train-tokenizer",
     )
+    used = count_used(outcome, out, run)
     if outcome.is_first:
         save_weights(out, outcome.task.tokenizer.state_dict(), config_json(config.model))
-        describe(out, outcome.task, outcome.figures["psnr"], run, where=where(inputs))
+        describe(out, outcome.task, outcome.figures["psnr"], used, where=where(inputs))
         warn(run, config.training.steps, outcome.task.final_warning(out.facts["used"]))
 
 
@@ -105,10 +107,16 @@ def where(inputs: Inputs) -> str:
     return HELD_OUT if HELD_OUT in inputs else "training images"
 
 
-def describe(out: Draft, task: TokenizerTask, psnr: float, run: Runtime, *, where: str) -> None:
+def count_used(outcome: Outcome[TokenizerTask], out: Draft, run: Runtime) -> int:
+    """Codes that the training images use; the processes of a training count together."""
+    if outcome.is_first:
+        run.progress.say(f"  counting the codes in use in {counted(len(outcome.task.images), 'image')}")
+    return outcome.task.used_codes(out)
+
+
+def describe(out: Draft, task: TokenizerTask, psnr: float, used: int, *, where: str) -> None:
     """What later stages and people need to know of a tokenizer that was trained on images."""
-    run.progress.say(f"  counting the codes in use in {counted(len(task.images), 'image')}")
-    model, size, used = task.tokenizer.config, task.config.views.size, task.used_codes()
+    model, size = task.tokenizer.config, task.config.views.size
     out.facts = {
         "codebook_size": model.codebook_size,
         "grid": list(model.grid(size, size)),

@@ -8,6 +8,7 @@ N images, T tokens, K codes, C classes
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,13 +32,19 @@ class Histogram(nn.Module):
         self.codes, self.tokens, self.classes = codes, tokens, classes
         self.register_buffer("counts_CTK", torch.zeros(classes, tokens, codes, dtype=torch.int64))
 
-    def fit(self, codes_NT: Tensor, labels_N: Tensor) -> None:
-        """Count codes (int64, 0..K-1) of images with labels 0..C-1; ValueError for a class that has no image."""
+    def fit(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Count codes (N, T) (int64, 0..K-1) of images with labels (N,) 0..C-1, a block of them after the other.
+
+        ValueError for a class that has no image. Beyond the counts it takes memory for one block.
+        """
         self.counts_CTK.zero_()
-        places_NT = labels_N[:, None] * self.tokens + torch.arange(self.tokens, device=labels_N.device)
-        bins_M = (places_NT * self.codes + codes_NT).flatten()
-        self.counts_CTK += torch.bincount(bins_M, minlength=self.counts_CTK.numel()).view_as(self.counts_CTK)
-        unseen = (self.counts_CTK.sum((1, 2)) == 0).nonzero().flatten().tolist()
+        images_C = torch.zeros(len(self.counts_CTK), dtype=torch.int64)
+        for codes_NT, labels_N in blocks:
+            places_NT = labels_N[:, None] * self.tokens + torch.arange(self.tokens)
+            bins_M = (places_NT * self.codes + codes_NT).flatten()
+            self.counts_CTK.view(-1).scatter_add_(0, bins_M, torch.ones_like(bins_M))
+            images_C += torch.bincount(labels_N, minlength=len(images_C))
+        unseen = (images_C == 0).nonzero().flatten().tolist()
         if unseen:
             raise ValueError(f"the histogram needs images of every class, and there are none of {unseen[:10]}")
 

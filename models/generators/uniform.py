@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class Uniform(nn.Module):
         self.codes, self.tokens, self.classes = codes, tokens, classes
         self.register_buffer("zero", torch.zeros(()))
 
-    def fit(self, codes_NT: Tensor, labels_N: Tensor) -> None:
+    def fit(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Images say nothing here."""
 
     def decoder(

@@ -22,7 +22,7 @@ from pipeline.kept import kept
 from pipeline.runtime import Runtime
 from pipeline.shards import unit_name
 from pipeline.stage import Inputs
-from stages.devices import threads
+from stages.devices import pick_device, threads
 from stages.image_files import Pictures, open_pictures
 from stages.networks import NetworkFile
 from stages.perceptual import load_lpips
@@ -62,8 +62,10 @@ class Source:
 class ExtractionSpec:
     """What a worker needs for any shard. Shards are numbered by extractor, then by source, then by block of images.
 
-    Figures of pairs come last, as those of one more extractor that looks at the first source. device: of LPIPS, whose
-    weights are `perceptual`.
+    Figures of pairs follow, as those of one more extractor that looks at the first source. With a third source, training
+    images, the thumbnails of the first two come next, and then, for each block of training images, how near they are to
+    it: these shards read the thumbnails, which lie in `folder`. device: of LPIPS, whose weights are `perceptual`, and of
+    distances.
     """
 
     extractors: tuple[ExtractorFile, ...]
@@ -71,6 +73,7 @@ class ExtractionSpec:
     counts: tuple[int, ...]
     size: int
     config: ScoreConfig
+    folder: Path
     device: str = "cpu"
     perceptual: Path | None = None
 
@@ -79,12 +82,27 @@ class ExtractionSpec:
         """(extractor, source, first image, image after the last) of every shard."""
         step = self.config.shard_images
         places = [(extractor, source) for extractor in range(len(self.extractors)) for source in (0, 1)]
-        pairs = [(len(self.extractors), 0)] if self.config.of_pairs else []
+        pairs = [(self.pairs, 0)] if self.config.of_pairs else []
+        nearness = [(self.nearness, source) for source in range(3)] if len(self.sources) == 3 else []
         return [
             (extractor, source, start, min(start + step, self.counts[source]))
-            for extractor, source in places + pairs
+            for extractor, source in places + pairs + nearness
             for start in range(0, self.counts[source], step)
         ]
+
+    @property
+    def pairs(self) -> int:
+        """The number that stands for the figures of pairs among the extractors."""
+        return len(self.extractors)
+
+    @property
+    def nearness(self) -> int:
+        """The number that stands for nearness to training images among the extractors."""
+        return len(self.extractors) + 1
+
+    def shards_of(self, extractor: int, *sources: int) -> list[int]:
+        """Numbers of the shards of one extractor and these sources."""
+        return [number for number, block in enumerate(self.blocks) if block[0] == extractor and block[1] in sources]
 
 
 def choose_extractors(config: ScoreConfig, inputs: Inputs, run: Runtime) -> tuple[ExtractorFile, ...]:
@@ -102,8 +120,10 @@ def extract_shard(spec: ExtractionSpec, number: int) -> dict[str, bytes]:
     """Features and logits, or the figures of pairs, of one block."""
     which, source, start, stop = spec.blocks[number]
     found: Mapping[str, NDArray[Any]]
-    if which == len(spec.extractors):
+    if which == spec.pairs:
         found = compare_block(spec, start, stop)
+    elif which == spec.nearness:
+        found = approach_block(spec, source, start, stop)
     else:
         found = extract_block(spec, which, source, start, stop)
     return {_scratch_file(number, name): _npy(part) for name, part in found.items()}
@@ -151,6 +171,20 @@ def compare_block(spec: ExtractionSpec, start: int, stop: int) -> dict[str, NDAr
     return found
 
 
+def approach_block(spec: ExtractionSpec, source: int, start: int, stop: int) -> dict[str, NDArray[Any]]:
+    """Thumbnails of a block (B, P), or, of training images, the squared distance of each thumbnail to the nearest of them."""
+    from stages.scoring.neighbours import nearest, thumbnails
+
+    pictures, rows = _open(spec.sources[source], spec.size, spec.config.views), spec.config.rows_per_pass
+    with threads(1):
+        block_BP = np.concatenate(
+            [thumbnails(pictures.read(first, min(first + rows, stop))) for first in range(start, stop, rows)]
+        )
+        if source < 2:
+            return {"thumbnails": block_BP}
+        return {"nearest": nearest(_thumbnails(spec), block_BP, device=pick_device(spec.device))}
+
+
 def gather(spec: ExtractionSpec, out: Draft) -> list[tuple[Features, Features]]:
     """Per extractor: features of the images and of the reference, out of the draft's scratch files."""
     from stages.scoring.figures import Features
@@ -169,11 +203,32 @@ def gather(spec: ExtractionSpec, out: Draft) -> list[tuple[Features, Features]]:
 
 def gather_pairs(spec: ExtractionSpec, out: Draft) -> dict[str, float]:
     """Means over all pairs, out of the draft's scratch files."""
-    numbers = [number for number, block in enumerate(spec.blocks) if block[0] == len(spec.extractors)]
+    numbers = spec.shards_of(spec.pairs, 0)
     return {
         name: float(np.concatenate([_load(out, number, name) for number in numbers]).mean())
         for name in spec.config.of_pairs
     }
+
+
+def gather_nearness(spec: ExtractionSpec, out: Draft) -> dict[str, float]:
+    """Nearness to training images, where there are some, out of the draft's scratch files."""
+    from stages.scoring.figures import nearness
+
+    numbers = spec.shards_of(spec.nearness, 2)
+    if not numbers:
+        return {}
+    squares = _load(out, numbers[0], "nearest")
+    for number in numbers[1:]:
+        np.minimum(squares, _load(out, number, "nearest"), out=squares)
+    distances = np.sqrt(squares.astype(np.float64))
+    return nearness(distances[: spec.counts[0]], distances[spec.counts[0] :])
+
+
+@kept(1)
+def _thumbnails(spec: ExtractionSpec) -> NDArray[np.uint8]:
+    """Those of images and reference (N + M, P), written by earlier shards; read once per process."""
+    files = [spec.folder / _scratch_file(number, "thumbnails") for number in spec.shards_of(spec.nearness, 0, 1)]
+    return np.concatenate([np.load(file, allow_pickle=False) for file in files])
 
 
 @kept(3)

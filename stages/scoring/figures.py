@@ -6,24 +6,26 @@ N images, M of the reference, E features, L classes
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 from pipeline.errors import UsageError
+from stages.scoring.neighbours import precision_and_recall
 
 if TYPE_CHECKING:
     from models.losses.perceptual import Lpips
 
 SEED = 2020  # torch-fidelity's, of KID subsets and of the shuffle before IS splits
 PSNR_LIMIT = 100.0  # dB; two equal images have no finite value
+MOMENT_ROWS = 4096  # of which a part of a covariance is made at a time
 DIGITS = 8  # significant digits that are kept of a figure
 
 
@@ -46,27 +48,28 @@ def distances(
     neighbours: int,
 ) -> dict[str, float]:
     """Frechet distance, Inception score, kernel distance, precision and recall under one extractor."""
-    ours_NE, theirs_ME = _double(images.features_NE), _double(reference.features_NE)
-    statistics = [fid_features_to_statistics(features) for features in (ours_NE, theirs_ME)]
+    statistics = [_moments(features) for features in (images.features_NE, reference.features_NE)]
     frechet = fid_statistics_to_metric(*statistics, verbose=False)
-    score = isc_features_to_metric(_double(images.logits_NL), splits=splits, shuffle=shuffle, rng_seed=SEED)
+    score = isc_features_to_metric(
+        torch.from_numpy(images.logits_NL), splits=splits, shuffle=shuffle, rng_seed=SEED
+    )  # it makes float64 of them
+    precision, recall = precision_and_recall(images.features_NE, reference.features_NE, neighbours=neighbours)
     kernel = kid_features_to_metric(
-        ours_NE,
-        theirs_ME,
+        _double(images.features_NE),
+        _double(reference.features_NE),
         kid_subsets=subsets,
-        kid_subset_size=min(subset_size, len(ours_NE), len(theirs_ME)),
+        kid_subset_size=min(subset_size, len(images.features_NE), len(reference.features_NE)),
         rng_seed=SEED,
         verbose=False,
     )
-    share = prc_features_to_metric(ours_NE, theirs_ME, prc_neighborhood=neighbours, save_cpu_ram=True, verbose=False)
     return {
         "distance": frechet["frechet_inception_distance"],
         "inception_score": score["inception_score_mean"],
         "inception_score_std": score["inception_score_std"],
         "kernel_distance": kernel["kernel_inception_distance_mean"],
         "kernel_distance_std": kernel["kernel_inception_distance_std"],
-        "precision": share["precision"],
-        "recall": share["recall"],
+        "precision": precision,
+        "recall": recall,
     }
 
 
@@ -111,24 +114,25 @@ def lpips_each(
     return np.concatenate(blocks)
 
 
-def nearness(
-    images_NP: NDArray[np.float32], unseen_MP: NDArray[np.float32], training_RP: NDArray[np.float32]
-) -> dict[str, float]:
+def nearness(ours_N: NDArray[np.float64], unseen_M: NDArray[np.float64]) -> dict[str, float]:
     """Signs of memory: shares of images nearer to a training image than the median (5 % quantile) unseen image is.
 
-    Like unseen data are 0.50 and 0.05; the training images themselves give 1.  Distance is Euclidean over pixels.
+    Given are Euclidean distances to the nearest training image. Like unseen data are 0.50 and 0.05; the training images
+    themselves give 1.
     """
-    ours_N, unseen_M = _nearest(images_NP, training_RP), _nearest(unseen_MP, training_RP)
     return {
         "nn_med": float((ours_N < np.quantile(unseen_M, 0.5)).mean()),
         "nn_p05": float((ours_N < np.quantile(unseen_M, 0.05)).mean()),
     }
 
 
-def copies(codes_NT: NDArray[Any], training_RT: NDArray[Any]) -> float:
-    """Share of code sequences that equal a training sequence."""
-    known = {row.tobytes() for row in np.ascontiguousarray(training_RT.astype("<u4"))}
-    return float(np.mean([row.tobytes() in known for row in np.ascontiguousarray(codes_NT.astype("<u4"))]))
+def copies(codes_NT: NDArray[Any], training: Iterable[NDArray[Any]]) -> float:
+    """Share of code sequences that equal a training sequence. training: blocks (R, T), of which one is held at a time."""
+    ours = _sequences(codes_NT)
+    known, found = set(ours), set[bytes]()
+    for block_RT in training:
+        found |= known.intersection(_sequences(block_RT))
+    return float(np.mean([sequence in found for sequence in ours]))
 
 
 def rounded(value: float) -> float:
@@ -144,8 +148,17 @@ def _double(values_NE: NDArray[np.float32]) -> torch.Tensor:
     return torch.from_numpy(values_NE).double()
 
 
-def _nearest(images_NP: NDArray[np.float32], training_RP: NDArray[np.float32], rows: int = 256) -> NDArray[np.float64]:
-    """Distance of each image to the nearest training image."""
-    training = torch.from_numpy(training_RP)
-    blocks = [torch.from_numpy(images_NP[start : start + rows]) for start in range(0, len(images_NP), rows)]
-    return np.concatenate([torch.cdist(block, training).min(1).values.double().numpy() for block in blocks])
+def _moments(features_NE: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
+    """Mean (E,) and covariance (E, E) as torch-fidelity names them, without a copy of all features."""
+    mean_E = features_NE.mean(0, dtype=np.float64)
+    sums_EE = np.zeros((len(mean_E), len(mean_E)))
+    for start in range(0, len(features_NE), MOMENT_ROWS):
+        centred_RE = features_NE[start : start + MOMENT_ROWS] - mean_E
+        sums_EE += centred_RE.T @ centred_RE
+    return {"mu": mean_E, "sigma": sums_EE / (len(features_NE) - 1)}
+
+
+def _sequences(codes_NT: NDArray[Any]) -> list[bytes]:
+    rows_NT = np.ascontiguousarray(codes_NT, "<u4")
+    found: list[bytes] = rows_NT.view(f"V{rows_NT.itemsize * rows_NT.shape[1]}")[:, 0].tolist()
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from pipeline.images import ImageSet, ViewPolicy
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs
 from smalti.counting import counted
-from stages.passes import Pass, to_images
+from stages.passes import to_images
 from stages.training.draws import stream
 from stages.training.inputs import HELD_OUT
 from stages.training.replicas import Replicas
@@ -44,13 +44,6 @@ class TrainingImages:
         rows_P, views_P = rows_B[share], views_B[share]
         labels_P = self.image_set.labels[rows_P].astype(np.int64)
         return torch.from_numpy(self._pixels(rows_P, views_P)), torch.from_numpy(labels_P)
-
-    def upright_passes(self, rows: int) -> Iterator[Pass]:
-        """The upright view of every image in passes of exactly `rows` rows, the last one filled up."""
-        for first in range(0, len(self), rows):
-            numbers = np.arange(first, min(first + rows, len(self)))
-            padded = np.concatenate([numbers, np.repeat(numbers[-1:], rows - len(numbers))])
-            yield Pass(self.upright(padded), len(numbers))
 
     def upright(self, rows_P: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The upright view of some images, (P, S, S, 3)."""

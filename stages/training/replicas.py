@@ -86,6 +86,14 @@ class Replicas:
         means = self.mean(torch.tensor(sums, dtype=torch.float64, device=self.device))
         return [mean * self.world / count for mean in means]
 
+    def total(self, counts: Tensor) -> Tensor:
+        """Whole numbers of all processes added up, as a CPU tensor."""
+        if self.world == 1:
+            return counts
+        counts = counts.to(self.device, copy=True)
+        torch.distributed.all_reduce(counts)
+        return counts.cpu()
+
     def gather(self, values: Tensor) -> Tensor:
         """Tensors of equal shape of all processes, joined along the first axis in the order of ranks."""
         if self.world == 1:

@@ -14,16 +14,16 @@ from models.losses.adversarial import Adversary, as_in_training, spread_statisti
 from models.metrics import psnr
 from models.tokenizer import DecoderPass, Reconstructed, Tokenizer, TokenizerPass, to_bytes
 from smalti.counting import counted
-from stages.code_usage import CodeUsage
-from stages.passes import run_passes
 from stages.training.codebook import collapse, collapsed
 from stages.training.config import AdversaryConfig, ReconstructionTraining, TokenizerLearning
 from stages.training.grids import draw_reconstructions
 from stages.training.images import TrainingImages, mean_figure, unit_pixels
 from stages.training.task import Batch, Losses, Modules, Part, Task
+from stages.training.usage import count_codes
 
 if TYPE_CHECKING:
     from models.quantizers.usage import CountsUse
+    from pipeline.draft import Draft
 
 # B images, C colour channels, H W = S pixels, h w grid of codes
 
@@ -169,12 +169,10 @@ class TokenizerTask(Task):
         rows, columns = self.tokenizer.grid(self.config.views.size, self.config.views.size)
         return collapsed(self.tokenizer.config, used=used, tokens=len(self.images) * rows * columns)
 
-    def used_codes(self) -> int:
-        """Codes that occur in the upright views of the training images."""
-        usage = CodeUsage(self.tokenizer.codebook_size)
-        passes = self.images.upright_passes(self.config.rows_per_pass)
-        usage.add(run_passes(self.tokenizer.encode, passes, device=self.device))
-        return usage.used
+    def used_codes(self, out: Draft) -> int:
+        """Codes that occur in the upright views of the training images; every process has to call it."""
+        rows, codes = self.config.rows_per_pass, self.tokenizer.codebook_size
+        return count_codes(self.tokenizer.encode, self.images, self.replicas, out, codes=codes, rows=rows).used
 
     def _psnr(self, images_BCHW: Tensor, _: NDArray[np.int64]) -> Tensor:
         decoded_BCHW = self.tokenizer.decode(self.tokenizer.encode(images_BCHW))

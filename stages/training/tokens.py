@@ -6,7 +6,7 @@ shard, since single batches would touch every shard in every step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from stages.identity import check_same_tokenizer
 # N rows (image, crop) of all sets, T tokens, R rows that are asked for
 
 LOADED_BYTES = 2**30
+BLOCK_CODES = 2**22
 SAME = ("codes", "classes", "grid", "scan_order", "factors", "class_names")
 
 
@@ -51,6 +52,12 @@ class TrainingTokens:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def blocks(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """All rows in order, in blocks of about `BLOCK_CODES` codes: codes (R, T) and labels (R,)."""
+        rows = max(1, BLOCK_CODES // self.attributes.tokens)
+        for first in range(0, len(self), rows):
+            yield self.read(np.arange(first, min(first + rows, len(self))))
 
     def read(self, rows_R: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Codes (R, T) and labels (R,), both int64."""

@@ -24,6 +24,7 @@ from stages.places import INCEPTION, WebFile
 from stages.score import score_images as score
 from stages.scoring.extraction import CLASSIFIER
 from stages.scoring.figures import copies, mean_psnr, nearness, rounded
+from stages.scoring.neighbours import nearest
 from stages.scoring.protocol import ScoreConfig, have_these_extractors
 from tests.stages.small_artifacts import (
     CLASSES,
@@ -213,10 +214,10 @@ def test_copies_of_training_codes_are_counted(origin: Store, given: dict[str, An
     training = token_artifact(origin, tokenizer, training_ICT, labels, name="training")
     tokens = token_artifact(origin, tokenizer, drawn_ICT, labels, name="drawn")
     assert metrics(run(Store(tmp_path), given, tokens=tokens, training=training))["values"]["copies"] == pytest.approx(
-        copies(drawn_ICT[:, 0], training_ICT.reshape(-1, 4))
+        copies(drawn_ICT[:, 0], [training_ICT[:7].reshape(-1, 4), training_ICT[7:].reshape(-1, 4)])
     )
-    assert copies(drawn_ICT[3], training_ICT[7]) == 1
-    assert copies(training_ICT[0, :1] ^ 1, training_ICT[0, :1]) == 0
+    assert copies(drawn_ICT[3], [training_ICT[7]]) == 1
+    assert copies(training_ICT[0, :1] ^ 1, [training_ICT[0, :1]]) == 0
     with pytest.raises(UsageError, match="found only tokens"):
         run(Store(tmp_path), given, tokens=tokens)
     other = token_artifact(origin, tokenizer_artifact(origin, seed=1), training_ICT, labels, name="other")
@@ -231,8 +232,9 @@ def test_training_images_themselves_look_remembered(given: dict[str, Any], tmp_p
 
 def test_unseen_data_look_unseen() -> None:
     rng = np.random.default_rng(0)
-    sets = [rng.normal(size=(count, 5)).astype(np.float32) for count in (2000, 2000, 300)]
-    found = nearness(*sets)
+    ours, unseen, training = (rng.integers(0, 256, (count, 5), dtype=np.uint8) for count in (2000, 2000, 300))
+    near = [np.sqrt(nearest(some, training, device=torch.device("cpu")).astype(float)) for some in (ours, unseen)]
+    found = nearness(*near)
     assert found["nn_med"] == pytest.approx(0.5, abs=0.04)
     assert found["nn_p05"] == pytest.approx(0.05, abs=0.02)
 

@@ -22,7 +22,7 @@ def fitted() -> Histogram:
     codes_NT = labels_N[:, None].repeat(1, TOKENS)
     codes_NT[:, 1] = 5
     codes_NT[:CLASSES, 1] = 4
-    model.fit(codes_NT, labels_N)
+    model.fit([(codes_NT[:5], labels_N[:5]), (codes_NT[5:], labels_N[5:])])
     return model
 
 
@@ -54,7 +54,7 @@ def test_codes_land_in_image_order_whatever_the_order_of_drawing(fitted: Histogr
 def test_fitting_again_starts_from_nothing(fitted: Histogram) -> None:
     model = build(HistogramConfig(), BUILDERS, codes=CODES, tokens=TOKENS, classes=1)
     for code in (1, 2):
-        model.fit(torch.full((3, TOKENS), code), torch.zeros(3, dtype=torch.int64))
+        model.fit([(torch.full((3, TOKENS), code), torch.zeros(3, dtype=torch.int64))])
     assert model.counts_CTK.sum() == 3 * TOKENS
     assert (model.counts_CTK[0, :, 2] == 3).all()
 
@@ -62,7 +62,7 @@ def test_fitting_again_starts_from_nothing(fitted: Histogram) -> None:
 def test_a_class_without_images_is_refused() -> None:
     model = build(HistogramConfig(), BUILDERS, codes=CODES, tokens=TOKENS, classes=CLASSES)
     with pytest.raises(ValueError, match=r"none of \[0, 2\]"):
-        model.fit(torch.zeros(2, TOKENS, dtype=torch.int64), torch.ones(2, dtype=torch.int64))
+        model.fit([(torch.zeros(2, TOKENS, dtype=torch.int64), torch.ones(2, dtype=torch.int64))])
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0])
