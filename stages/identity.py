@@ -54,7 +54,8 @@ def check_same_tokenizer(
         raise CorruptError(
             f"{what} does not say which tokenizer made its codes, so that they cannot be told to be those of {by}",
             path=path,
-            hint="create the token set with its `tokenizer` (id, family, config_sha256, weights_sha256)",
+            hint="name it where the codes are made: `smalti sample --tokenizer`, or the attribute `tokenizer` (id, family, "
+            "config_sha256, weights_sha256) of smalti.create_tokens",
         )
     if not is_same_tokenizer(found, wanted):
         raise CorruptError(

@@ -89,7 +89,8 @@ def test_samples_without_a_tokenizer_cannot_be_decoded(files: Path, tmp_path: Pa
     samples = answer("sample", "--generator", files / "rar.bin", *CUT, *store)
     done = smalti("decode", "--tokens", samples["path"], "--tokenizer", files / "maskgit.bin", *store)
     assert done.exit_code == 4
-    assert "was made with another tokenizer" in done.stderr
+    assert "does not say which tokenizer made its codes" in done.stderr
+    assert "smalti sample --tokenizer" in done.stderr
 
 
 def test_a_file_of_no_known_layout(files: Path, tmp_path: Path) -> None:
