@@ -97,7 +97,7 @@ def explain(complaint: ErrorDetails, model: type[BaseModel], where: str) -> str:
     if complaint["type"] in ("union_tag_not_found", "union_tag_invalid"):
         return _wrong_kind(complaint["ctx"], f"{place}.{KIND}")
     if complaint["type"] == "extra_forbidden":
-        return unknown_key(str(complaint["loc"][-1]), place.rpartition(".")[0], known_fields(model))
+        return unknown_key(str(complaint["loc"][-1]), place.rpartition(".")[0], known_fields(complaint["loc"], model))
     if complaint["type"] == "missing":
         return f"{place} is missing"
     found = complaint.get("input")
@@ -108,6 +108,11 @@ def explain(complaint: ErrorDetails, model: type[BaseModel], where: str) -> str:
 
 def setting_name(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:
     """Where pydantic found something, as the words of a setting's name: without the kinds that it passed through."""
+    return _walk(location, model)[0]
+
+
+def _walk(location: Sequence[int | str], model: type[BaseModel]) -> tuple[list[str], Parts]:
+    """The words of a setting's name, and the configs that may stand there."""
     words: list[str] = []
     parts: Parts = (model,)
     for item in location:
@@ -117,7 +122,7 @@ def setting_name(location: Sequence[int | str], model: type[BaseModel]) -> list[
             continue
         words.append(str(item))
         parts = parts_of(known[0].annotation) if known else ()
-    return words
+    return words, parts
 
 
 def _wrong_kind(context: Mapping[str, Any], place: str) -> str:
@@ -137,11 +142,13 @@ def unknown_key(key: str, where: str, known: list[str]) -> str:
     return f"unknown key {key!r} in {where}: {advice}"
 
 
-def known_fields(model: type[BaseModel]) -> list[str]:
-    """Every field name of this config and of the configs in it."""
+def known_fields(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:
+    """The names of the fields that may stand where pydantic found something; of all parts where it is inside a list or mapping."""
+    parts = _walk(location[:-1], model)[1]
+    if parts:
+        return sorted({name for part in parts for name in part.model_json_schema().get("properties", {})})
     schema = model.model_json_schema()
-    parts = [schema, *schema.get("$defs", {}).values()]
-    return sorted({name for part in parts for name in part.get("properties", {})})
+    return sorted({name for part in [schema, *schema.get("$defs", {}).values()] for name in part.get("properties", {})})
 
 
 def _plain(value: Any) -> Any:

@@ -20,6 +20,7 @@ from pipeline.stage import Inputs, read, stage
 from smalti.counting import counted
 from stages.known_images import NOT_YET, check_rgb, check_seen, common_pixels
 from stages.training.config import AdamW, OneCycle, TrainingConfig
+from stages.training.inputs import check_batch
 from stages.weights import config_json, save_weights
 
 HELD_OUT = "held-out"
@@ -103,6 +104,7 @@ def foresee(config: TrainClassifierConfig, inputs: KnownInputs) -> Facts:
     if config.views:
         check_seen(config.views, inputs, "images", HELD_OUT)
     check_rgb(config.model, "model", inputs)
+    check_batch(config.training, inputs, images)
     known = {"classes": classes, "pixels": config.model.image_size, "features": config.model.features}
     return {name: fact for name, fact in known.items() if fact is not None}
 

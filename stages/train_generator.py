@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, model_validator
 
 from models.generators.config import BUILDERS, GeneratorConfig, RarConfig, RarInit
-from models.registry import build, load_class
+from models.registry import build
 from models.sampling.config import SamplingConfig
 from pipeline.artifact import Artifact
 from pipeline.config import Config
@@ -24,6 +24,7 @@ from stages.class_names import names_of_tokens
 from stages.known_codes import can_be_guided, check_guidance, check_labels
 from stages.networks import GeneratorCard, NetworkFile, join_tokenizer
 from stages.training.config import AdamW, TrainingConfig, WarmupCosine
+from stages.training.inputs import check_batch
 from stages.weights import save_weights
 
 if TYPE_CHECKING:
@@ -136,6 +137,11 @@ def check_inputs(config: TrainGeneratorConfig, inputs: Mapping[str, Artifact | l
 CODES = ("tokenizer", "codes", "pixels", "grid", "classes", "class_names")
 
 
+def counts(config: TrainGeneratorConfig) -> bool:
+    """Whether the generator only counts codes, by a `fit` instead of a loss: its config says so."""
+    return getattr(config.model, "trained_by", "gradient") == "counting"
+
+
 def foresee(config: TrainGeneratorConfig, inputs: KnownInputs) -> Facts:
     """All token sets are alike, and so is the tokenizer that shows samples, but for the size that it was made for."""
     if not inputs.all("tokens"):
@@ -149,6 +155,8 @@ def foresee(config: TrainGeneratorConfig, inputs: KnownInputs) -> Facts:
             else f"reads the tokenizer {inputs[TOKENIZER].name}, but shows no samples on the way: set samples.every"
         )
     known = {**inputs.all("tokens")[0].only("tokenizer"), **facts, "guidable": can_be_guided(config.model)}
+    if not counts(config):
+        check_batch(config.training, inputs, *inputs.all("tokens"))
     if config.samples:
         check_labels(config.samples.classes, known.get("classes"), inputs)
         check_guidance(config.samples.sampling, inputs.name, known, inputs)
@@ -187,8 +195,7 @@ def train_generator(config: TrainGeneratorConfig, inputs: Inputs, out: Draft, ru
     run.progress.say("  reading and checking the codes, building the network")
     tokens = TrainingTokens(inputs.all("tokens"), like=first)
     card = make_card(config, tokens.attributes)
-    # Those with a `fit` instead of a loss say so.
-    if getattr(load_class(config.model, BUILDERS), "trained_by", "gradient") == "counting":
+    if counts(config):
         count(config, card, tokens, out)
         return
     held_out = TrainingTokens([inputs[HELD_OUT]], like=first) if HELD_OUT in inputs else None

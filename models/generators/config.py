@@ -6,7 +6,7 @@ trained on, and is handed to the network beside the config: `build(config, BUILD
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -96,12 +96,14 @@ class RarConfig(Config):
 class HistogramConfig(Config):
     """A baseline: each code is drawn from its class's histogram of codes at that position, as if codes were independent."""
 
+    trained_by: ClassVar = "counting"
     kind: Literal["histogram"] = "histogram"
 
 
 class UniformConfig(Config):
     """The worst case: every code is equally likely everywhere."""
 
+    trained_by: ClassVar = "counting"
     kind: Literal["uniform"] = "uniform"
 
 

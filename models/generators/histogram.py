@@ -23,7 +23,6 @@ NEVER = -1e30  # logit of a code that was never seen: probability exactly 0, and
 class Histogram(nn.Module):
     """Counts of codes per class and position; a code that was never seen there is never drawn."""
 
-    trained_by = "counting"
     counts_CTK: Tensor
 
     def __init__(self, config: HistogramConfig, *, codes: int, tokens: int, classes: int):

@@ -15,7 +15,6 @@ from models.generators.table_decoder import TableDecoder
 class Uniform(nn.Module):
     """Nothing to learn; the one buffer says on which device it lives."""
 
-    trained_by = "counting"
     zero: Tensor
 
     def __init__(self, config: UniformConfig, *, codes: int, tokens: int, classes: int):

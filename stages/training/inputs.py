@@ -10,14 +10,15 @@ from typing import Any
 from pipeline.artifact import Artifact
 from pipeline.errors import UsageError
 from pipeline.keys import config_value
-from pipeline.known import KnownInputs
+from pipeline.known import Known, KnownInputs
 from pipeline.stage import External, Inputs, Read, read
+from smalti.counting import counted
 from stages.discriminators import DISCRIMINATOR
 from stages.foreign import identify_file
 from stages.known_images import check_rgb, check_seen
 from stages.perceptual import PERCEPTUAL, PERCEPTUAL_EXTERNAL
 from stages.places import VGG16
-from stages.training.config import ReconstructionTraining, TokenizerLearning
+from stages.training.config import ReconstructionTraining, TokenizerLearning, TrainingConfig
 
 HELD_OUT = "held-out"
 IMAGES: dict[str, Read] = {
@@ -55,6 +56,20 @@ def check_images(config: ReconstructionTraining, network: Any, inputs: KnownInpu
     """A refusal of views, channels or a discriminator that do not fit to the images and the autoencoder."""
     check_seen(config.views, inputs, "images", HELD_OUT)
     check_rgb(network, "model.autoencoder", inputs)
+    check_batch(config.training, inputs, inputs["images"])
+
+
+def check_batch(training: TrainingConfig, inputs: KnownInputs, *data: Known) -> None:
+    """A refusal of a batch that is larger than all data together, as far as that is known."""
+    if any(known.get("images") is None for known in data):
+        return
+    rows = sum(known.get("images") * known.get("crops", 1) for known in data)
+    if training.batch > rows:
+        raise inputs.refusal(
+            f"has training.batch {training.batch}, but there {'is' if rows == 1 else 'are'} only {counted(rows, 'row')} to "
+            f"train on in {', '.join(known.name for known in data)}",
+            hint="lower training.batch",
+        )
 
 
 def check_known_start(config: TokenizerLearning, inputs: KnownInputs) -> None:

@@ -63,6 +63,11 @@ def test_merge_alters_nothing() -> None:
     ("values", "sentence"),
     [
         ({"pen": {"widht": 2}}, "unknown key 'widht' in here.pen: did you mean 'width'?"),
+        ({"pen": {"radius": 1.0}}, "unknown key 'radius' in here.pen: known are: colour, width"),
+        (
+            {"shape": {"kind": "square", "side": 2.0, "widht": 2}},
+            "unknown key 'widht' in here.shape: known are: kind, side",
+        ),
         ({"pen": {"width": 1.5}}, "here.pen.width"),
         ({"pen": {"width": "2"}}, "here.pen.width"),
         ({"shape": {"kind": "square"}}, "here.shape.side is missing"),

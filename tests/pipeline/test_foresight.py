@@ -136,6 +136,9 @@ NEVER_UNLABELLED = {"kind": "rar", "width": 16, "layers": 1, "heads": 1, "mlp_wi
         ({"probe.inputs.held-out": "tokens-held-out"}, "step probe cannot use semantic and tokens-held-out together"),
         ({"reconstructions.inputs.originals": "train"}, "step reconstructions cannot use tokens-held-out and train together"),
         ({"images.inputs.originals": "held-out"}, "step images shows held-out as originals, but the codes of samples are"),
+        ({"generator.config": {"training": {"batch": 1438}}}, "step generator has training.batch 1438, but .* rows to train on in tokens"),
+        ({"judge.config.training.batch": 1440}, "step judge has training.batch 1440"),
+        ({"tuned.config.training.batch": 1440}, "step tuned has training.batch 1440, but there are only 1,.* rows to train on in train"),
         # scores
         ({"judge.config": {"views": {"size": 64}}}, "images of 32 pixels in reconstructions, but judge judges 64 pixels"),
         ({"score.config": {"size": 64}}, "images of 32 pixels in images, but judge judges 32 pixels|size is 64"),
