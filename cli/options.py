@@ -21,6 +21,7 @@ from pipeline.followers import Followers
 from pipeline.launched import launched
 from pipeline.progress import Progress
 from pipeline.runner import Options
+from pipeline.trees import Memory
 
 StoreOption = Annotated[
     Path, typer.Option("--store", envvar="SMALTI_STORE", help="Folder of artifacts.", show_default="./store")
@@ -33,6 +34,10 @@ ForceOption = Annotated[
 ]
 NoWaitOption = Annotated[
     bool, typer.Option("--no-wait", help="Leave with exit code 75 if another process is making the same artifact.")
+]
+RescanOption = Annotated[
+    bool,
+    typer.Option("--rescan", help="List image folders anew, even where no folder was modified since the last time."),
 ]
 WorkersOption = Annotated[int, typer.Option(min=0, help="Local dask worker processes; 0 works in this process.")]
 SchedulerOption = Annotated[str | None, typer.Option(help="Address of a running dask scheduler, tcp://host:8786.")]
@@ -60,6 +65,7 @@ COMMON: dict[str, tuple[Any, Any]] = {
     "checkpoint_seconds": (CheckpointOption, 30.0),
     "no_wait": (NoWaitOption, False),
     "force": (ForceOption, False),
+    "rescan": (RescanOption, False),
     "dry_run": (DryRunOption, False),
     "quiet": (QuietOption, False),
     "json": (JsonOption, False),
@@ -83,6 +89,7 @@ def running(values: dict[str, Any]) -> Iterator[Options]:
             checkpoint_seconds=values["checkpoint_seconds"],
             wait=not values["no_wait"],
             force=values["force"],
+            memory=Memory(values["store"].absolute(), rescan=values["rescan"]),
             command=shlex.join(["smalti", *sys.argv[1:]]),
         )
 

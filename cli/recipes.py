@@ -22,6 +22,7 @@ from pipeline.runner import Made, Planned
 from pipeline.runner import plan as plan_recipe
 from pipeline.runner import run as run_recipe
 from pipeline.store import Store
+from pipeline.trees import Memory
 from smalti.counting import counted
 from stages import stages
 from stages.image_sizes import check_step_sizes
@@ -81,6 +82,7 @@ def run(
     checkpoint_seconds: options.CheckpointOption = 30.0,
     no_wait: options.NoWaitOption = False,
     force: ForceStepOption = None,
+    rescan: options.RescanOption = False,
     dry_run: options.DryRunOption = False,
     quiet: options.QuietOption = False,
     json: options.JsonOption = False,
@@ -93,7 +95,7 @@ def run(
     loaded = _load(recipe, set, path, images, variant)
     forced = _forced(loaded, force or [])
     if dry_run:
-        _show_plan(loaded, plan_recipe(loaded, Store(store), force=forced), json)
+        _show_plan(loaded, plan_recipe(loaded, Store(store), force=forced, memory=_memory(store, rescan)), json)
         return
     started = time.monotonic()
     say(f"{loaded.name}: {loaded.title}", quiet=quiet)
@@ -110,6 +112,7 @@ def plan(
     set: options.SetOption = None,
     variant: VariantOption = None,
     store: options.StoreOption = options.DEFAULT_STORE,
+    rescan: options.RescanOption = False,
     json: options.JsonOption = False,
 ) -> None:
     """Say for each step of a recipe: done, or why it will run, or what it lacks. Computes nothing.
@@ -117,7 +120,7 @@ def plan(
     Example: smalti plan recipes/digits/rar.yaml --set generator.training.steps=100
     """
     loaded = _load(recipe, set, path, images, variant)
-    _show_plan(loaded, plan_recipe(loaded, Store(store)), json)
+    _show_plan(loaded, plan_recipe(loaded, Store(store), memory=_memory(store, rescan)), json)
 
 
 @guarded
@@ -136,6 +139,10 @@ def _load(
     check_step_sizes(loaded)
     checked = check_recipe(loaded)
     return checked if variant is None else checked.variant(variant)
+
+
+def _memory(store: Path, rescan: bool) -> Memory:
+    return Memory(Store(store).root, rescan=rescan)
 
 
 def _forced(recipe: Recipe, words: list[str]) -> list[str]:

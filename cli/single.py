@@ -34,6 +34,7 @@ from pipeline.runner import Made, Options, make, make_request
 from pipeline.settings import REQUIRED, Setting, value_at
 from pipeline.stage import Inputs, Read, Stage, check_kinds, imply
 from pipeline.store import Store
+from pipeline.trees import Memory
 from stages.class_names import numbers_of
 from stages.image_sizes import IMAGES, check_sizes, check_unmade_sizes
 
@@ -208,14 +209,17 @@ def _find_inputs(
 def show_plan(
     declared: Stage, settings: Mapping[str, Any], values: Values, paths: dict[str, Path], store: Store
 ) -> None:
-    """What would be done, and the config that would run, as YAML that --config reads; nothing is written."""
+    """What would be done, and the config that would run, as YAML that --config reads; nothing is made."""
     found: dict[str, Any] = {"stage": declared.name, "key": None, "state": "run"}
     absent: list[Need] = []
+    memory = Memory(store.root, rescan=values["rescan"])
     try:
-        inputs = Inputs(_find_inputs(declared, values, lambda text, wanted, flag: find_made(text, wanted, store)))
+        inputs = Inputs(
+            _find_inputs(declared, values, lambda text, wanted, flag: find_made(text, wanted, store, memory))
+        )
         config = _settle(declared, settings, inputs, values, lambda text: say(text, quiet=values["quiet"]))
         absent = [need for need in needs(declared, config, paths) if need.place.find() is None]
-        request = make_request(declared, config, inputs, paths)
+        request = make_request(declared, config, inputs, paths, memory=memory)
         state = _state(request, store, is_forced=values["force"])
         found |= {"key": request.key, "state": state, "config": config.model_dump(mode="json")}
         absent = [] if state == "done" else absent

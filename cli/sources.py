@@ -18,6 +18,7 @@ from pipeline.outside import KIND, is_token_folder, open_outside
 from pipeline.runner import Options, make, make_request
 from pipeline.stage import Inputs, Read, Stage
 from pipeline.store import Store
+from pipeline.trees import Memory
 from stages import stages
 from stages.foreign import SUFFIXES
 from stages.import_weights import config_of
@@ -57,8 +58,8 @@ def bring(text: str, wanted: Read, store: Store, options: Options, *, flag: str)
     return made.artifact
 
 
-def find_made(text: str, wanted: Read, store: Store) -> Artifact:
-    """The artifact that a word means; raises Unmade where it is not in the store yet. Writes and downloads nothing."""
+def find_made(text: str, wanted: Read, store: Store, memory: Memory) -> Artifact:
+    """The artifact that a word means; raises Unmade where it is not in the store yet. Makes and downloads nothing."""
     place = _hub_place(text, wanted)
     here = place.find() if place is not None else None
     if place is not None and here is None:
@@ -66,7 +67,7 @@ def find_made(text: str, wanted: Read, store: Store) -> Artifact:
     source = _source(text, wanted) if here is None else _weight_file(here)
     if source is None:
         return _find(text, wanted, store)
-    request = make_request(source.stage, source.config, Inputs({}), source.paths)
+    request = make_request(source.stage, source.config, Inputs({}), source.paths, memory=memory)
     if not store.is_current(request):
         raise Unmade(text, f"{text} would be put into the store")
     return store.open(request.stage, request.key)

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pipeline.errors import CorruptError, InputError, SmaltiError, StorageError
 from pipeline.progress import Progress
 from pipeline.stage import Place, Stage
+from pipeline.trees import Memory, Tree
 
 Paths = Mapping[str, Path]
 
@@ -131,12 +132,16 @@ def _by_file(wanted: list[Need]) -> list[list[Need]]:
     return list(found.values())
 
 
-def content_ids(declared: Stage, config: BaseModel, paths: Paths, *, step: str = "") -> dict[str, str]:
+def content_ids(
+    declared: Stage, config: BaseModel, paths: Paths, *, step: str = "", memory: Memory | None = None
+) -> dict[str, str]:
     """External name -> content id, for the key. DigestUnknown where a file has to be downloaded first.
 
-    InputError or CorruptError for given data that is absent or wrong.
+    memory: of trees that were listed before; None lists them.  InputError or CorruptError for given data that is absent
+    or wrong.
     """
-    found = {name: _identify(declared, config, name, path, step) for name, path in paths.items()}
+    asked = memory or Memory()
+    found = {name: _identify(declared, config, name, path, step, asked) for name, path in paths.items()}
     for need in needs(declared, config, paths, step=step):
         if need.place.is_keyed:
             found[need.external] = _known_digest(need)
@@ -147,7 +152,7 @@ def check_files(declared: Stage, config: BaseModel, paths: Paths, *, step: str =
     """InputError or CorruptError for given files that are absent or wrong."""
     for name, path in paths.items():
         if declared.externals[name].is_file:
-            _identify(declared, config, name, path, step)
+            _identify(declared, config, name, path, step, Memory())
 
 
 def option(external: str, step: str) -> str:
@@ -167,10 +172,11 @@ def _known_digest(need: Need) -> str:
     return need.place.digest(found)
 
 
-def _identify(declared: Stage, config: BaseModel, name: str, path: Path, step: str) -> str:
+def _identify(declared: Stage, config: BaseModel, name: str, path: Path, step: str, memory: Memory) -> str:
     external = declared.externals[name]
     try:
-        return external.identify(config, path)
+        found = external.identify(config, path)
+        return memory.content_id(found) if isinstance(found, Tree) else found
     except (InputError, CorruptError) as error:
         if error.hint is not None or not external.is_file:
             raise

@@ -20,7 +20,8 @@ from pipeline.artifact import LOG, MANIFEST
 from pipeline.draft import JOURNAL, REPLACED, REQUEST, is_resumable
 from pipeline.errors import Busy, CorruptError
 from pipeline.locks import SUFFIX, Say, find_holder, lock, silent, steady
-from pipeline.store import DAMAGE, DAMAGED, Store, named_key
+from pipeline.store import DAMAGE, DAMAGED, REFS, Store, named_key
+from pipeline.trees import RECORDS
 from smalti.limits import parse_json
 
 Name = tuple[str, str]
@@ -80,8 +81,9 @@ def sweep(store: Store, *, older_than: float = 0.0, drafts: bool = False, say: S
             if entry.suffix == SUFFIX:
                 with suppress(Busy), lock(entry, wait=False):
                     pass  # whoever held it is dead: releasing removes it
-        for stray in store.ref_path("x").parent.rglob(f"*{durable.TEMPORARY}"):
-            durable.remove(stray)
+        for folder in (REFS, RECORDS):
+            for stray in (store.root / folder).rglob(f"*{durable.TEMPORARY}"):
+                durable.remove(stray)
     return removed
 
 

@@ -35,6 +35,7 @@ from pipeline.runlog import Attempt
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, Stage, check_kinds
 from pipeline.store import Store
+from pipeline.trees import Memory
 from smalti.counting import counted
 
 CHECKED_IN_SILENCE = 2**28  # bytes of inputs that take less than a second
@@ -77,6 +78,8 @@ class Options:
     checkpoint_seconds: float = 30.0
     wait: bool = True
     force: bool = False
+    memory: Memory = field(default_factory=Memory)
+    """What the store knows of folders that were listed before."""
     command: str = ""
     title: str = ""
     """The running step of a recipe; empty: a stage on its own."""
@@ -102,16 +105,17 @@ class DamagedInput(CorruptError):
         self.artifact = artifact
 
 
-def plan(recipe: Recipe, store: Store, *, force: Collection[str] = ()) -> list[Planned]:
+def plan(recipe: Recipe, store: Store, *, force: Collection[str] = (), memory: Memory | None = None) -> list[Planned]:
     """For each step in running order: done, or why it will run, or what it lacks. Opens artifacts, computes nothing.
 
-    force: names of steps that would be made again.
+    force: names of steps that would be made again.  memory: of folders that were listed before; None lists them.
     """
+    asked = memory or Memory()
     planned: dict[str, Planned] = {}
     known: dict[str, Known] = {}
     for written in recipe.steps:
         step = settled(written, known)
-        planned[step.name] = _plan_step(recipe, step, planned, store, is_forced=step.name in force)
+        planned[step.name] = _plan_step(recipe, step, planned, store, asked, is_forced=step.name in force)
         known[step.name] = look_ahead(step, known, planned[step.name].artifact)
     return list(planned.values())
 
@@ -127,7 +131,7 @@ def run(recipe: Recipe, store: Store, options: Options, *, force: Collection[str
     _refuse_missing(recipe)
     _find_digests(recipe, options.progress)
     left = {step.name for step in recipe.steps if options.force or step.name in force}
-    gather = cache(lambda: _gather_files(recipe, store, options.progress, frozenset(left)))
+    gather = cache(lambda: _gather_files(recipe, store, options, frozenset(left)))
     told: set[str] = set()
     mended: set[Path] = set()
     while True:
@@ -179,10 +183,12 @@ def make(
     for need in wanted:
         if need.is_unknown:
             need.get(options.progress)
-    request = make_request(declared, config, inputs, paths, step=options.title)
+    request = make_request(declared, config, inputs, paths, step=options.title, memory=options.memory)
     with steady(store.root, say=options.progress.say):
         if not options.force and store.is_current(request):
             return Made(_note(store, request, paths, options), reused=True)
+    if options.memory.doubt(request.externals.values()):  # nothing is made of what is only remembered
+        return make(store, declared, config, inputs, paths, options)
     if declared.check is not None:
         declared.check(config, dict(inputs.items()))
     options.before_work()
@@ -190,6 +196,7 @@ def make(
     job = _Job(store, declared, config, inputs, paths, files, options, request)
     say = options.progress.say
     with store.draft(request, wait=options.wait, again=options.force, name=options.ref, say=say) as draft:
+        options.memory.save()  # there is a store by now
         if draft is not None:
             job.work(draft)
         return Made(_note(store, request, paths, options), reused=draft is None)
@@ -266,13 +273,21 @@ class _Job:
 
 
 def make_request(
-    declared: Stage, config: BaseModel, inputs: Inputs, paths: Mapping[str, Path], *, step: str = ""
+    declared: Stage,
+    config: BaseModel,
+    inputs: Inputs,
+    paths: Mapping[str, Path],
+    *,
+    step: str = "",
+    memory: Memory | None = None,
 ) -> Request:
     """The request with its key; external data is identified now, without reading pixels.
 
+    memory: of folders that were listed before; None lists them.
+
     DigestUnknown where the key depends on a file that has to be downloaded first.
     """
-    externals = content_ids(declared, config, paths, step=step)
+    externals = content_ids(declared, config, paths, step=step, memory=memory)
     values = config_value(config)
     names: dict[str, Any] = {name: _map(value, lambda artifact: artifact.key) for name, value in inputs.items()}
     records = {
@@ -321,12 +336,12 @@ def _find_digests(recipe: Recipe, progress: Progress) -> None:
     get_all([need for step in recipe.steps for need in _needs(step) if need.is_unknown], progress)
 
 
-def _gather_files(recipe: Recipe, store: Store, progress: Progress, force: Collection[str]) -> None:
+def _gather_files(recipe: Recipe, store: Store, options: Options, force: Collection[str]) -> None:
     """All files that unfinished steps read, checked, and downloaded where they are not here."""
-    steps = [item.step for item in plan(recipe, store, force=force) if item.state != "done"]
+    steps = [item.step for item in plan(recipe, store, force=force, memory=options.memory) if item.state != "done"]
     for step in steps:
         check_files(step.stage, step.config, step.paths, step=step.name)
-    get_all([need for step in steps for need in _needs(step)], progress)
+    get_all([need for step in steps for need in _needs(step)], options.progress)
 
 
 def _needs(step: Step) -> list[Need]:
@@ -346,12 +361,14 @@ def _check_input(artifact: Artifact) -> None:
         raise DamagedInput(artifact, error) from error
 
 
-def _plan_step(recipe: Recipe, step: Step, planned: Mapping[str, Planned], store: Store, *, is_forced: bool) -> Planned:
+def _plan_step(
+    recipe: Recipe, step: Step, planned: Mapping[str, Planned], store: Store, memory: Memory, *, is_forced: bool
+) -> Planned:
     if step.missing:
         return Planned(step, None, "missing", missing_sentence(step))
     if step.stage is OUTSIDE:
         return _plan_outside(step)
-    found = _plan_known(recipe, step, planned, store, is_forced=is_forced)
+    found = _plan_known(recipe, step, planned, store, memory, is_forced=is_forced)
     if found.state in ("done", "missing"):
         return found
     try:
@@ -364,12 +381,12 @@ def _plan_step(recipe: Recipe, step: Step, planned: Mapping[str, Planned], store
 
 
 def _plan_known(
-    recipe: Recipe, step: Step, planned: Mapping[str, Planned], store: Store, *, is_forced: bool
+    recipe: Recipe, step: Step, planned: Mapping[str, Planned], store: Store, memory: Memory, *, is_forced: bool
 ) -> Planned:
     """What is planned for a step whose paths were all given."""
     parents = {name: _pick(value, planned) for name, value in step.inputs.items()}
     try:
-        externals = content_ids(step.stage, step.config, step.paths, step=step.name)
+        externals = content_ids(step.stage, step.config, step.paths, step=step.name, memory=memory)
     except DigestUnknown as unknown:
         return Planned(step, None, "run", str(unknown))
     except (InputError, CorruptError) as error:

@@ -24,6 +24,7 @@ from pipeline.known import Foresee, Settle
 from pipeline.progress import Progress
 from pipeline.runtime import Runtime
 from pipeline.settings import REQUIRED, Setting, settings_of, value_at
+from pipeline.trees import Tree
 
 Paths = Mapping[str, Path]
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -85,7 +86,7 @@ class Place(Protocol):
 
 @dataclass(frozen=True)
 class External:
-    """Data from outside the store: what it is, and a function (config, path) -> content id that reads no pixels.
+    """Data from outside the store: what it is, and a function (config, path) -> content id, or a tree that has one.
 
     needed: tells from the config whether this stage needs it at all (the embedded digits need no folder).
     implies: settings that giving it stands for, over the defaults and under what is set.
@@ -95,7 +96,7 @@ class External:
     """
 
     help: str
-    identify: Callable[[Any, Path], str]
+    identify: Callable[[Any, Path], str | Tree]
     needed: Callable[[Any], bool] = lambda config: True
     implies: Mapping[str, Any] = field(default_factory=dict)
     place: Callable[[Any], Place | None] = lambda config: None

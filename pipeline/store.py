@@ -6,6 +6,7 @@
 <store>/<stage>/.<key>.damaged-N/   an artifact that was found damaged, kept for whoever wants to look at it
 <store>/<stage>/<key>.lock          held with flock while it is made (the kernel frees it when the holder dies)
 <store>/refs/<recipe>/<step>        a small file that names "<stage>/<key>"
+<store>/trees/<digest>.json         what was found in a folder outside, and when its folders were modified
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pipeline.artifact import LOG, MANIFEST, Artifact, check_data, open_artifact
 from pipeline.draft import Draft, Request, finish, is_complete, read_note
 from pipeline.errors import CorruptError, InputError, NewerFormat, UsageError
 from pipeline.locks import SUFFIX, Say, lock, silent, steady
+from pipeline.trees import RECORDS
 
 REFS = "refs"
 DAMAGED = ".damaged-"
@@ -193,7 +195,7 @@ class Store:
         """Everything in the folders of the stages, locks included."""
         if not self.root.is_dir():
             return []
-        stages = [path for path in self.root.iterdir() if path.is_dir() and path.name != REFS]
+        stages = [path for path in self.root.iterdir() if path.is_dir() and path.name not in (REFS, RECORDS)]
         return sorted(entry for stage in stages for entry in stage.iterdir())
 
     def _is_ref(self, name: str) -> bool:

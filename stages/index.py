@@ -26,10 +26,10 @@ from pipeline.images import (
     ImageSource,
     Listing,
     Problem,
-    content_id,
     describe_left_out,
     digest_listing,
     exclude,
+    identify,
     identify_exclusions,
     index_files,
     list_images,
@@ -42,6 +42,7 @@ from pipeline.keys import NEUTRAL
 from pipeline.known import Facts, KnownInputs, Origin
 from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, stage
+from pipeline.trees import Tree
 from smalti.counting import counted
 
 MOST_NAMES = 1000  # class names in the manifest; a larger list stays in images.json
@@ -65,10 +66,10 @@ class IndexConfig(Config):
     )
 
 
-def identify_images(config: IndexConfig, root: Path) -> str:
-    """The content id of the images below `root`, for the key."""
+def identify_images(config: IndexConfig, root: Path) -> str | Tree:
+    """What stands for the images below `root` in the key."""
     need_folder(config, root)
-    return content_id(config.source, root)
+    return identify(config.source, root)
 
 
 def identify_excluded(config: IndexConfig, file: Path) -> str:

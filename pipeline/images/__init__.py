@@ -6,7 +6,7 @@ from pipeline.images.exclusions import exclude, identify_exclusions, read_exclus
 from pipeline.images.folders import FolderSource
 from pipeline.images.imageset import ImageSet, index_files, recall_root, remember_root
 from pipeline.images.listing import Listing, Problem, describe_left_out, digest_listing, name_some
-from pipeline.images.sources import ImageSource, content_id, list_images
+from pipeline.images.sources import ImageSource, identify, list_images
 from pipeline.images.views import ViewPolicy, Views, view_ids
 
 __all__ = [
@@ -21,11 +21,11 @@ __all__ = [
     "UnreadableImage",
     "ViewPolicy",
     "Views",
-    "content_id",
     "decode",
     "describe_left_out",
     "digest_listing",
     "exclude",
+    "identify",
     "identify_exclusions",
     "index_files",
     "list_images",

@@ -23,6 +23,7 @@ from pydantic import Field, field_validator
 from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.images.listing import LeftOut, Listing, Problem, escape, name_fault, name_some
+from pipeline.trees import Mark, mark
 
 ENDINGS = (".jpeg", ".jpg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 ONE_CLASS = "images"  # the class of a folder without class folders; not the folder's name, which is no part of the key
@@ -84,16 +85,18 @@ def list_folder(source: FolderSource, root: Path) -> Listing:
         digests=digests,
         problems=tuple(sorted([*walk.problems, *unread])),
         left_out=tuple(sorted([*walk.left_out, *(LeftOut(key, BESIDE) for key in beside)])),
+        folders=walk.folders,
     )
 
 
 @dataclass
 class Walk:
-    """What lies below a folder. images: key -> bytes."""
+    """What lies below a folder. images: key -> bytes.  folders: path below it -> mark, of itself under ""."""
 
     images: dict[str, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
+    folders: dict[str, Mark] = field(default_factory=dict)
 
     @property
     def problem_keys(self) -> list[str]:
@@ -101,6 +104,7 @@ class Walk:
 
     def take_all(self, folder: str | Path, prefix: str, above: frozenset[Place]) -> None:
         """Everything in a folder. above: the folder itself and those that it lies in."""
+        self.folders[prefix.rstrip("/")] = mark(folder)
         with os.scandir(folder) as entries:
             for entry in entries:
                 self.take(entry, prefix, above)

@@ -208,7 +208,7 @@ class ImageSet:
     def _bytes(self, index: int) -> bytes:
         path = self._path(index)
         data, size = read_file(path), int(self.listing.sizes[index])
-        anew = "restore it, or index the folder again with smalti index"
+        anew = "restore it, or have the folder listed anew: smalti index or run with --rescan"
         if len(data) != size:
             raise UnreadableImage(f"has {len(data)} bytes, but had {size} when it was indexed", path=path, hint=anew)
         digests = self.listing.digests

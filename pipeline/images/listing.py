@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.trees import Mark
 
 HEADER = b"smalti image list 1\n"
 SHOWN = 10  # names in a sentence; whole lists go to log/
@@ -41,7 +43,7 @@ class Listing:
 
     keys: N distinct names (of a folder: the path below the root, with "/").  labels: int32 (N,), index into `classes`.
     sizes: int64 (N,), bytes of each file.  digests: uint8 (N, 32), SHA-256 of each file, or None if not asked for.
-    problems, left_out: what else lies there.
+    problems, left_out: what else lies there.  folders: path below the root -> mark of each folder that was listed.
     """
 
     keys: list[str]
@@ -51,6 +53,7 @@ class Listing:
     digests: NDArray[np.uint8] | None = None
     problems: tuple[Problem, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    folders: Mapping[str, Mark] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)

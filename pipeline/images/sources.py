@@ -11,6 +11,7 @@ from pipeline.errors import InputError
 from pipeline.images.digits import SHA256, DigitsSource, list_digits
 from pipeline.images.folders import FolderSource, list_folder
 from pipeline.images.listing import Listing, digest_listing
+from pipeline.trees import Look, Tree
 
 ImageSource = Annotated[DigitsSource | FolderSource, Field(discriminator="kind")]
 
@@ -22,11 +23,18 @@ def list_images(source: DigitsSource | FolderSource, root: Path | None = None) -
     return list_folder(source, need_root(root))
 
 
-def content_id(source: DigitsSource | FolderSource, root: Path | None = None) -> str:
-    """SHA-256 that stands for a source's images in keys: of a folder its list, of the digits the bundled data."""
+def identify(source: DigitsSource | FolderSource, root: Path | None = None) -> str | Tree:
+    """What stands for a source's images in keys: of the digits SHA-256 of the bundled data, of a folder its list."""
     if isinstance(source, DigitsSource):
         return SHA256
-    return digest_listing(list_folder(source, need_root(root)))
+    given = need_root(root)
+    return Tree(given / source.split, f"images, deep {source.deep}", lambda: look_at(source, given))
+
+
+def look_at(source: FolderSource, root: Path) -> Look:
+    """Digest of the list of all images. A folder with problems is not remembered: they may go without a trace in it."""
+    listing = list_folder(source, root)
+    return Look(digest_listing(listing), {} if listing.problems else listing.folders)
 
 
 def need_root(root: Path | None) -> Path:

@@ -15,13 +15,13 @@ from stages import stages
 APP = typer.main.get_command(cli.main.app)
 COMMON_FLAGS = {
     "--store", "--device", "--threads", "--workers", "--scheduler", "--checkpoint-seconds", "--no-wait", "--force",
-    "--dry-run", "--quiet", "--json",
+    "--rescan", "--dry-run", "--quiet", "--json",
 }  # fmt: skip
 STAGES = ["index", "extract", "kmeans", "import-weights", "train-tokenizer", "train-discriminator", "finetune-decoder",
           "pretokenize", "train-generator", "sample", "decode", "generate", "train-classifier", "score", "probe"]  # fmt: skip
 OTHERS = {
     "run": {"--images", "--path", "--set", "--as", *COMMON_FLAGS},
-    "plan": {"--images", "--path", "--set", "--as", "--store", "--json"},
+    "plan": {"--images", "--path", "--set", "--as", "--store", "--rescan", "--json"},
     "schema": {"--json"},
     "config": {"--set", "--config", "--json"},
     "path": {"--store", "--json"},

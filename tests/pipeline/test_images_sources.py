@@ -14,10 +14,15 @@ from PIL import Image
 from pydantic import ValidationError
 
 from pipeline.errors import InputError
-from pipeline.images import DigitsSource, FolderSource, Problem, content_id, describe_left_out, list_images
+from pipeline.images import DigitsSource, FolderSource, Problem, describe_left_out, identify, list_images
 from pipeline.images.digits import draw_digits, load_digits, share_among
 
 FOLDER = FolderSource()
+
+
+def content_id(source: DigitsSource | FolderSource, root: Path | None = None) -> str:
+    found = identify(source, root)
+    return found if isinstance(found, str) else found.look().content
 
 
 def write(path: Path, data: bytes = b"12345") -> Path:
@@ -270,7 +275,7 @@ class TestDigits:
 
     def test_content_id_imports_neither_scikit_learn_nor_torch(self) -> None:
         code = (
-            "import sys; from pipeline.images import DigitsSource, content_id; content_id(DigitsSource());"
+            "import sys; from pipeline.images import DigitsSource, identify; identify(DigitsSource());"
             "print(sorted({'torch', 'sklearn', 'scipy', 'models'} & set(sys.modules)))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,171 @@
+"""Trees of files whose content ids a store remembers: what was listed once stands while no folder in it was modified.
+
+Listing a million files takes many seconds, on a network file system minutes; asking a thousand folders for their
+modification times does not. A folder's time changes with every name that comes, goes or is replaced in it. It says nothing
+of a file that is overwritten in place: the size of every file is checked when it is read.
+
+| line of a record | holds |
+|---|---|
+| 1 | SHA-256 of line 2: a damaged record is not believed |
+| 2 | JSON: content id, and path below the tree -> mark of every folder |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline import durable
+from pipeline.errors import CannotWrite
+
+RECORDS = "trees"
+FORMAT = "smalti tree 1"
+YOUNG_NS = 3_000_000_000
+"""The time of a folder that was modified so shortly ago may stay the same at the next modification (FAT: 2 s)."""
+
+
+class Mark(NamedTuple):
+    """What tells that a folder was modified. entries: digest of what lies in it, where the time alone does not tell."""
+
+    modified_ns: int
+    entries: str
+
+
+class Look(NamedTuple):
+    """What was found by listing a whole tree. folders: path below the tree -> mark; empty: it cannot be remembered."""
+
+    content: str
+    folders: Mapping[str, Mark]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A folder that stands for all that lies in it. rules: what the content id depends on besides.  look: lists all."""
+
+    folder: Path
+    rules: str
+    look: Callable[[], Look]
+
+    @property
+    def name(self) -> str:
+        """Name of its record: a folder under another path is another tree."""
+        place = os.fsencode(self.folder.resolve())
+        return hashlib.sha256(b"\0".join([FORMAT.encode(), self.rules.encode(), place])).hexdigest()
+
+
+@dataclass
+class Memory:
+    """The content ids of trees, as far as a store knows them. store: None remembers nothing beyond this object.
+
+    rescan: list every tree anew, once.
+    """
+
+    store: Path | None = None
+    rescan: bool = False
+    _known: dict[str, str] = field(default_factory=dict)
+    _remembered: set[str] = field(default_factory=set)
+    _doubted: set[str] = field(default_factory=set)
+    _unsaved: dict[str, Look] = field(default_factory=dict)
+
+    def content_id(self, tree: Tree) -> str:
+        """The remembered id while no folder was modified, else what a look finds. Raises what `tree.look` raises."""
+        name = tree.name
+        if name not in self._known:
+            found = None if self.rescan or name in self._doubted else self._recall(name, tree.folder)
+            if found is None:
+                look = tree.look()
+                found, self._unsaved[name] = look.content, look
+            else:
+                self._remembered.add(name)
+            self._known[name] = found
+            self.save()
+        return self._known[name]
+
+    def doubt(self, contents: Collection[str]) -> bool:
+        """List anew, when next asked, the trees whose ids these are; False if all were listed and none remembered."""
+        names = {name for name in self._remembered if self._known[name] in contents}
+        self._remembered -= names
+        self._doubted |= names
+        for name in names:
+            del self._known[name]
+        return bool(names)
+
+    def save(self) -> None:
+        """Write what was found into the store, if there is one by now. One that cannot be written is asked again later."""
+        if self.store is None or not self.store.is_dir():
+            return
+        for name, look in self._unsaved.items():
+            with suppress(CannotWrite):
+                if look.folders:
+                    durable.write_file(self._record(name), _encode(look))
+                else:
+                    durable.remove(self._record(name))
+        self._unsaved.clear()
+
+    def _recall(self, name: str, folder: Path) -> str | None:
+        try:
+            look = _decode(self._record(name).read_bytes()) if self.store is not None else None
+        except OSError:
+            return None
+        return look.content if look is not None and _is_unchanged(folder, look.folders) else None
+
+    def _record(self, name: str) -> Path:
+        assert self.store is not None
+        return self.store / RECORDS / f"{name}.json"
+
+
+def mark(folder: str | Path) -> Mark:
+    """The mark of a folder, to be taken before it is listed. Raises OSError where it cannot be read."""
+    modified_ns = Path(folder).stat().st_mtime_ns
+    is_young = time.time_ns() - modified_ns < YOUNG_NS
+    return Mark(modified_ns, digest_entries(folder) if is_young else "")
+
+
+def digest_entries(folder: str | Path) -> str:
+    """SHA-256 (hex) of names, sizes and modification times of the files in a folder, and of the names of its folders."""
+    with os.scandir(folder) as entries:
+        lines = sorted(_line(entry) for entry in entries)
+    return hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def _line(entry: os.DirEntry[str]) -> bytes:
+    facts = ""
+    with suppress(OSError):  # a link to nothing has a name alone
+        if not entry.is_dir():
+            status = entry.stat()
+            facts = f"{status.st_size} {status.st_mtime_ns}"
+    return b"%s\0%s\0" % (os.fsencode(entry.name), facts.encode())
+
+
+def _is_unchanged(tree: Path, folders: Mapping[str, Mark]) -> bool:
+    try:
+        return all(_has(tree / name, before) for name, before in folders.items())
+    except OSError:
+        return False
+
+
+def _has(folder: Path, before: Mark) -> bool:
+    is_same = folder.stat().st_mtime_ns == before.modified_ns
+    return is_same and (not before.entries or digest_entries(folder) == before.entries)
+
+
+def _encode(look: Look) -> bytes:
+    body = json.dumps({"content": look.content, "folders": look.folders}).encode()
+    return hashlib.sha256(body).hexdigest().encode() + b"\n" + body + b"\n"
+
+
+def _decode(record: bytes) -> Look | None:
+    """None for a record that is damaged."""
+    digest, _, rest = record.partition(b"\n")
+    body = rest.removesuffix(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        return None
+    found = json.loads(body)
+    return Look(found["content"], {name: Mark(*values) for name, values in found["folders"].items()})
