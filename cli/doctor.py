@@ -12,6 +12,7 @@ from typing import Any
 
 from cli import options
 from cli.output import guarded, print_json, print_table, readable_bytes, say
+from pipeline.cores import core_count
 from pipeline.errors import CorruptError
 from pipeline.runlog import versions
 from pipeline.stage import Place
@@ -55,7 +56,7 @@ def _machine() -> list[Finding]:
     return [
         Finding("python", platform.python_version()),
         Finding("platform", f"{platform.system()} {platform.machine()}"),
-        Finding("cores", str(options.core_count())),
+        Finding("cores", str(core_count())),
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import sys
@@ -16,6 +15,7 @@ import typer
 
 from cli.output import print_error
 from pipeline.cluster import Cluster, connect
+from pipeline.cores import core_count
 from pipeline.errors import UsageError
 from pipeline.followers import Followers
 from pipeline.launched import launched
@@ -104,11 +104,6 @@ def _cluster(workers: int, scheduler: str | None, say: Callable[[str], None]) ->
     if followers().count and not scheduler:
         return launched(followers(), workers=workers)
     return connect(workers=workers, scheduler=scheduler, say=say)
-
-
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parse_paths(pairs: list[str] | None, images: Path | None) -> dict[str, str]:

@@ -15,11 +15,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from traceback import extract_tb, format_exception
 from typing import Any, Literal, Protocol
 
-from pipeline import proof
+from pipeline import proof, ranks
+from pipeline.cores import work_beside
 from pipeline.errors import CannotWrite, MemoryExhausted, SmaltiError, StorageError, UsageError, WorkerError
 from pipeline.kept import give_back
 
@@ -140,9 +142,7 @@ class _Distribution:
         for future, address in list(self.proofs.items()):
             if address not in self.threads:
                 del self.proofs[future]
-                self._name(
-                    address.rpartition(":")[0], f"worker {address} left before it answered: does it run our code?"
-                )
+                self._name(_host(address), f"worker {address} left before it answered: does it run our code?")
         for future, (number, address) in list(self.shards.items()):
             if address not in self.threads:
                 del self.shards[future]
@@ -165,7 +165,12 @@ class _Distribution:
                 if not self.queue.waiting:
                     return
                 number = self.queue.waiting.popleft()
-                self.shards[self._submit(address, attempt, self.function, number)] = number, address
+                shard = partial(work_beside, self._tasks_beside(address), self.function)
+                self.shards[self._submit(address, attempt, shard, number)] = number, address
+
+    def _tasks_beside(self, address: str) -> int:
+        """How many tasks may run at the same time on the machine of this worker."""
+        return sum(threads for other, threads in self.threads.items() if _host(other) == _host(address))
 
     def _check_service(self) -> None:
         """Say what is waited for; StorageError or WorkerError when waiting is in vain."""
@@ -278,7 +283,21 @@ def _client(workers: int, scheduler: str | None, say: Say) -> Iterator[Any]:
         LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address="127.0.0.1:0") as local,
         Client(local) as client,
     ):
+        client.register_plugin(_places(workers))
         yield client
+
+
+def _places(workers: int) -> Any:
+    """What tells each local worker its number, also one that is started again: so each picks a device of its own."""
+    from dask.distributed import WorkerPlugin
+
+    class Places(WorkerPlugin):
+        name = "places"
+
+        def setup(self, worker: Any) -> None:
+            ranks.take_place(int(worker.name), workers)
+
+    return Places()
 
 
 def _reach(scheduler: str, say: Say) -> Any:
@@ -323,6 +342,10 @@ def _raised(kind: type[SmaltiError], error: Exception, verdict: Literal["retry",
     place = extract_tb(error.__traceback__)[-1]
     text = f"{_first_line(error)} ({place.filename}:{place.lineno})"
     return Failure(kind(text), verdict, "".join(format_exception(error)))
+
+
+def _host(address: str) -> str:
+    return address.rpartition(":")[0]
 
 
 def _first_line(error: BaseException) -> str:

@@ -46,6 +46,11 @@ def local_world_size() -> int:
     return _number("LOCAL_WORLD_SIZE", 1)
 
 
+def take_place(number: int, count: int) -> None:
+    """Make this process number `number` of `count` on this machine, as a launcher would."""
+    os.environ |= {"LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": str(count)}
+
+
 def is_first() -> bool:
     return rank() == 0
 

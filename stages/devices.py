@@ -49,6 +49,15 @@ def return_device_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def sharing(device: torch.device, processes: int) -> int:
+    """How many of `processes` on this machine use the device of one that was given no number."""
+    import torch
+
+    if device.type != "cuda" or device.index is not None:
+        return processes
+    return -(-processes // torch.cuda.device_count())
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that is free: of the device, or of this machine, or what a container's limit leaves of it."""
     import psutil

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.artifact import Artifact
+from pipeline.cores import own_cores
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError, InputError
 from pipeline.images import ImageSet, ViewPolicy
@@ -102,20 +103,18 @@ class Pictures:
             yield start, self.read(start, min(start + rows, len(self)))
 
 
-def open_pictures(
-    artifact: Artifact, *, size: int | None, views: ViewPolicy | None = None, threads: int = 1
-) -> Pictures:
+def open_pictures(artifact: Artifact, *, size: int | None, views: ViewPolicy | None = None) -> Pictures:
     """The images of an artifact of kind "images", or the upright view (size x size) of every image of an image set.
 
     size: None takes what an images artifact has.  views: by default the ADM centre crop.
     InputError if an images artifact has another size, or an image set is given none.
     """
     if artifact.kind == "image-set":
-        return _open_set(artifact, size, views, threads)
+        return _open_set(artifact, size, views)
     return _open_images(artifact, size)
 
 
-def _open_set(artifact: Artifact, size: int | None, views: ViewPolicy | None, threads: int) -> Pictures:
+def _open_set(artifact: Artifact, size: int | None, views: ViewPolicy | None) -> Pictures:
     if size is None:
         raise InputError(f"{artifact.name} is an image set, whose images have no common size: give size in the config")
     images, seen = ImageSet.open(artifact.path), views or CenterViews(size=size)
@@ -123,7 +122,8 @@ def _open_set(artifact: Artifact, size: int | None, views: ViewPolicy | None, th
         raise InputError(f"{artifact.name} was to be seen in views of {seen.size} pixels, expected {size}")
 
     def read(start: int, stop: int) -> Images_BHW3:
-        return images.chosen_views(range(start, stop), [seen.upright] * (stop - start), views=seen, threads=threads)
+        chosen = [seen.upright] * (stop - start)
+        return images.chosen_views(range(start, stop), chosen, views=seen, threads=own_cores())
 
     return Pictures(artifact.name, artifact.path, size, images.labels, images.classes, images.keys, read)
 

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from pipeline import durable
 from pipeline.config import Config
+from pipeline.cores import own_cores
 from pipeline.draft import Draft
 from pipeline.errors import BadImages, InputError, UsageError
 from pipeline.images import (
@@ -171,7 +172,7 @@ def find_problems(config: IndexConfig, images: ImageSet, run: Runtime) -> list[P
         return found
     with warnings.catch_warnings(), run.progress.bar("check images", total=len(images), unit="images") as bar:
         warnings.simplefilter("ignore")  # Pillow's, of images that become problems or are fine
-        for count, problems in images.problems(pixels=pixels, threads=run.threads):
+        for count, problems in images.problems(pixels=pixels, threads=own_cores()):
             found += problems
             bar.advance(count)
     known = {problem.key: problem for problem in reversed(found)}  # one reason for each

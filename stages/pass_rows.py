@@ -8,7 +8,7 @@ from models.generators.config import BUILDERS
 from models.registry import load_class
 from pipeline.artifact import Artifact
 from pipeline.stage import Inputs, Proposal
-from stages.devices import free_bytes, pick_device
+from stages.devices import free_bytes, pick_device, sharing
 from stages.networks import GeneratorCard, read_card, read_tokenizer_config
 from stages.weights import WEIGHTS
 
@@ -23,12 +23,12 @@ KEPT_LAYERS = 4  # results of layers that a decoder holds at a time: input, shor
 
 
 def propose_rows(config: SampleConfig, inputs: Inputs, device: str, processes: int, *, reserved: int = 0) -> Proposal:
-    """Rows for the generator among the inputs, when `processes` share this device.
+    """Rows for the generator among the inputs, when `processes` share the devices that `device` means.
 
     reserved: bytes of each process that something else takes at the same time.
     """
     picked = pick_device(device)
-    free = max(0, free_bytes(picked) // processes - reserved)
+    free = max(0, free_bytes(picked) // sharing(picked, processes) - reserved)
     card = read_card(inputs["generator"])
     wanted = min(config.images, config.shard_images, CPU_ROWS if picked.type == "cpu" else DEVICE_ROWS)
     choices = [wanted, *(2**power for power in reversed(range(wanted.bit_length())) if 2**power < wanted)]

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.artifact import Artifact
-from pipeline.images import ImageSet, ViewPolicy
+from pipeline.cores import own_cores
+from pipeline.images import ImageSet, Met, ViewPolicy, ignore
 from pipeline.kept import kept
 
 if TYPE_CHECKING:
@@ -27,15 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImagesAt:
-    """Where a shard finds its images: an image set's folder, its manifest's digest, and the threads that decode."""
+    """Where a shard finds its images: an image set's folder, and its manifest's digest."""
 
     path: Path
     digest: str
-    threads: int = 1
 
     @classmethod
-    def of(cls, artifact: Artifact, *, threads: int = 1) -> ImagesAt:
-        return cls(artifact.path, artifact.digest, threads)
+    def of(cls, artifact: Artifact) -> ImagesAt:
+        return cls(artifact.path, artifact.digest)
 
     def open(self) -> ImageSet:
         """The image set; opened once per process."""
@@ -49,9 +49,14 @@ class Pass(NamedTuple):
     real: int
 
 
-def view_passes(source: ImagesAt, start: int, stop: int, *, views: ViewPolicy, rows: int) -> Iterator[Pass]:
-    """All views of images start to stop (excluded) in passes of `rows` rows; the next is read while one is used."""
-    passes = _passes(source, start, stop, views, rows)
+def view_passes(
+    source: ImagesAt, start: int, stop: int, *, views: ViewPolicy, rows: int, met: Met = ignore
+) -> Iterator[Pass]:
+    """All views of images start to stop (excluded) in passes of `rows` rows; the next is read while one is used.
+
+    met: told (index, image) of every image when it is decoded, in any order and in other threads.
+    """
+    passes = _passes(source.open(), range(start, stop), views, rows, own_cores(), met)
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, passes, None)
         while (found := coming.result()) is not None:
@@ -82,13 +87,11 @@ def _open(path: Path, digest: str) -> ImageSet:
     return ImageSet.open(path)
 
 
-def _passes(source: ImagesAt, start: int, stop: int, views: ViewPolicy, rows: int) -> Iterator[Pass]:
-    image_set = source.open()
+def _passes(image_set: ImageSet, images: range, views: ViewPolicy, rows: int, threads: int, met: Met) -> Iterator[Pass]:
     at_once = -(-rows // views.count)
     waiting = np.empty((0, views.size, views.size, 3), np.uint8)
-    for first in range(start, stop, at_once):
-        numbers = range(first, min(first + at_once, stop))
-        views_BVSS3 = image_set.all_views(numbers, views=views, threads=source.threads)
+    for first in range(0, len(images), at_once):
+        views_BVSS3 = image_set.all_views(images[first : first + at_once], views=views, threads=threads, met=met)
         waiting = np.concatenate([waiting, views_BVSS3.reshape(-1, *waiting.shape[1:])])
         while len(waiting) >= rows:
             yield Pass(waiting[:rows], rows)

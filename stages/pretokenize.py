@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -192,20 +192,31 @@ def tokenize_shard(spec: TokenizeSpec, number: int) -> dict[str, bytes]:
     start, stop = spec.layout.shard_range(number)
     with threads(1):
         tokenizer = load_encodes(spec.tokenizer)
-        passes = view_passes(spec.images, start, stop, views=spec.views, rows=spec.rows_per_pass)
+        boxes = Boxes(spec.views)
+        passes = view_passes(spec.images, start, stop, views=spec.views, rows=spec.rows_per_pass, met=boxes.note)
         codes_RT = run_passes(
             lambda images_BCHW: tokenizer.encode(images_BCHW).flatten(1),
             passes,
             device=pick_device(spec.tokenizer.device),
         )
     files = spec.layout.shard(number, codes_RT.reshape(stop - start, spec.views.count, -1))
-    return files | (spec.layout.box_shard(number, draw_boxes(spec, start, stop)) if spec.layout.has_boxes else {})
+    return files | (spec.layout.box_shard(number, boxes.of(range(start, stop))) if spec.layout.has_boxes else {})
 
 
-def draw_boxes(spec: TokenizeSpec, start: int, stop: int) -> NDArray[np.float32]:
-    """Where the random crops of images start to stop lie (I, C, 5); every image is read again for its size."""
-    views, image_set = cast(RandomCropViews, spec.views), spec.images.open()
-    return np.stack([views.boxes(image_set.image(index), index=index) for index in range(start, stop)])
+class Boxes:
+    """Where random crops lie, noted when their images are decoded: that depends on the size of an image."""
+
+    def __init__(self, views: Views):
+        self._views = views
+        self._noted: dict[int, NDArray[np.float32]] = {}
+
+    def note(self, index: int, image_HW3: NDArray[np.uint8]) -> None:
+        if isinstance(self._views, RandomCropViews):
+            self._noted[index] = self._views.boxes(image_HW3, index=index)
+
+    def of(self, images: range) -> NDArray[np.float32]:
+        """(I, C, 5) of images that were decoded."""
+        return np.stack([self._noted[index] for index in images])
 
 
 def describe(out: Draft, attributes: TokenAttributes) -> None:

@@ -4,7 +4,7 @@ from pipeline.images.decoding import CorruptImage, DecodePolicy, UnreadableImage
 from pipeline.images.digits import DigitsSource
 from pipeline.images.exclusions import exclude, identify_exclusions, read_exclusions, write_exclusions
 from pipeline.images.folders import FolderSource
-from pipeline.images.imageset import ImageSet, index_files, recall_root, remember_root
+from pipeline.images.imageset import ImageSet, Met, ignore, index_files, recall_root, remember_root
 from pipeline.images.listing import Listing, Problem, describe_left_out, digest_listing, name_some
 from pipeline.images.sources import ImageSource, identify, list_images
 from pipeline.images.views import ViewPolicy, Views, view_ids
@@ -17,6 +17,7 @@ __all__ = [
     "ImageSet",
     "ImageSource",
     "Listing",
+    "Met",
     "Problem",
     "UnreadableImage",
     "ViewPolicy",
@@ -27,6 +28,7 @@ __all__ = [
     "exclude",
     "identify",
     "identify_exclusions",
+    "ignore",
     "index_files",
     "list_images",
     "name_some",

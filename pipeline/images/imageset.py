@@ -43,6 +43,9 @@ from pipeline.images.listing import Listing, Problem, digest_listing
 from pipeline.images.sources import ImageSource, need_root
 from pipeline.images.views import ViewPolicy
 
+Met = Callable[[int, NDArray[np.uint8]], None]
+"""Told (index, image) of an image of a set."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -52,6 +55,10 @@ ROOT_FILE = Path("log") / "images-root.txt"
 LOOKED_AT = 16  # images that stand for all where their size is asked for
 # What no line of keys may hold; searched for in the whole text at once, because there may be a million lines.
 UNSAFE = ("\n\n", "\n/", "//", "/\n", "/./", "\n./", "\n.\n", "/.\n", "/../", "\n../", "\n..\n", "/..\n", "\0", "\r")
+
+
+def ignore(index: int, image_HW3: NDArray[np.uint8]) -> None:
+    """Meet an image, and do nothing."""
 
 
 class ImageSet:
@@ -194,11 +201,15 @@ class ImageSet:
 
         return np.stack(_map(see, list(zip(map(int, indices), map(int, chosen), strict=True)), threads))
 
-    def all_views(self, indices: Sequence[int], *, views: ViewPolicy, threads: int = 1) -> NDArray[np.uint8]:
-        """All views of each image, uint8 (B, count, size, size, 3)."""
+    def all_views(
+        self, indices: Sequence[int], *, views: ViewPolicy, threads: int = 1, met: Met = ignore
+    ) -> NDArray[np.uint8]:
+        """All views of each image, uint8 (B, count, size, size, 3). met: told of each when it is decoded."""
 
         def see(index: int) -> NDArray[np.uint8]:
-            return views.apply_all(self.image(index), index=index)
+            image_HW3 = self.image(index)
+            met(index, image_HW3)
+            return views.apply_all(image_HW3, index=index)
 
         return np.stack(_map(see, [int(index) for index in indices], threads))
 

@@ -223,9 +223,15 @@ class RandomCropViews(ViewPolicy):
         return [_description("random-crop", identifier=f"random-{draw}", scale=scale) for draw in range(self.draws)]
 
     def apply(self, image_HW3: NDArray[np.uint8], view: int, *, index: int) -> NDArray[np.uint8]:
+        return self._cut(resampling.resize_short_side(image_HW3, self.short_side, self.filter), view, index)
+
+    def apply_all(self, image_HW3: NDArray[np.uint8], *, index: int) -> NDArray[np.uint8]:
         resized = resampling.resize_short_side(image_HW3, self.short_side, self.filter)
-        top, left, flip = self.place(resized.shape[0], resized.shape[1], view, index)
-        cropped = resampling.crop(resized, top, left, self.size)
+        return np.stack([self._cut(resized, view, index) for view in range(self.count)])
+
+    def _cut(self, resized_HW3: NDArray[np.uint8], view: int, index: int) -> NDArray[np.uint8]:
+        top, left, flip = self.place(resized_HW3.shape[0], resized_HW3.shape[1], view, index)
+        cropped = resampling.crop(resized_HW3, top, left, self.size)
         return resampling.flip(cropped) if flip else cropped
 
     def boxes(self, image_HW3: NDArray[np.uint8], *, index: int) -> Box:

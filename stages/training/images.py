@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.artifact import Artifact
+from pipeline.cores import own_cores
 from pipeline.images import ImageSet, ViewPolicy
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs
@@ -22,7 +22,6 @@ from stages.training.replicas import Replicas
 # B rows of a global batch, P rows of this process's share, S pixels per side, N images, V views
 
 CACHE_BYTES = 2**29
-DECODING_THREADS = min(8, os.cpu_count() or 1)
 
 
 class TrainingImages:
@@ -52,12 +51,10 @@ class TrainingImages:
     def _pixels(self, rows_P: NDArray[np.int64], views_P: NDArray[np.int64]) -> NDArray[np.uint8]:
         if self._views_NVSS3 is not None:
             return self._views_NVSS3[rows_P, views_P]
-        return self.image_set.chosen_views(
-            rows_P.tolist(), views_P.tolist(), views=self.views, threads=DECODING_THREADS
-        )
+        return self.image_set.chosen_views(rows_P.tolist(), views_P.tolist(), views=self.views, threads=own_cores())
 
     def _read_all(self) -> NDArray[np.uint8]:
-        return self.image_set.all_views(range(len(self)), views=self.views, threads=1)
+        return self.image_set.all_views(range(len(self)), views=self.views, threads=own_cores())
 
 
 def mean_figure(

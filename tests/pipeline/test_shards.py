@@ -23,8 +23,10 @@ import pytest
 from sweep import tree_bytes
 from tiny_stages import load, run_all, slow_process
 
+from pipeline import ranks
 from pipeline.artifact import FileEntry
 from pipeline.cluster import TRIES, Cluster, Dask, InProcess, attempt, connect
+from pipeline.cores import core_count, own_cores
 from pipeline.errors import CannotWrite, InputError, MemoryExhausted, SmaltiError, StorageError, UsageError, WorkerError
 from pipeline.progress import Progress
 from pipeline.runner import Options
@@ -347,6 +349,13 @@ def test_one_shard_per_thread_is_in_flight(tmp_path: Path, two_workers: Dask, mo
         most = max(most, given.count(attempt) - done)
     assert given.count(attempt) == 30
     assert most <= 2
+
+
+def test_local_workers_know_their_number_and_share_the_cores(tmp_path: Path, two_workers: Dask) -> None:
+    places = two_workers.client.run(lambda: (ranks.local_rank(), ranks.local_world_size()))
+    assert sorted(places.values()) == [(0, 2), (1, 2)]
+    found = two_workers.map(lambda number: own_cores(), range(2), folder=tmp_path, say=print)
+    assert {outcome for _, outcome in found} == {max(1, core_count() // 2)}
 
 
 def test_only_io_is_tried_again() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from pipeline.artifact import DIGEST, MANIFEST, Artifact, manifest_bytes, open_a
 from pipeline.cluster import Cluster
 from pipeline.draft import Draft, Request
 from pipeline.errors import CorruptError, InputError, UsageError
-from pipeline.images import ImageSet
+from pipeline.images import ImageSet, imageset
+from pipeline.images.views import RandomCropViews
 from pipeline.keys import sha256
 from smalti.arrays import MappedArray
-from stages import pretokenize
+from stages import passes, pretokenize
 from stages.identity import tokenizer_identity
 from stages.weights import save_weights
 from tests.stages.conformance import (
@@ -146,6 +148,39 @@ def test_random_crops_have_boxes(images: Artifact, codebook: Artifact, tmp_path:
     assert boxes_ICB.shape == (16, 2, 5)
     assert boxes_ICB[..., :2].max() <= 4
     assert (boxes_ICB[..., 2:4] == 16).all()
+
+
+def test_random_crops_decode_each_image_once(
+    images: Artifact, codebook: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, really = [], imageset.decode
+    monkeypatch.setattr(imageset, "decode", lambda *given, **how: decoded.append(how["name"]) or really(*given, **how))
+    views = {"kind": "random-crop", "size": 16, "short_side": 20, "draws": 3}
+    boxes = smalti.open_tokens(make(tmp_path, images, codebook, {**TINY, "views": views}).path).boxes
+    assert len(decoded) == len(set(decoded)) == 16
+    policy = RandomCropViews.model_validate(views)
+    expected = [policy.boxes(ImageSet.open(images.path).image(index), index=index) for index in range(16)]
+    assert boxes is not None
+    assert np.array_equal(boxes.read_rows(0, 16), np.stack(expected))
+
+
+def test_decoding_threads_change_no_byte(
+    images: Artifact, codebook: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = {"kind": "random-crop", "size": 16, "short_side": 20, "draws": 1}
+    made, together = {}, threading.Barrier(4)
+    really = imageset.decode
+
+    def meet(*given: Any, **how: Any) -> Any:
+        together.wait(timeout=20)  # passes if four threads decode at once
+        return really(*given, **how)
+
+    for count in (1, 4):
+        monkeypatch.setattr(passes, "own_cores", lambda count=count: count)
+        if count == 4:
+            monkeypatch.setattr(imageset, "decode", meet)
+        made[count] = make(tmp_path / str(count), images, codebook, {"views": views, "rows_per_pass": 4})
+    check_same_bytes(made[1], made[4])
 
 
 def test_cut_does_not_change_codes(images: Artifact, codebook: Artifact, tmp_path: Path) -> None:
