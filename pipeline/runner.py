@@ -1,7 +1,7 @@
 """The runner: what each step of a recipe would do and why (`plan`), and doing it (`run`).
 
 A step is done when the artifact of its key exists, opens, and was made from the inputs that are there now. Nothing else is
-consulted: no times, no logs.
+consulted: no logs, and of times only those of folders of images (`pipeline.trees`).
 """
 
 from __future__ import annotations

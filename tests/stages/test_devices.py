@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import pytest
 import torch
 
 from pipeline.cluster import Dask, connect
 from stages.devices import pick_device, sharing
-
-
-def fake_two() -> None:
-    torch.cuda.is_available = lambda: True
-    torch.cuda.device_count = lambda: 2
-
-
-def place(dask_worker: Any) -> tuple[str, list[str]]:
-    """In a worker: its process, and the devices that it picks."""
-    fake_two()
-    return str(os.getpid()), [str(pick_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")]
 
 
 @pytest.fixture
@@ -33,6 +21,12 @@ def two(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_each_local_worker_has_its_own_device_also_when_it_is_started_again() -> None:
+    def place() -> tuple[int, list[str]]:
+        """In a worker: its process, and the devices that it picks."""
+        torch.cuda.is_available = lambda: True
+        torch.cuda.device_count = lambda: 2
+        return os.getpid(), [str(pick_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")]
+
     with connect(workers=3) as cluster:
         assert isinstance(cluster, Dask)
         before = cluster.client.run(place)
