@@ -3,7 +3,9 @@ PYTHON ?= python3
 RECIPE ?= recipes/digits/rar.yaml
 STORE ?= store
 WORKERS ?= 0
+PROCESSES ?= 1
 BIN := .venv/bin
+LAUNCH = $(if $(filter-out 0 1,$(PROCESSES)),$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) --no-python)
 INSTALLED := .venv/.installed
 
 help:  ## list the targets
@@ -16,8 +18,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 install: $(INSTALLED)  ## create .venv with the tested set of versions
 
-all: $(INSTALLED)  ## run a whole recipe: RECIPE=recipes/digits/rar.yaml STORE=store [IMAGES=DIR] [WORKERS=N]
-	$(BIN)/smalti run $(RECIPE) --store $(STORE) --workers $(WORKERS) $(if $(IMAGES),--images $(IMAGES))
+all: $(INSTALLED)  ## run a whole recipe: RECIPE=recipes/digits/rar.yaml STORE=store [IMAGES=DIR] [WORKERS=N] [PROCESSES=N]
+	$(LAUNCH) $(BIN)/smalti run $(RECIPE) --store $(STORE) --workers $(WORKERS) $(if $(IMAGES),--images $(IMAGES))
 
 test: $(INSTALLED)  ## run the tests (CPU, no network, minutes)
 	$(BIN)/python -m pytest

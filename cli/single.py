@@ -155,22 +155,22 @@ def config_values(declared: Stage, values: Values) -> dict[str, Any]:
     for setting, kind in optional_settings(declared):
         given = values.get(_argument(setting.name))
         if given is not None:
-            put_setting(found, setting.name.split("."), _parse_value(declared, setting.name, kind, given))
+            put_setting(found, setting.name.split("."), _parse_value(declared, setting, kind, given))
     for text in values["set"] or []:
         keys, value = parse_setting(text)
         put_setting(found, keys, value)
     return imply(declared, found, [name for name in declared.externals if values.get(_variable(name)) is not None])
 
 
-def _parse_value(declared: Stage, name: str, kind: Any, given: Any) -> Any:
+def _parse_value(declared: Stage, setting: Setting, kind: Any, given: Any) -> Any:
     """What an option says; typer has read numbers, words and switches, but neither lists nor what may be `auto`."""
     try:
         if kind is list:
             return list(parse_yaml(f"[{given}]"))
-        return parse_yaml(given) if name in declared.proposes else given
+        return parse_yaml(given) if _may_be_auto(declared, setting) else given
     except yaml.YAMLError as error:
         wanted = "values separated by commas" if kind is list else f"a number or {AUTO}"
-        raise UsageError(f"--{_flag(name)} {given!r}: expected {wanted}") from error
+        raise UsageError(f"--{_flag(setting.name)} {given!r}: expected {wanted}") from error
 
 
 def _read_config(text: str, declared: Stage) -> dict[str, Any]:
@@ -292,7 +292,7 @@ def _fields(declared: Stage) -> list[inspect.Parameter]:
     found = []
     for setting, kind in optional_settings(declared):
         if setting.name not in taken:
-            name, is_text = setting.name, kind is list or setting.name in declared.proposes
+            name, is_text = setting.name, kind is list or _may_be_auto(declared, setting)
             text = help_of(setting) + (f"; {AUTO}: what suits this machine" if name in declared.proposes else "")
             text += "; numbers, or names where the classes have them" if name in declared.names else ""
             found.append(
@@ -329,13 +329,21 @@ def _plain_kind(annotation: Any) -> Any:
     """int, float, str, bool or list (of these); None for configs, unions and everything else."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        kinds = [item for item in parts if item is not type(None)]
-        return _plain_kind(kinds[0]) if len(kinds) == 1 else None
+        kinds = [item for item in parts if item is not type(None) and not _is_auto(item)]
+        return _plain_kind(_item_kind(kinds[0])) if len(kinds) == 1 else None
     if origin is Literal:
         return type(parts[0])
     if origin in (tuple, list):
         return list if parts and _item_kind(parts[0]) in SCALARS else None
     return annotation if annotation in SCALARS else None
+
+
+def _may_be_auto(declared: Stage, setting: Setting) -> bool:
+    return setting.name in declared.proposes or any(map(_is_auto, get_args(setting.field.annotation)))
+
+
+def _is_auto(annotation: Any) -> bool:
+    return get_origin(annotation) is Literal and get_args(annotation) == (AUTO,)
 
 
 def _item_kind(annotation: Any) -> Any:

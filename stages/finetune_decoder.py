@@ -16,7 +16,7 @@ from stages.known_images import check_codes_fit
 from stages.networks import read_tokenizer_config
 from stages.tokenizing import code_grid
 from stages.train_tokenizer import count_used, describe, where
-from stages.training.config import AdamW, TokenizerLearning, TrainingConfig, WarmupCosine
+from stages.training.config import AdamW, CutTraining, TokenizerLearning, TrainingConfig, WarmupCosine
 from stages.training.inputs import IMAGES, START, WEIGHTS, check_images, check_known_start, check_start
 from stages.weights import config_json, save_weights
 
@@ -24,7 +24,7 @@ from stages.weights import config_json, save_weights
 class FinetuneDecoderConfig(TokenizerLearning):
     """A loss, the views under which the images are seen, and a budget. The defaults suit 32-pixel images."""
 
-    training: TrainingConfig = Field(
+    training: CutTraining = Field(
         default=TrainingConfig(
             steps=400, batch=32, optimizer=AdamW(learning_rate=5e-4), schedule=WarmupCosine(warmup=20)
         ),

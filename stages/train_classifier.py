@@ -19,7 +19,7 @@ from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.counting import counted
 from stages.known_images import NOT_YET, check_rgb, check_seen, common_pixels
-from stages.training.config import AdamW, OneCycle, TrainingConfig
+from stages.training.config import AdamW, CutTraining, OneCycle, TrainingConfig
 from stages.training.inputs import check_batch
 from stages.weights import config_json, save_weights
 
@@ -40,7 +40,7 @@ class TrainClassifierConfig(Config):
     rows_per_pass: int = Field(
         default=64, ge=1, description="images that go through the network together when it is judged"
     )
-    training: TrainingConfig = Field(
+    training: CutTraining = Field(
         default=TrainingConfig(
             steps=340,
             optimizer=AdamW(learning_rate=3e-3, weight_decay=0.01),

@@ -18,7 +18,14 @@ from stages.known_images import check_codes_fit
 from stages.networks import read_tokenizer_config
 from stages.tokenizing import code_grid
 from stages.train_tokenizer import where
-from stages.training.config import AdamW, AdversaryConfig, ReconstructionTraining, TrainingConfig, check_sees
+from stages.training.config import (
+    AdamW,
+    AdversaryConfig,
+    CutTraining,
+    ReconstructionTraining,
+    TrainingConfig,
+    check_sees,
+)
 from stages.training.inputs import IMAGES, check_images
 
 
@@ -28,7 +35,7 @@ class TrainDiscriminatorConfig(ReconstructionTraining):
     adversarial: DiscriminationConfig = Field(
         default=DiscriminationConfig(), description="the discriminator and its loss"
     )
-    training: TrainingConfig = Field(
+    training: CutTraining = Field(
         default=TrainingConfig(steps=400, batch=32, optimizer=AdamW(learning_rate=1e-4, betas=(0.5, 0.9))),
         description="budget and optimizer",
     )

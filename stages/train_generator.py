@@ -23,8 +23,9 @@ from smalti.counting import counted
 from stages.class_names import names_of_tokens
 from stages.known_codes import can_be_guided, check_guidance, check_labels
 from stages.networks import GeneratorCard, NetworkFile, join_tokenizer
-from stages.training.config import AdamW, TrainingConfig, WarmupCosine
+from stages.training.config import AUTO, AdamW, TrainingConfig, WarmupCosine
 from stages.training.inputs import check_batch
+from stages.training.rows import refuse_rows, settle_rows
 from stages.weights import save_weights
 
 if TYPE_CHECKING:
@@ -105,6 +106,10 @@ class TrainGeneratorConfig(Config):
         description="grids of samples in log/ on the way, by the input tokenizer; null: none",
     )
 
+    @property
+    def is_settled(self) -> bool:
+        return self.training.rows_per_pass != AUTO
+
 
 COMPARED = {"codes": "a vocabulary of {}", "grid": "a grid of {} codes", "classes": "{} classes"}
 
@@ -128,10 +133,25 @@ def check_inputs(config: TrainGeneratorConfig, inputs: Mapping[str, Artifact | l
         raise UsageError(
             f"samples on the way need both a {TOKENIZER} and samples.every: give {lacking} too, or neither"
         )
+    if not config.is_settled:
+        raise UsageError(
+            f"training.rows_per_pass is auto, but {sets[0].name} does not say its codes and grid",
+            hint="give training.rows_per_pass a number",
+        )
     classes = sets[0].facts.get("classes")
     for label in (config.samples and config.samples.classes) or ():
         if classes is not None and label >= classes:
             raise UsageError(f"samples.classes names class {label}, but {sets[0].name} knows 0 to {classes - 1}")
+
+
+def settle(config: TrainGeneratorConfig, inputs: KnownInputs) -> TrainGeneratorConfig:
+    """A number of rows for `training.rows_per_pass auto`, as soon as the codes are known."""
+    facts = inputs.all("tokens")[0] if inputs.all("tokens") else None
+    known = {name: facts.get(name) for name in ("codes", "grid", "classes")} if facts else {}
+    if config.is_settled or not known or None in (known["codes"], known["grid"]):
+        return config
+    rows, columns = known["grid"]
+    return settle_rows(config, codes=known["codes"], tokens=rows * columns, classes=known["classes"] or 1)
 
 
 CODES = ("tokenizer", "codes", "pixels", "grid", "classes", "class_names")
@@ -179,6 +199,7 @@ def listed(value: Artifact | list[Artifact]) -> list[Artifact]:
     writes="generator",
     check=check_inputs,
     foresees=foresee,
+    settles=settle,
     trains=True,
     example="smalti train-generator --tokens digits/rar/tokens --training.steps 800",
     names={"samples.classes": names_of_tokens},
@@ -252,6 +273,7 @@ def learn(
     from stages.training.engine import train
     from stages.training.generator import GeneratorTask
 
+    refuse_rows(config, card, run.device)
     if config.compiles:
         run.progress.say("  the first step compiles the blocks, which takes a minute")
     outcome = train(

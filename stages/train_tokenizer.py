@@ -15,7 +15,7 @@ from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, stage
 from smalti.counting import counted
 from stages.identity import digest_of
-from stages.training.config import AdamW, OneCycle, TokenizerLearning, TrainingConfig
+from stages.training.config import AdamW, CutTraining, OneCycle, TokenizerLearning, TrainingConfig
 from stages.training.inputs import HELD_OUT, IMAGES, START, WEIGHTS, check_images, check_known_start, check_start
 from stages.weights import config_json, save_weights
 
@@ -33,7 +33,7 @@ class TrainTokenizerConfig(TokenizerLearning):
     """A network, its loss, the views under which it sees the images, and a budget. The defaults suit 32-pixel images."""
 
     model: TokenizerConfig = Field(default=SMALL_TOKENIZER, description="the tokenizer")
-    training: TrainingConfig = Field(
+    training: CutTraining = Field(
         default=TrainingConfig(
             steps=800,
             batch=32,

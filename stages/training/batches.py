@@ -15,7 +15,7 @@ READ_AHEAD = 2
 
 def read_batches(task: Task, config: TrainingConfig, replicas: Replicas, first: int) -> Iterator[Batch]:
     """This process's share of every batch from step `first` on; read ahead by a thread where reading takes time."""
-    share = share_of(config.batch, rank=replicas.rank, world=replicas.world, accumulation=config.accumulation)
+    share = share_of(config.batch, rank=replicas.rank, world=replicas.world)
 
     def read(step: int) -> Batch:
         rows_B = rows_of_step(step, rows=task.rows, batch=config.batch, seed=config.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from models.losses.config import AdversarialConfig, DiscriminatorConfig, LossConfig, ReconstructionConfig
 from models.schedules import warmup_cosine
@@ -15,6 +15,7 @@ from pipeline.images.views import ShiftViews
 from pipeline.keys import NEUTRAL
 from stages.devices import Precision
 
+AUTO = "auto"
 GRIDS = 10  # of reconstructions, over a whole training
 
 Rate = Annotated[float, Field(ge=0)]
@@ -77,6 +78,7 @@ class AdamW(Config):
 
 
 Optimizer = AdamW  # a union tagged by `kind` as soon as there is a second one
+RowsPerPass = Annotated[int, Field(ge=1)] | Literal["auto"] | None
 
 
 class TrainingConfig(Config):
@@ -94,7 +96,11 @@ class TrainingConfig(Config):
         description="tf32: float32 with the products that CUDA rounds to 11 bits; bfloat16: autocast, with weights and "
         "optimizer in float32",
     )
-    accumulation: int = Field(default=1, ge=1, description="parts in which each process computes its share of a batch")
+    rows_per_pass: RowsPerPass = Field(
+        default=None,
+        description="rows of the batch that go forward and backward together, at most; null: a process's whole share; "
+        "auto, for generators: as many as take 16 GB on a GPU",
+    )
     clip: float | None = Field(default=1.0, gt=0, description="largest global norm of the gradient, or null")
     ema: float | None = Field(
         default=None,
@@ -120,13 +126,30 @@ class TrainingConfig(Config):
         default=True, description="on CUDA: only kernels that give the same bits each time, which are slower"
     )
 
+    @property
+    def rows(self) -> int | None:
+        """Rows of a pass, at most; what was left to an estimate has been settled when a training runs."""
+        assert not isinstance(self.rows_per_pass, str)
+        return self.rows_per_pass
+
     @model_validator(mode="after")
     def _fits_itself(self) -> TrainingConfig:
-        if self.batch % self.accumulation:
-            raise ValueError(f"batch {self.batch} does not divide into accumulation {self.accumulation} equal parts")
+        if isinstance(self.rows_per_pass, int) and self.batch % self.rows_per_pass:
+            raise ValueError(f"batch {self.batch} is not a multiple of rows_per_pass {self.rows_per_pass}")
         if self.select == "best" and not self.evaluate_every:
             raise ValueError("select best needs evaluate_every")
         return self
+
+
+def says_rows(training: TrainingConfig) -> TrainingConfig:
+    """ValueError where the rows of a pass are left to an estimate that there is not."""
+    if training.rows_per_pass == AUTO:
+        raise ValueError("rows_per_pass auto is for generators alone; give a number, or null for the whole batch")
+    return training
+
+
+CutTraining = Annotated[TrainingConfig, AfterValidator(says_rows)]
+"""A training whose rows per pass are said: no estimate is known of what a row takes."""
 
 
 class AdversaryConfig(AdversarialConfig):
@@ -145,7 +168,7 @@ class ReconstructionTraining(Config):
     rows_per_pass: int = Field(
         default=64, ge=1, description="images that go through the network together when it is judged"
     )
-    training: TrainingConfig = Field(default=TrainingConfig(), description="budget and optimizer")
+    training: CutTraining = Field(default=TrainingConfig(), description="budget and optimizer")
 
 
 def check_sees(discriminator: DiscriminatorConfig, pixels: int) -> None:

@@ -26,9 +26,9 @@ def stream(seed: int, name: str, step: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(seed, name, step)[:16], "little")))
 
 
-def torch_seed(seed: int, name: str, step: int, rank: int = 0) -> int:
-    """Seed of torch's default generator before a step, in [0, 2**63). Only dropout-like draws differ between ranks."""
-    return int.from_bytes(_digest(seed, f"{name}/{rank}", step)[:8], "little") >> 1
+def torch_seed(seed: int, name: str, step: int, number: int = 0) -> int:
+    """Seed of torch's default generator before a pass, in [0, 2**63). number: of the pass among those of the step."""
+    return int.from_bytes(_digest(seed, f"{name}/{number}", step)[:8], "little") >> 1
 
 
 def rows_of_step(step: int, *, rows: int, batch: int, seed: int) -> Rows_B:
@@ -45,14 +45,20 @@ def rows_of_step(step: int, *, rows: int, batch: int, seed: int) -> Rows_B:
     return _order(rows, seed, epoch)[place * batch : (place + 1) * batch]
 
 
-def share_of(batch: int, *, rank: int, world: int, accumulation: int) -> slice:
+def share_of(batch: int, *, rank: int, world: int) -> slice:
     """The part of a global batch that process `rank` of `world` computes."""
-    if batch % (world * accumulation):
+    if batch % world:
         raise UsageError(
-            f"training.batch {batch} does not divide into {world} processes x accumulation {accumulation}",
-            hint="choose a batch that is a multiple of both together",
+            f"training.batch {batch} does not divide into equal shares of {world} processes",
+            hint="choose a batch that is a multiple of the number of processes",
         )
     return slice(batch // world * rank, batch // world * (rank + 1))
+
+
+def passes_of(share: int, rows_per_pass: int | None) -> int:
+    """The number of equal passes, of at most `rows_per_pass` rows each, in which a process computes its share."""
+    fewest = 1 if rows_per_pass is None else -(-share // rows_per_pass)
+    return next(passes for passes in range(fewest, share + 1) if share % passes == 0)
 
 
 @kept(2)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from models.batch_part import BatchPart
+from models.losses.adversarial import spread_statistics
 from pipeline.draft import Draft
 from pipeline.durable import write_file
 from pipeline.errors import NumericError
@@ -28,7 +29,7 @@ from stages.devices import products, threads
 from stages.training import checkpoints
 from stages.training.batches import read_batches
 from stages.training.config import TrainingConfig
-from stages.training.draws import torch_seed
+from stages.training.draws import passes_of, torch_seed
 from stages.training.limits import memory_in_words, same_kernels
 from stages.training.metrics import Metrics
 from stages.training.optimizers import set_rate
@@ -138,6 +139,9 @@ class Trainer:
         self.step = self.bad_steps = self.best_step = 0
         self.loss = self.best_loss = math.inf
         self._checkpoint = "none yet"
+        self.pieces = passes_of(config.batch // replicas.world, config.rows)
+        for part in task.parts:
+            spread_statistics(part.module, self.pieces)
 
     @property
     def is_first(self) -> bool:
@@ -145,7 +149,7 @@ class Trainer:
 
     def advance(self, batch: Batch) -> Losses:
         """One step of every part on this process's share of the batch; counts a bad one, or raises NumericError."""
-        self._seed()
+        self._seed(0)
         turns = [running for running in self.turns if self.step >= running.part.first_step]
         buffers = self._copy_of_buffers(self.parts) if self.config.skip_bad_steps else []
         passes = self._passes(batch, turns)
@@ -260,31 +264,27 @@ class Trainer:
         for running in self.parts:
             running.part.module.train()
 
-    def _seed(self) -> None:
-        self.replicas.seed(torch_seed(self.config.seed, "step", self.step, self.replicas.rank))
+    def _seed(self, piece: int) -> None:
+        """Let what torch draws depend on the step and on the rows of a pass, whichever process makes it."""
+        self.replicas.seed(torch_seed(self.config.seed, "step", self.step, self._part(piece).number))
 
     def _passes(self, batch: Batch, turns: list[Running]) -> SharedPasses:
         """The passes of this step over its batch, on the device."""
         batch = tuple(tensor.to(self.replicas.device, non_blocking=True) for tensor in batch)
-        pieces: list[Batch] = list(zip(*(tensor.chunk(self.config.accumulation) for tensor in batch), strict=True))
+        pieces: list[Batch] = list(zip(*(tensor.chunk(self.pieces) for tensor in batch), strict=True))
         self.task.part = self._part(0)
         if len(pieces) > 1:
             self.task.survey(pieces)
-        is_made_twice = self.config.accumulation > 1 and turns[0] is not self.main
+        is_made_twice = self.pieces > 1 and turns[0] is not self.main
         buffers = self._copy_of_buffers([self.main]) if is_made_twice else []
-
-        def begin_again() -> None:
-            self._seed()
-            put_buffers(buffers)
-
         return SharedPasses(
             pieces,
             lambda piece: self.task.shared_pass(self.modules, piece, self.step),
-            begin_again=begin_again,
+            begin_again=lambda: put_buffers(buffers),
         )
 
     def _part(self, piece: int) -> BatchPart:
-        return BatchPart(piece, self.config.accumulation, self.replicas.rank, self.replicas.world)
+        return BatchPart(piece, self.pieces, self.replicas.rank, self.replicas.world)
 
     def _gradients(self, running: Running, passes: SharedPasses, *, is_last: bool) -> Losses:
         """Fill the gradients of one part; losses and stats are the means over the pieces of the batch.
@@ -297,6 +297,7 @@ class Trainer:
             is_exchanged = number + 1 == len(passes)
             with nullcontext() if is_exchanged else self.replicas.without_exchange(list(self.modules.values())):
                 self.task.part = self._part(number)
+                self._seed(number)
                 seen = passes.take(number, is_main=running is self.main, is_kept=not is_last)
                 losses = self.task.losses(running.part.name, self.modules, seen, self.step)
                 total = torch.stack(list(losses.losses.values())).sum()

@@ -11,7 +11,9 @@ import torch
 import torch.utils.deterministic
 
 from pipeline.errors import MemoryExhausted
+from smalti.counting import counted
 from stages.training.config import TrainingConfig
+from stages.training.rows import rows_together
 
 deterministic: Any = torch.utils.deterministic  # a module with properties, which type checkers do not see
 CPU_REFUSAL = "not enough memory: you tried to allocate"  # of torch's allocator, which has no error of its own
@@ -52,10 +54,11 @@ def memory_in_words(config: TrainingConfig, world: int) -> Iterator[None]:
 
 
 def _exhausted(config: TrainingConfig, world: int) -> MemoryExhausted:
-    rows = config.batch // (world * config.accumulation)
+    rows = rows_together(config, world)
+    fewer = next(fewer for fewer in range(max(1, rows // 2), 0, -1) if config.batch % fewer == 0)
     return MemoryExhausted(
-        f"the device has not enough memory for {rows} rows at a time (batch {config.batch} over {world} processes, "
-        f"accumulation {config.accumulation})",
-        hint=f"raise training.accumulation to {2 * config.accumulation}, lower training.batch, "
-        "or take precision bfloat16 or a smaller model",
+        f"the device has not enough memory for {counted(rows, 'row')} at a time (training.batch {config.batch} over "
+        f"{counted(world, 'process')})",
+        hint=(f"set training.rows_per_pass to {fewer}, or " if rows > 1 else "")
+        + "take training.precision bfloat16 or a smaller model",
     )

@@ -20,7 +20,8 @@ class SharedPasses:
     exist at a time: parts that go first see passes without graph, the main part makes the same ones again, and parts
     after it see what that left.
 
-    make: gives the pass over one piece.  begin_again: puts random numbers and buffers back to where the step began.
+    make: gives the pass over one piece.  begin_again: puts buffers back to where the step began; the caller
+    seeds random numbers before every pass.
     """
 
     def __init__(self, pieces: list[Batch], make: Callable[[Batch], Any], *, begin_again: Callable[[], None]):

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.losses.adversarial import Adversary, as_in_training, spread_statistics
+from models.losses.adversarial import Adversary, as_in_training
 from models.metrics import psnr
 from models.tokenizer import DecoderPass, Reconstructed, Tokenizer, TokenizerPass, to_bytes
 from smalti.counting import counted
@@ -81,8 +81,6 @@ class TokenizerTask(Task):
         self.draws_every = self.grids.every_of(config.training.steps) if self.grids else 0
         self.reads_ahead = not images.is_cached
         self._has_warned = False
-        if self.adversary is not None:
-            spread_statistics(self.adversary, config.training.accumulation)
         self.seeing.to(device)
 
     def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:

@@ -121,7 +121,8 @@ def token_artifact(
             out.put(f"shard-{number}", layout.shard(number, codes_ICT[start:stop]))
         write_labels_and_cards(out, layout, labels_I, [f"{row:04d}" for row in range(len(codes_ICT))])
 
-    return made(store, "token-set", write, name=name)
+    facts = {"codes": described["codes"], "grid": list(described["grid"]), "classes": described["classes"]}
+    return made(store, "token-set", write, name=name, **facts)
 
 
 def images_artifact(

@@ -55,7 +55,7 @@ def test_warmup_cosine_is_the_published_one() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"batch": 9, "accumulation": 2}, "accumulation"),
+        ({"batch": 9, "rows_per_pass": 2}, "not a multiple of rows_per_pass 2"),
         ({"select": "best"}, "evaluate_every"),
         ({"clip": 0}, "clip"),
         ({"ema": 1.0}, "ema"),

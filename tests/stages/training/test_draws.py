@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import UsageError
 from smalti.epoch import exact_order
-from stages.training.draws import rows_of_step, share_of, stream, torch_seed
+from stages.training.draws import passes_of, rows_of_step, share_of, stream, torch_seed
 
 
 def test_an_epoch_sees_every_row_of_its_whole_batches_once() -> None:
@@ -24,13 +24,21 @@ def test_epochs_and_seeds_differ() -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 6])
 def test_shares_make_up_the_batch(world: int) -> None:
     batch = np.arange(12)
-    shares = [batch[share_of(12, rank=rank, world=world, accumulation=2)] for rank in range(world)]
+    shares = [batch[share_of(12, rank=rank, world=world)] for rank in range(world)]
     np.testing.assert_array_equal(np.concatenate(shares), batch)
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(UsageError, match="batch 12 does not divide into 2 processes x accumulation 4"):
-        share_of(12, rank=0, world=2, accumulation=4)
+    with pytest.raises(UsageError, match="batch 12 does not divide into equal shares of 5 processes"):
+        share_of(12, rank=0, world=5)
+
+
+@pytest.mark.parametrize(
+    ("share", "rows_per_pass", "passes"),
+    [(12, None, 1), (12, 12, 1), (12, 4, 3), (6, 4, 2), (12, 5, 3), (7, 4, 7), (3, 64, 1)],
+)
+def test_passes_are_equal_and_hold_at_most_so_many_rows(share: int, rows_per_pass: int | None, passes: int) -> None:
+    assert passes_of(share, rows_per_pass) == passes
 
 
 def test_a_stream_belongs_to_seed_name_and_step() -> None:

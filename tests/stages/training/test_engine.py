@@ -23,13 +23,13 @@ from pipeline.progress import Progress
 from pipeline.runtime import Terminated
 from stages.training import checkpoints
 from stages.training.draws import rows_of_step
-from tests.stages.training.small_task import SmallTask, draft_in, first_gradients, tiny, train_in, weights_of
+from tests.stages.training.small_task import Network, SmallTask, draft_in, first_gradients, tiny, train_in, weights_of
 from tests.two_processes import die, run_two
 
 KINDS = {
     "plain": {},
     "averaged": {"ema": 0.9},
-    "accumulated": {"accumulation": 2},
+    "in passes": {"rows_per_pass": 4},
     "best": {"evaluate_every": 3, "select": "best"},
     "half": {"precision": "bfloat16"},
 }
@@ -194,24 +194,24 @@ def test_the_best_weights_are_selected(tmp_path: Path) -> None:
     assert best.figures["loss"] <= last.figures["loss"]
 
 
-def test_accumulated_parts_make_one_batch(tmp_path: Path) -> None:
+def test_passes_make_one_batch(tmp_path: Path) -> None:
     one = train_in(tmp_path / "one", tiny(steps=1), dropout=0.0).task.network
-    four = train_in(tmp_path / "four", tiny(steps=1, accumulation=4), dropout=0.0).task.network
+    four = train_in(tmp_path / "four", tiny(steps=1, rows_per_pass=2), dropout=0.0).task.network
     assert torch.allclose(one.linear.weight, four.linear.weight, atol=1e-3)
 
 
 @pytest.mark.parametrize("critic_first", [False, True])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_parts_share_one_pass(tmp_path: Path, critic_first: bool, accumulation: int) -> None:
+@pytest.mark.parametrize("passes", [1, 2])
+def test_parts_share_one_pass(tmp_path: Path, critic_first: bool, passes: int) -> None:
     """All parts see what the main part makes; a pass that comes twice, since two graphs would not fit, is the same."""
-    config = tiny(steps=5, accumulation=accumulation)
+    config = tiny(steps=5, rows_per_pass=8 // passes)
     task = train_in(tmp_path, config, parts=2, critic_first=critic_first).task
-    with_critic = task.passes[3 * accumulation :]  # it rests for three steps
-    if not critic_first or accumulation == 1:
-        assert len(task.passes) == 5 * accumulation
+    with_critic = task.passes[3 * passes :]  # it rests for three steps
+    if not critic_first or passes == 1:
+        assert len(task.passes) == 5 * passes
         assert all(has_gradient for _, has_gradient in task.passes)
         return
-    assert len(with_critic) == 2 * 2 * accumulation
+    assert len(with_critic) == 2 * 2 * passes
     for step in (with_critic[:4], with_critic[4:]):
         assert [has_gradient for _, has_gradient in step] == [False, False, True, True]
         assert [value for value, _ in step[:2]] == [value for value, _ in step[2:]]
@@ -255,7 +255,7 @@ def test_exhausted_memory_becomes_a_sentence(tmp_path: Path) -> None:
     def poison(step: int) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(MemoryExhausted, match=r"8 rows at a time.*training\.accumulation to 2"):
+    with pytest.raises(MemoryExhausted, match=r"8 rows at a time.*training\.rows_per_pass to 4"):
         train_in(tmp_path, tiny(), poison=poison)
 
 
@@ -370,6 +370,24 @@ def test_two_processes_end_with_the_same_best_weights(tmp_path: Path) -> None:
     first, second = run_two(tmp_path, work)
     assert first == second
     assert not (tmp_path / "rank-1/scratch").exists()
+
+
+def test_a_pass_is_the_same_whichever_process_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout: what a pass draws depends on its rows. So the gradients that are summed are the same ones."""
+    config = tiny(rows_per_pass=2)
+    # The running mean is each process's own.
+    monkeypatch.setattr(Network, "forward", lambda self, x_BI: self.linear(self.dropout(x_BI))[:, 0])
+
+    def work(own: Path, rank: int) -> dict[str, Any]:
+        with first_gradients() as gradients:
+            train_in(own, config)
+        return {"first": gradients}
+
+    with first_gradients() as alone:
+        train_in(tmp_path / "one", config)
+    for shared in run_two(tmp_path / "two", work):
+        for own, other in zip(alone, shared["first"], strict=True):
+            assert torch.allclose(torch.tensor(own), torch.tensor(other), atol=1e-5)
 
 
 def test_long_trainings_write_to_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

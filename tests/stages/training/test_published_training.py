@@ -48,6 +48,7 @@ RENAMED = {"quantize.embedding.weight": "quantizer.codebook_KD"}
 def published_config() -> TrainTokenizerConfig:
     """Of the recipe, for a small discriminator and three steps of two images."""
     small = ["training.precision=float32", "loss.perceptual=0.0", f"training.steps={STEPS}", "training.batch=2"]
+    small += ["training.rows_per_pass=null"]
     recipe = load_recipe(
         ROOT / "recipes/imagenet256/ibq-tokenizer-16384.yaml",
         stages(),

@@ -34,11 +34,11 @@ ADVERSARIAL: dict[str, Any] = {
 }
 STEPS = 6
 KINDS: dict[str, dict[str, Any]] = {
-    "accumulated": {"training": {"accumulation": 2}},
+    "in passes": {"training": {"rows_per_pass": 2}},
     "half": {"training": {"precision": "bfloat16"}},
     "best": {"training": {"evaluate_every": 2, "select": "best"}},
     "generator first": {"adversarial": {"order": "generator-first"}},
-    "generator first, accumulated": {"adversarial": {"order": "generator-first"}, "training": {"accumulation": 2}},
+    "generator first, in passes": {"adversarial": {"order": "generator-first"}, "training": {"rows_per_pass": 2}},
     "blur": {"adversarial": {"discriminator": {"kind": "blur", "width": 32, "stages": 1}}},
 }
 
@@ -132,7 +132,7 @@ def test_pieces_and_processes_train_as_one(tmp_path: Path, images: Artifact, qua
     config = {**config_of(quantizer), "adversarial": None}
     config["training"] = {**config["training"], "optimizer": {"kind": "adamw", "learning_rate": 1e-3, "eps": 1e-3}}
     whole = load_weights(train_in(tmp_path / "whole", images, config))
-    pieces = {**config, "training": {**config["training"], "accumulation": 4}}
+    pieces = {**config, "training": {**config["training"], "rows_per_pass": 2}}
     cut = load_weights(train_in(tmp_path / "cut", images, pieces))
 
     def work(own: Path, rank: int) -> dict[str, Any]:

@@ -1,0 +1,100 @@
+"""How many rows of a batch a training of a generator computes together: by rule where it is asked to, refused where they cannot fit.
+
+No torch here: `auto` is settled before the key is made, by the network and the batch alone, so that plans, machines and
+resumed drafts agree.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from models.generators.config import TRAINING_BYTES
+from pipeline import ranks
+from pipeline.errors import MemoryExhausted
+from smalti.counting import counted
+from stages.devices import free_bytes, pick_device
+from stages.training.config import TrainingConfig
+from stages.training.draws import passes_of
+
+if TYPE_CHECKING:
+    from stages.networks import GeneratorCard
+    from stages.train_generator import TrainGeneratorConfig
+
+PASS_BYTES = 16e9  # of activations: RAR-B, or L with half the rows, then trains on a device of 24 GB
+SURE = 0.85  # of an estimate: what lies above free memory even so does not fit
+
+
+def settle_rows(config: TrainGeneratorConfig, *, codes: int, tokens: int, classes: int) -> TrainGeneratorConfig:
+    """The config with a number for `auto`: the most rows whose pass takes up to PASS_BYTES on a GPU, which share out the batch.
+
+    A network that only counts has no passes: null.
+    """
+    training = config.training
+
+    def pass_bytes(rows: int) -> int:
+        return needed_bytes(config, rows, codes=codes, tokens=tokens, classes=classes, device_type="cuda")
+
+    rows = None
+    if config.model.kind in TRAINING_BYTES:
+        rows = next(
+            rows for rows in fewer(training.batch) if rows == 1 or pass_bytes(rows) - pass_bytes(0) <= PASS_BYTES
+        )
+    return config.model_copy(update={"training": training.model_copy(update={"rows_per_pass": rows})})
+
+
+def refuse_rows(config: TrainGeneratorConfig, card: GeneratorCard, device: str) -> None:
+    """MemoryExhausted (exit code 71) where a pass is sure not to fit into the free memory, with the setting that would."""
+    if config.model.kind not in TRAINING_BYTES:
+        return
+    picked = pick_device(device)
+    sharing = ranks.local_world_size() if picked.type == "cpu" else 1
+    free, training = free_bytes(picked) // sharing, config.training
+
+    def needed(rows: int) -> int:
+        return needed_bytes(
+            config, rows, codes=card.codes, tokens=card.tokens, classes=card.classes, device_type=picked.type
+        )
+
+    rows = rows_together(training, ranks.world_size())
+    if SURE * needed(rows) <= free:
+        return
+    fitting = next((fewer_rows for fewer_rows in fewer(training.batch) if needed(fewer_rows) <= free), None)
+    raise MemoryExhausted(
+        f"a pass of {counted(rows, 'row')} takes about {needed(rows) / 1e9:.3g} GB with parameters and optimizer, but "
+        f"{picked} has {free / 1e9:.3g} GB free",
+        hint=_advice(config, fitting, free / 1e9),
+    )
+
+
+def rows_together(training: TrainingConfig, world: int) -> int:
+    """Rows of one pass, when each of `world` processes computes its share."""
+    share = training.batch // world
+    return share // passes_of(share, training.rows)
+
+
+def fewer(batch: int) -> list[int]:
+    """The numbers of rows that a batch is a multiple of, the largest first."""
+    return [rows for rows in range(batch, 0, -1) if batch % rows == 0]
+
+
+def needed_bytes(config: TrainGeneratorConfig, rows: int, **sizes: Any) -> int:
+    """Memory of one process that trains with passes of `rows`, by the network's own estimate."""
+    module, name = TRAINING_BYTES[config.model.kind].split(":")
+    estimate: int = getattr(import_module(module), name)(
+        config.model,
+        rows=rows,
+        is_half=config.training.precision == "bfloat16",
+        is_averaged=config.training.ema is not None,
+        checkpoints_activations=config.checkpoints_activations,
+        **sizes,
+    )
+    return estimate
+
+
+def _advice(config: TrainGeneratorConfig, fitting: int | None, free: float) -> str:
+    if fitting is not None:
+        return f"set training.rows_per_pass to {fitting} (training.batch stays {config.training.batch})"
+    if not config.checkpoints_activations:
+        return f"set training.rows_per_pass to 1 and checkpoints_activations to true, or take a device with more than {free:.3g} GB free"
+    return f"not even one row fits: take a smaller network, or a device with more than {free:.3g} GB free"
