@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,19 +13,33 @@ from pydantic import Field
 
 from pipeline.artifact import Artifact
 from pipeline.config import Config
-from pipeline.draft import Draft
+from pipeline.draft import SCRATCH, Draft
 from pipeline.errors import CorruptError, InputError, UsageError
-from pipeline.keys import canonical_bytes
+from pipeline.keys import NEUTRAL, canonical_bytes
 from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
+from smalti.attributes import TokenAttributes
 from smalti.counting import counted
 from smalti.tokens import TokenSet, open_tokens
 from stages.identity import check_same_tokenizer, tokenizer_identity
 from stages.reservoir import smallest_rows
 
+if TYPE_CHECKING:
+    from models.logistic import Part, StreamedLogistic
+
 # N rows of a token set, T codes of a row, K codes of the codebook, D values of a centroid
 METRICS = "metrics.json"
+LBFGS_BYTES = 2**31  # more than that, and the weights are learned in batches
+COPIES = 24  # of the weights, in L-BFGS: ten pairs of steps and slopes, weights, slope and work
+BATCH = 1024  # rows
+POSITIONS = 8  # whose codes go through the model together
+RATE = 16.0  # of what a first step may add to a logit
+CHECKPOINT = "probe-"
+CALM_SECONDS = 60.0  # between checkpoints, which are as large as the weights
+
+Predict = Callable[[NDArray[Any]], NDArray[Any]]
+"""Codes (B, T) to classes (B,)."""
 
 
 class ProbeConfig(Config):
@@ -34,6 +50,12 @@ class ProbeConfig(Config):
     )
     inverse_penalty: float = Field(default=1.0, gt=0, description="C of the logistic regression: smaller is smoother")
     iterations: int = Field(default=500, ge=1, description="steps of L-BFGS at most")
+    passes: int = Field(
+        default=10,
+        ge=1,
+        json_schema_extra=NEUTRAL,
+        description="passes over the rows, where the weights are too many for L-BFGS",
+    )
     max_rows: int = Field(default=200_000, ge=2, description="training rows; of more, those of the smallest hash")
     seed: int = Field(default=0, ge=0, lt=2**53, description="seed of the choice of rows")
 
@@ -64,7 +86,7 @@ def foresee(config: ProbeConfig, inputs: KnownInputs) -> Facts:
 
 @stage(
     "probe",
-    version=1,
+    version=2,
     config=ProbeConfig,
     reads={
         "train": read("token-set", help="codes to learn from"),
@@ -79,12 +101,13 @@ def foresee(config: ProbeConfig, inputs: KnownInputs) -> Facts:
 def probe_codes(config: ProbeConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Fit a linear classifier on codes and judge it on held-out images.
 
-    Multinomial logistic regression on the codes of every position, over all crops.  reads: two token sets of one
-    tokenizer.  writes: metrics.json.  resumes: from the start.
+    Multinomial logistic regression on the codes of every position, over all crops: by L-BFGS, or, where that would take
+    more than 2 GiB, by stochastic gradients in batches.  reads: two token sets of one tokenizer.  writes: metrics.json.
+    resumes: L-BFGS from the start, batches from the last checkpoint.
     """
     if not out.is_done("metrics"):
         train, held_out = open_pair(inputs["train"], inputs["held-out"])
-        metrics = measure(config, train, held_out, read_centroids(config, inputs), run)
+        metrics = measure(config, train, held_out, read_centroids(config, inputs), out, run)
         out.put("metrics", {METRICS: canonical_bytes(metrics) + b"\n"})
     metrics = json.loads((out.path / METRICS).read_bytes())
     out.facts |= metrics
@@ -122,33 +145,118 @@ def read_centroids(config: ProbeConfig, inputs: Inputs) -> NDArray[np.float32] |
 
 
 def measure(
-    config: ProbeConfig, train: TokenSet, held_out: TokenSet, centroids_KD: NDArray[np.float32] | None, run: Runtime
+    config: ProbeConfig,
+    train: TokenSet,
+    held_out: TokenSet,
+    centroids_KD: NDArray[np.float32] | None,
+    out: Draft,
+    run: Runtime,
 ) -> dict[str, Any]:
     """Accuracies on both sets, exact and with one thread, so that they are the same everywhere they are computed."""
     from threadpoolctl import threadpool_limits
 
     rows_N = smallest_rows(len(train), config.max_rows, seed=config.seed)
-    labels_N = train.labels_of(rows_N)
-    if len(np.unique(labels_N)) < 2:
+    if len(np.unique(train.labels_of(rows_N))) < 2:
         raise InputError(f"{train.path} has images of one class, and a probe needs two", path=train.path)
-    with threadpool_limits(1), run.progress.bar("probe", total=len(rows_N), unit="rows") as bar:
-        model = fit(config, vectors(train, rows_N, centroids_KD), labels_N)
-        bar.advance(len(rows_N))
-        predicted_N = model.predict(vectors(train, rows_N, centroids_KD))
-        rows_M = np.arange(len(held_out))
-        predicted_M = model.predict(vectors(held_out, rows_M, centroids_KD))
-    iterations = int(model.n_iter_.max())
-    if iterations >= config.iterations:
-        run.progress.say(f"  the probe stopped after {counted(iterations, 'step')} without having converged")
+    is_exact = bytes_of_lbfgs(len(rows_N), train.attributes, centroids_KD) <= LBFGS_BYTES
+    rows_M = np.arange(len(held_out))
+    with threadpool_limits(1):
+        solve = fit_exactly if is_exact else fit_in_batches
+        predict, steps = solve(config, train, rows_N, centroids_KD, out, run)
+        shares = [share_right(predict, *asked) for asked in ((held_out, rows_M), (train, rows_N))]
+    if is_exact and steps >= config.iterations:
+        run.progress.say(f"  the probe stopped after {counted(steps, 'step')} without having converged")
     return {
-        "accuracy": share_right(predicted_M, held_out.labels_of(rows_M)),
-        "train_accuracy": share_right(predicted_N, labels_N),
+        "accuracy": shares[0],
+        "train_accuracy": shares[1],
         "train_rows": len(rows_N),
         "held_out_rows": len(rows_M),
         "classes": held_out.attributes.classes,
         "inputs": config.inputs,
-        "steps": iterations,
+        "solver": "l-bfgs" if is_exact else "batches",
+        "steps": steps,
     }
+
+
+def bytes_of_lbfgs(rows: int, attributes: TokenAttributes, centroids_KD: NDArray[np.float32] | None) -> int:
+    """Memory of the exact solver: the rows, and its copies of the weights in float64."""
+    inputs = inputs_of(attributes, centroids_KD)
+    of_rows = rows * (16 * attributes.tokens if centroids_KD is None else 16 * inputs)
+    return of_rows + 8 * COPIES * inputs * attributes.classes
+
+
+def inputs_of(attributes: TokenAttributes, centroids_KD: NDArray[np.float32] | None) -> int:
+    """Inputs of the linear model."""
+    return attributes.tokens * (attributes.codes if centroids_KD is None else centroids_KD.shape[1])
+
+
+def fit_exactly(
+    config: ProbeConfig,
+    train: TokenSet,
+    rows_N: NDArray[np.int64],
+    centroids_KD: NDArray[np.float32] | None,
+    out: Draft,
+    run: Runtime,
+) -> tuple[Predict, int]:
+    """The optimum by L-BFGS, and its steps."""
+    with run.progress.bar("probe", total=len(rows_N), unit="rows") as bar:
+        model = fit(config, vectors(train.codes_of(rows_N), train.codes, centroids_KD), train.labels_of(rows_N))
+        bar.advance(len(rows_N))
+    return lambda codes_BT: model.predict(vectors(codes_BT, train.codes, centroids_KD)), int(model.n_iter_.max())
+
+
+def fit_in_batches(
+    config: ProbeConfig,
+    train: TokenSet,
+    rows_N: NDArray[np.int64],
+    centroids_KD: NDArray[np.float32] | None,
+    out: Draft,
+    run: Runtime,
+) -> tuple[Predict, int]:
+    """Near the same optimum by stochastic gradients, with a checkpoint now and then, and the steps."""
+    from models.logistic import StreamedLogistic
+
+    batches = -(-len(rows_N) // BATCH)
+    steps = config.passes * batches
+    model = StreamedLogistic(
+        inputs=inputs_of(train.attributes, centroids_KD),
+        classes=train.attributes.classes,
+        penalty=1 / (config.inverse_penalty * len(rows_N)),
+        rate=RATE
+        / train.attributes.tokens
+        / (1 if centroids_KD is None else float(np.abs(centroids_KD).sum(1).mean())),
+    )
+    resume(model, out)
+    saved = time.monotonic()
+    with run.progress.bar("probe", total=steps * BATCH, unit="rows") as bar:
+        bar.skip(int(model.step) * BATCH)
+        while model.step < steps:
+            turn, place = divmod(int(model.step), batches)
+            order = np.random.Generator(np.random.Philox(key=[config.seed, turn])).permutation(len(rows_N))
+            rows_B = np.sort(rows_N[order[place * BATCH : (place + 1) * BATCH]])
+            model.advance(parts(train.codes_of(rows_B), train.codes, centroids_KD), train.labels_of(rows_B))
+            bar.advance(BATCH)
+            if time.monotonic() - saved >= max(run.checkpoint_seconds, CALM_SECONDS):
+                save(model, out)
+                saved = time.monotonic()
+    return lambda codes_BT: model.predict(parts(codes_BT, train.codes, centroids_KD)), steps
+
+
+def resume(model: StreamedLogistic, out: Draft) -> None:
+    """Take up the last checkpoint of the draft, if there is one."""
+    units = [unit for unit in out.units() if unit.startswith(CHECKPOINT)]
+    if units:
+        with np.load(out.files(units[-1])[0], allow_pickle=False) as state:
+            model.load(state)
+
+
+def save(model: StreamedLogistic, out: Draft) -> None:
+    """Write a checkpoint, and drop the one before."""
+    before, unit = [unit for unit in out.units() if unit.startswith(CHECKPOINT)], f"{CHECKPOINT}{int(model.step):08d}"
+    with out.writing(unit, f"{SCRATCH}/{unit}.npz") as path, path.open("wb") as file:
+        np.savez(file, **model.state())  # type: ignore[arg-type]  # numpy has an option among the names
+    for old in before:
+        out.drop(old)
 
 
 def fit(config: ProbeConfig, inputs_NF: Any, labels_N: NDArray[np.int32]) -> Any:
@@ -163,23 +271,47 @@ def fit(config: ProbeConfig, inputs_NF: Any, labels_N: NDArray[np.int32]) -> Any
         return LogisticRegression(C=config.inverse_penalty, max_iter=config.iterations).fit(inputs_NF, labels_N)
 
 
-def vectors(token_set: TokenSet, rows_N: NDArray[np.int64], centroids_KD: NDArray[np.float32] | None) -> Any:
+def vectors(codes_NT: NDArray[Any], codes: int, centroids_KD: NDArray[np.float32] | None) -> Any:
     """What the model sees of each row: (N, T * K) sparse ones, or (N, T * D) centroids."""
-    codes_NT = token_set.codes_of(rows_N).astype(np.int64)
+    codes_NT = codes_NT.astype(np.int64)
     if centroids_KD is not None:
-        return centroids_KD[codes_NT].reshape(len(rows_N), -1).astype(np.float64)
-    return one_hot(codes_NT, token_set.codes)
+        return centroids_KD[codes_NT].reshape(len(codes_NT), -1).astype(np.float64)
+    return one_hot(codes_NT, codes)
 
 
 def one_hot(codes_NT: NDArray[np.int64], codes: int) -> Any:
     """Sparse (N, T * K) with a one for the code of each position."""
+    return marks(codes_NT + np.arange(codes_NT.shape[1]) * codes, codes_NT.shape[1] * codes).astype(np.float64)
+
+
+def marks(columns_NT: NDArray[np.int64], columns: int) -> Any:
+    """Sparse (N, columns), float32, with a one in each of T columns."""
     from scipy.sparse import csr_array
 
-    rows, positions = codes_NT.shape
-    columns = (codes_NT + np.arange(positions) * codes).reshape(-1)
-    starts = np.arange(0, rows * positions + 1, positions)
-    return csr_array((np.ones(len(columns)), columns, starts), shape=(rows, positions * codes))
+    rows, each = columns_NT.shape
+    starts = np.arange(0, rows * each + 1, each)
+    return csr_array((np.ones(rows * each, np.float32), columns_NT.reshape(-1), starts), shape=(rows, columns))
 
 
-def share_right(predicted: NDArray[Any], labels: NDArray[Any]) -> float:
-    return round(float(np.mean(predicted == labels)), 6)
+def parts(codes_NT: NDArray[Any], codes: int, centroids_KD: NDArray[np.float32] | None) -> list[Part]:
+    """The same in parts of some positions each: the codes that occur there, or one position's centroids."""
+    from models.logistic import Part
+
+    codes_NT = codes_NT.astype(np.int64)
+    if centroids_KD is not None:
+        width = centroids_KD.shape[1]
+        places = [slice(place * width, (place + 1) * width) for place in range(codes_NT.shape[1])]
+        return [Part(centroids_KD[codes_NT[:, number]], place) for number, place in enumerate(places)]
+    found = []
+    for first in range(0, codes_NT.shape[1], POSITIONS):
+        some_NT = codes_NT[:, first : first + POSITIONS]
+        inputs_U, columns = np.unique(some_NT + np.arange(first, first + some_NT.shape[1]) * codes, return_inverse=True)
+        found.append(Part(marks(columns.reshape(some_NT.shape), len(inputs_U)), inputs_U))
+    return found
+
+
+def share_right(predict: Predict, token_set: TokenSet, rows_N: NDArray[np.int64]) -> float:
+    """Share of rows whose class is predicted."""
+    blocks = [rows_N[start : start + BATCH] for start in range(0, len(rows_N), BATCH)]
+    right = sum(int((predict(token_set.codes_of(rows_B)) == token_set.labels_of(rows_B)).sum()) for rows_B in blocks)
+    return round(right / len(rows_N), 6)

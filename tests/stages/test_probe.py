@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from models.logistic import StreamedLogistic
 from pipeline.artifact import Artifact
 from pipeline.errors import CorruptError, InputError, UsageError
+from stages import probe
 from stages.probe import one_hot
-from tests.stages.conformance import check_every_crash, draw_folder, index_folder, run_stage
+from tests.stages.conformance import check_every_crash, check_same_bytes, draw_folder, index_folder, run_stage
+from tests.stages.small_artifacts import Killed
 
 ENCODER = {"kind": "whitened-patches", "image_size": 16, "cells": 2, "patch": 8, "dims": 5}
 
@@ -37,8 +40,11 @@ class Chain:
     def tokenize(self, images: Artifact, codebook: Artifact) -> Artifact:
         return run_stage("pretokenize", self.root, inputs={"images": images, "tokenizer": codebook})
 
-    def probe(self, store: Path, config: dict[str, Any] | None = None, **inputs: Artifact) -> Artifact:
-        return run_stage("probe", store, config, inputs={"train": self.train, "held-out": self.held_out, **inputs})
+    def probe(
+        self, store: Path, config: dict[str, Any] | None = None, *, checkpoint_seconds: float = 30.0, **inputs: Artifact
+    ) -> Artifact:
+        given = {"train": self.train, "held-out": self.held_out, **inputs}
+        return run_stage("probe", store, config, inputs=given, checkpoint_seconds=checkpoint_seconds)
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +113,38 @@ def test_codebook_and_inputs_belong_together(chain: Chain, tmp_path: Path) -> No
         chain.probe(tmp_path, codebook=chain.codebook)
     with pytest.raises(UsageError, match="one-hot"):
         chain.probe(tmp_path, {"inputs": "pixels"})
+
+
+@pytest.mark.parametrize("inputs", ["one-hot", "centroids"])
+def test_in_batches_where_the_exact_solver_would_be_too_large(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inputs: str
+) -> None:
+    more = {"codebook": chain.codebook} if inputs == "centroids" else {}
+    monkeypatch.setattr(probe, "BATCH", 4)
+    exact = chain.probe(tmp_path / "exact", {"inputs": inputs}, **more).facts
+    monkeypatch.setattr(probe, "LBFGS_BYTES", 0)
+    batches = chain.probe(tmp_path / "batches", {"inputs": inputs}, **more).facts
+    assert (exact["solver"], batches["solver"]) == ("l-bfgs", "batches")
+    assert batches["steps"] == 10 * -(-exact["train_rows"] // 4)
+    for name in ("accuracy", "train_accuracy"):
+        assert batches[name] == pytest.approx(exact[name], abs=0.1)
+
+
+def test_batches_continue_from_their_checkpoint(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("BATCH", 4), ("LBFGS_BYTES", 0), ("CALM_SECONDS", 0.0)):
+        monkeypatch.setattr(probe, name, value)
+    whole = chain.probe(tmp_path / "whole", checkpoint_seconds=0.0)
+    advance, calls = StreamedLogistic.advance, iter(range(7))
+
+    def interrupted(*given: Any) -> None:
+        if next(calls, None) is None:
+            raise Killed
+        advance(*given)
+
+    monkeypatch.setattr(StreamedLogistic, "advance", interrupted)
+    with pytest.raises(Killed):
+        chain.probe(tmp_path / "again", checkpoint_seconds=0.0)
+    steps: list[int] = []
+    monkeypatch.setattr(StreamedLogistic, "advance", lambda model, *given: steps.append(1) or advance(model, *given))
+    check_same_bytes(whole, chain.probe(tmp_path / "again", checkpoint_seconds=0.0))
+    assert len(steps) == whole.facts["steps"] - 7
