@@ -1,16 +1,24 @@
-"""`make bench`: every benchmark in turn, as Markdown on stdout. Run it on an idle machine; quote ratios, not seconds."""
+"""`make bench`: every benchmark in turn, as Markdown on stdout. Run it on an idle machine; quote ratios, not seconds.
+
+`python -m benchmarks large` is apart from them: memory and time at ImageNet's sizes (see benchmarks/large).
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 
+from benchmarks import large
 from benchmarks.machine import describe_machine
 
 MODULES = ("tokens", "sampling", "quantizers", "recipe")
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["large"]:
+        large.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*MODULES, []], help="benchmarks to run; none: all")
     names = parser.parse_args().names or MODULES

@@ -262,7 +262,7 @@ def find_copies(inputs: Inputs) -> dict[str, float]:
             f"{inputs['tokens'].name} and {inputs['training'].name} hold codes of different tokenizers or grids",
             path=ours.path,
         )
-    return {"copies": copies(np.concatenate(list(_sequences(ours))), _sequences(training))}
+    return {"copies": copies(np.concatenate(list(blocks_of(ours))), blocks_of(training))}
 
 
 def sentence(values: Mapping[str, float]) -> str:
@@ -291,7 +291,7 @@ def mean(each: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(figures[name] for figures in each) / len(each) for name in (each[0] if each else {})}
 
 
-def _sequences(token_set: TokenSet) -> Iterator[NDArray[Any]]:
+def blocks_of(token_set: TokenSet) -> Iterator[NDArray[Any]]:
     """All rows of codes, in blocks (R, T) of about `BLOCK_CODES` codes."""
     images = max(1, BLOCK_CODES // (token_set.n_crops * token_set.attributes.tokens))
     for start in range(0, token_set.n_images, images):

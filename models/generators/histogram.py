@@ -41,11 +41,19 @@ class Histogram(nn.Module):
         for codes_NT, labels_N in blocks:
             places_NT = labels_N[:, None] * self.tokens + torch.arange(self.tokens)
             bins_M = (places_NT * self.codes + codes_NT).flatten()
-            self.counts_CTK.view(-1).scatter_add_(0, bins_M, torch.ones_like(bins_M))
+            self._count(bins_M, int(labels_N.min()), int(labels_N.max()))
             images_C += torch.bincount(labels_N, minlength=len(images_C))
         unseen = (images_C == 0).nonzero().flatten().tolist()
         if unseen:
             raise ValueError(f"the histogram needs images of every class, and there are none of {unseen[:10]}")
+
+    def _count(self, bins_M: Tensor, first: int, last: int) -> None:
+        """Add 1 to each bin, all of classes first to last: many in few classes are counted beside the table, far faster."""
+        table, bins = self.counts_CTK[first : last + 1].view(-1), bins_M - first * self.tokens * self.codes
+        if len(table) <= len(bins):
+            table += torch.bincount(bins, minlength=len(table))
+        else:
+            table.scatter_add_(0, bins, torch.ones_like(bins))
 
     def decoder(
         self, *, rows: int, guided: bool, orders: Tensor | None = None, dtype: torch.dtype | None = None

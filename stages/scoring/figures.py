@@ -48,7 +48,7 @@ def distances(
     neighbours: int,
 ) -> dict[str, float]:
     """Frechet distance, Inception score, kernel distance, precision and recall under one extractor."""
-    statistics = [_moments(features) for features in (images.features_NE, reference.features_NE)]
+    statistics = [moments(features) for features in (images.features_NE, reference.features_NE)]
     frechet = fid_statistics_to_metric(*statistics, verbose=False)
     score = isc_features_to_metric(
         torch.from_numpy(images.logits_NL), splits=splits, shuffle=shuffle, rng_seed=SEED
@@ -148,7 +148,7 @@ def _double(values_NE: NDArray[np.float32]) -> torch.Tensor:
     return torch.from_numpy(values_NE).double()
 
 
-def _moments(features_NE: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
+def moments(features_NE: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
     """Mean (E,) and covariance (E, E) as torch-fidelity names them, without a copy of all features."""
     mean_E = features_NE.mean(0, dtype=np.float64)
     sums_EE = np.zeros((len(mean_E), len(mean_E)))

@@ -59,6 +59,19 @@ def test_fitting_again_starts_from_nothing(fitted: Histogram) -> None:
     assert (model.counts_CTK[0, :, 2] == 3).all()
 
 
+def test_counts_are_those_of_all_images_however_they_are_cut() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes_NT = torch.randint(CODES, (90, TOKENS), generator=generator)
+    labels_N = torch.arange(90) * CLASSES // 90  # classes stand together
+    wanted = torch.zeros(CLASSES, TOKENS, CODES, dtype=torch.int64)
+    for codes_T, label in zip(codes_NT, labels_N, strict=True):
+        wanted[label, torch.arange(TOKENS), codes_T] += 1
+    for rows in (1, 7, 50, 90):
+        model = build(HistogramConfig(), BUILDERS, codes=CODES, tokens=TOKENS, classes=CLASSES)
+        model.fit(zip(codes_NT.split(rows), labels_N.split(rows), strict=True))
+        assert torch.equal(model.counts_CTK, wanted)
+
+
 def test_a_class_without_images_is_refused() -> None:
     model = build(HistogramConfig(), BUILDERS, codes=CODES, tokens=TOKENS, classes=CLASSES)
     with pytest.raises(ValueError, match=r"none of \[0, 2\]"):
