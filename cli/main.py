@@ -80,6 +80,9 @@ for name, declared in stages().items():
 
 def main() -> None:
     """Entry point of the console script. Of several processes of a launch the first alone runs the command."""
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "passive"
+    )  # read by OpenMP when torch loads it: idle threads free their core
     if ranks.is_first():
         lead()
     else:

@@ -15,7 +15,6 @@ import typer
 
 from cli.output import print_error
 from pipeline.cluster import Cluster, connect
-from pipeline.cores import core_count
 from pipeline.errors import UsageError
 from pipeline.followers import Followers
 from pipeline.launched import launched
@@ -43,10 +42,19 @@ WorkersOption = Annotated[int, typer.Option(min=0, help="Local dask worker proce
 SchedulerOption = Annotated[str | None, typer.Option(help="Address of a running dask scheduler, tcp://host:8786.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 ThreadsOption = Annotated[
-    int, typer.Option(min=0, help="Threads of a training step; 0 takes every core. Float results depend on it.")
+    int,
+    typer.Option(
+        min=0,
+        help="Threads of a training step; 0: as the draft began, or every core but one. Float results depend on it.",
+    ),
 ]
 CheckpointOption = Annotated[
-    float, typer.Option("--checkpoint-seconds", min=0.0, help="How often a training saves itself.")
+    float,
+    typer.Option(
+        "--checkpoint-seconds",
+        min=0.0,
+        help="Seconds between two saves of a training, at least, and 20 times what the last one took; 0: after every step.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting: dotted.key=value. Repeatable.")
@@ -85,7 +93,7 @@ def running(values: dict[str, Any]) -> Iterator[Options]:
             followers=followers(),
             progress=progress,
             device=values["device"],
-            threads=values["threads"] or core_count(),
+            threads=values["threads"],
             checkpoint_seconds=values["checkpoint_seconds"],
             wait=not values["no_wait"],
             force=values["force"],

@@ -27,6 +27,15 @@ def own_cores() -> int:
     return max(1, core_count() // max(_tasks.get(), ranks.local_world_size()))
 
 
+def usual_threads() -> int:
+    """Threads of a training step where nobody says how many: one core is left to whatever else runs.
+
+    A step waits for its slowest thread, so with as many threads as cores one other busy process makes it slower than a
+    single thread is.
+    """
+    return max(1, (core_count() - 1) // ranks.local_world_size())
+
+
 def work_beside(tasks: int, function: Callable[[int], Result], number: int) -> Result:
     """`function(number)`, as one of `tasks` that may run on this machine at the same time."""
     before = _tasks.set(tasks)

@@ -130,6 +130,17 @@ class Draft:
             entry = FileEntry(name, temporary.stat().st_size, durable.hash_file(temporary))
         self.record(unit, [entry])
 
+    @contextmanager
+    def streaming(self, unit: str, name: str) -> Iterator[durable.HashingFile]:
+        """Yield a file for the one (large) file of a unit, hashed while it is written; on return it is renamed and recorded."""
+        check_name(name, self.path)
+        with durable.writing(self.path / name) as temporary:
+            with temporary.open("wb") as raw:
+                file = durable.HashingFile(raw)
+                yield file
+            entry = FileEntry(name, file.size, file.sha256)
+        self.record(unit, [entry])
+
     def record(self, unit: str, entries: Sequence[FileEntry]) -> None:
         """Journal a unit whose files are already in place (a worker wrote them with `write_files`)."""
         line = {"unit": unit, "files": [entry.as_json() for entry in entries]}

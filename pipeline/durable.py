@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 from uuid import uuid4
 
 from pipeline.errors import CannotWrite, StorageError
@@ -60,6 +61,22 @@ def writing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
             raise
         _seen("renamed", path)
+
+
+class HashingFile:
+    """A file that is written from its beginning to its end, and hashed meanwhile."""
+
+    def __init__(self, raw: BinaryIO):
+        self._raw, self._hash, self.size = raw, hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._raw.write(data)
+        self._hash.update(data)
+        self.size += len(data) if isinstance(data, bytes) else data.nbytes
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
 
 
 def append_line(path: Path, line: bytes) -> None:

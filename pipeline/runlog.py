@@ -77,6 +77,13 @@ def read_attempts(path: Path) -> list[dict[str, Any]]:
         return []
 
 
+def last_threads(log: Path) -> int:
+    """Threads of the last attempt; 0 where there was none."""
+    attempts = read_attempts(log / "run.json")
+    found = attempts[-1].get("threads") if attempts else None
+    return found if isinstance(found, int) else 0
+
+
 def total_seconds(log: Path) -> float:
     """Seconds of all attempts together."""
     return float(sum(entry.get("seconds", 0.0) for entry in read_attempts(log / "run.json")))

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from pipeline import durable
 from pipeline.artifact import LOG, Artifact, check_data
 from pipeline.cluster import Cluster, InProcess
+from pipeline.cores import usual_threads
 from pipeline.draft import Draft, Request
 from pipeline.errors import BadImages, CorruptError, InputError, SmaltiError
 from pipeline.externals import DigestUnknown, Need, check_caches, check_files, content_ids, get_all, needs, option
@@ -31,7 +32,7 @@ from pipeline.locks import steady
 from pipeline.outside import FOLDER, OUTSIDE, open_outside
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, Step
-from pipeline.runlog import Attempt
+from pipeline.runlog import Attempt, last_threads
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, Stage, check_kinds
 from pipeline.store import Store
@@ -75,6 +76,7 @@ class Options:
     progress: Progress = field(default_factory=Progress)
     device: str = "auto"
     threads: int = 1
+    """Of a training step; 0: as the draft began, or the usual number."""
     checkpoint_seconds: float = 30.0
     wait: bool = True
     force: bool = False
@@ -217,6 +219,9 @@ class _Job:
 
     def work(self, draft: Draft) -> None:
         """Check the inputs' data, run the stage into the draft, and commit it."""
+        replace(self, options=replace(self.options, threads=_threads(self.options, draft)))._work(draft)
+
+    def _work(self, draft: Draft) -> None:
         runtime = self._runtime(draft)
         runtime.progress.say(_heading(draft, self.options.title))
         self._check_inputs(runtime.progress)
@@ -270,6 +275,12 @@ class _Job:
             paths={**self.paths, **self.files},
             store=self.store.root,
         )
+
+
+def _threads(options: Options, draft: Draft) -> int:
+    """As asked for; else those with which the draft began, since float results depend on them; else the usual number."""
+    begun = last_threads(draft.log) if draft.units() else 0
+    return options.threads or begun or usual_threads()
 
 
 def make_request(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from pipeline.artifact import Artifact
 from pipeline.draft import Draft
+from pipeline.durable import HashingFile
 from pipeline.errors import CorruptError
 from pipeline.keys import canonical_bytes, config_value
 
@@ -21,29 +19,46 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
-OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors words what the system answered
+TYPES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "int16": "I16",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int32": "I32",
+    "float32": "F32",
+    "float64": "F64",
+    "int64": "I64",
+}
+"""Names of torch -> names in files, which hold the tensors of the last type first."""
 
 
 def save_weights(out: Draft, state: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     """Write a network's tensors and its config as the two units "weights" and "config"."""
-    with out.writing("weights", WEIGHTS) as path:
-        write_tensors(path, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    with out.streaming("weights", WEIGHTS) as file:
+        write_tensors(file, state)
     out.put("config", {CONFIG: canonical_bytes(config) + b"\n"})
 
 
-def write_tensors(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Write contiguous CPU tensors as safetensors; OSError, as any other writer raises it, if the system refuses."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def write_tensors(file: HashingFile, state: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors of any device in the format of safetensors, one after the other: the bytes of its own `save`."""
+    import torch
 
-    try:
-        save_file(dict(state), path)
-    except SafetensorError as error:
-        answer = OS_ERROR.search(str(error))
-        if answer is None:
-            raise
-        number = int(answer[1])
-        raise OSError(number, os.strerror(number), str(path)) from error
+    types = {getattr(torch, name): place for place, name in enumerate(TYPES)}
+    names = sorted(state, key=lambda name: (-types[state[name].dtype], name))
+    header, end = {}, 0
+    for name in names:
+        tensor = state[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        word = TYPES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": word, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        stored = state[name].detach().to("cpu").contiguous().flatten().view(torch.uint8)
+        file.write(stored.numpy().data)
 
 
 def load_weights(artifact: Artifact) -> dict[str, torch.Tensor]:

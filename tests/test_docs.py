@@ -97,3 +97,12 @@ def test_make_clean_keeps_the_store() -> None:
     """What took days is deleted by its own target alone."""
     assert "/results" not in run(["make", "-n", "clean", "STORE=/results"], ROOT)
     assert "rm -rf /results" in run(["make", "-n", "clean-store", "STORE=/results"], ROOT)
+
+
+def test_several_processes_go_through_torchrun() -> None:
+    asked = ["make", "-n", "all", "RECIPE=recipes/imagenet256/rar-b.yaml"]
+    assert "torchrun --standalone --nproc-per-node 8 --no-python .venv/bin/smalti run" in run(
+        [*asked, "PROCESSES=8"], ROOT
+    )
+    assert "torchrun" not in run(asked, ROOT)
+    assert "torchrun" not in run([*asked, "PROCESSES=1"], ROOT)

@@ -60,8 +60,8 @@ def write_state(out: Draft, unit: str, state: State) -> None:
     bad = [name for name, tensor in state.items() if not _is_sound(name, tensor)]
     if bad:
         raise NumericError(f"the training state holds NaN or infinity in {bad[0]} and is not saved ({unit})")
-    with out.writing(unit, _file(unit)) as path:
-        write_tensors(path, {name: one.detach().to("cpu", copy=True).contiguous() for name, one in state.items()})
+    with out.streaming(unit, _file(unit)) as file:
+        write_tensors(file, state)
 
 
 def read_state(path: Path) -> State:

@@ -8,7 +8,6 @@ threads and number of processes).
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from stages.training.metrics import Metrics
 from stages.training.optimizers import set_rate
 from stages.training.replicas import Replicas
 from stages.training.running import Running
+from stages.training.saver import Saver
 from stages.training.sharing import Buffers, SharedPasses, copy_buffers, put_buffers
 from stages.training.task import Batch, Losses, Task
 
@@ -76,13 +76,14 @@ def train(
         task.replicas = replicas
         trainer = Trainer(task, config, replicas, out)
         trainer.resume()
-        _run_steps(trainer, config, run if trainer.is_first else _silent(run), label)
+        with trainer.saver:
+            _run_steps(trainer, config, run if trainer.is_first else _silent(run), label)
         return Outcome(task, trainer.loss, trainer.finish(), trainer.is_first)
 
 
 def _run_steps(trainer: Trainer, config: TrainingConfig, run: Runtime, label: str) -> None:
     task, first = trainer.task, trainer.step
-    saved, shown = time.monotonic(), dict[str, float]()
+    shown = dict[str, float]()
     with (
         _open_metrics(trainer, config, run) as metrics,
         run.deferred() as stop,
@@ -93,8 +94,12 @@ def _run_steps(trainer: Trainer, config: TrainingConfig, run: Runtime, label: st
             step = trainer.step
             losses = trainer.advance(batch)
             bar.advance(config.batch, loss=trainer.loss, **shown)
-            is_late = time.monotonic() - saved >= run.checkpoint_seconds
-            leaves, saves = trainer.replicas.any(stop.requested is not None, is_late or step + 1 == config.steps)
+            trainer.saver.check()
+            is_late, is_last = (
+                trainer.is_first and trainer.saver.is_due(run.checkpoint_seconds),
+                step + 1 == config.steps,
+            )
+            leaves, saves = trainer.replicas.any(stop.requested is not None, is_late or is_last)
             if step == first or metrics.is_due(step) or leaves or saves:
                 trainer.check_replicas()
             if metrics.is_due(step):
@@ -107,8 +112,7 @@ def _run_steps(trainer: Trainer, config: TrainingConfig, run: Runtime, label: st
             if task.draws_every and (step + 1) % task.draws_every == 0:
                 trainer.draw(run.log)
             if leaves or saves:
-                trainer.save()
-                saved = time.monotonic()
+                trainer.save(waits=leaves or is_last)
             if leaves:
                 stop.requested = stop.requested or Terminated
                 stop.leave()
@@ -138,7 +142,7 @@ class Trainer:
         self.turns = sorted(self.parts, key=lambda running: not running.part.goes_first)
         self.step = self.bad_steps = self.best_step = 0
         self.loss = self.best_loss = math.inf
-        self._checkpoint = "none yet"
+        self.saver = Saver(out)
         self.pieces = passes_of(config.batch // replicas.world, config.rows)
         for part in task.parts:
             spread_statistics(part.module, self.pieces)
@@ -191,7 +195,7 @@ class Trainer:
         if odd:
             raise NumericError(
                 f"after step {self.step} the processes no longer hold the same {', '.join(odd)}; "
-                f"the last good checkpoint is {self._checkpoint}",
+                f"the last good checkpoint is {self.saver.last}",
                 path=self.out.path,
                 hint="give all processes the same version of everything and the same kind of device, and run again",
             )
@@ -212,8 +216,8 @@ class Trainer:
             for name, data in drawings.items():
                 write_file(folder / name, data)
 
-    def save(self) -> None:
-        """Write a checkpoint (the first process alone)."""
+    def save(self, *, waits: bool) -> None:
+        """Write a checkpoint (the first process alone). waits: until it is there."""
         if not self.is_first:
             return
         numbers = {
@@ -224,9 +228,7 @@ class Trainer:
             "best_loss": self.best_loss,
         }
         state = {f"engine.{name}": torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
-        checkpoints.save_checkpoint(self.out, self.step, state | self._state())
-        checkpoints.drop_worse(self.out, self.best_step)
-        self._checkpoint = f"step {self.step}"
+        self.saver.save(self.step, state | self._state(), best_step=self.best_step, waits=waits)
 
     def resume(self) -> None:
         """Continue from the newest checkpoint of the draft, if there is one."""
@@ -330,11 +332,12 @@ class Trainer:
         running.optimizer.zero_grad(set_to_none=True)
         if self.bad_steps <= self.config.skip_bad_steps:
             return
+        self.saver.wait()
         terms = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.losses.items())
         allowed = f" (step number {self.bad_steps} of this kind)" if self.config.skip_bad_steps else ""
         raise NumericError(
             f"step {self.step} of {running.part.name} has loss {loss} ({terms}) and gradient norm {norm}{allowed}; "
-            f"the last good checkpoint is {self._checkpoint}",
+            f"the last good checkpoint is {self.saver.last}",
             path=self.out.path,
             hint="lower training.optimizer.learning_rate or training.clip, or let training.skip_bad_steps pass some",
         )
@@ -356,13 +359,14 @@ class Trainer:
         self.step, self.bad_steps = int(numbers["step"]), int(numbers["bad_steps"])
         self.best_step = int(numbers["best_step"])
         self.loss, self.best_loss = numbers["loss"], numbers["best_loss"]
-        self._checkpoint = f"step {self.step}"
+        self.saver.last = f"step {self.step}"
 
     def _keep_best(self, loss: float) -> None:
         """Keep weights better than all before; the old best goes only when a checkpoint knows of the new one."""
         self.best_loss, self.best_step = loss, self.step
         if self.is_first:
             weights = {name: one for name, one in self._state().items() if name.startswith("model.")}
+            self.saver.wait()
             checkpoints.save_best(self.out, self.step, weights)
 
     def _load_best(self) -> None:

@@ -15,13 +15,14 @@ import tiny_stages
 from tiny_stages import RECIPE, STAGES, load, recipe_file, run_all
 
 from pipeline.artifact import DIGEST, FORMAT, MANIFEST, manifest_bytes, open_artifact, verify_artifact
-from pipeline.draft import Draft
+from pipeline.draft import Draft, Request
 from pipeline.errors import Busy, CannotWrite, CorruptError, InputError, NewerFormat, StorageError
 from pipeline.keys import sha256
 from pipeline.locks import lock
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.runner import Options, Planned, differences, make, plan, run
+from pipeline.runlog import Attempt
+from pipeline.runner import Options, Planned, _threads, differences, make, plan, run
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs
 from pipeline.store import Store
@@ -293,6 +294,20 @@ def test_options_do_not_change_what_comes_out(tmp_path: Path) -> None:
     options = Options(device="cpu", threads=7, checkpoint_seconds=0.0, command="something else", wait=False)
     other = run_all(load(tmp_path), tmp_path / "other", options)
     assert {name: item.digest for name, item in one.items()} == {name: item.digest for name, item in other.items()}
+
+
+def test_a_draft_keeps_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was chosen when it began is used when it continues, unless another number is asked for."""
+    seen: list[int] = []
+    monkeypatch.setattr("pipeline.runner.usual_threads", lambda: 5)
+    for threads in (0, 0, 3, 0):
+        draft = Draft.open(tmp_path / "draft", Request("x", "x", 1, "0" * 64, {}, {}, {}))
+        chosen = _threads(Options(threads=threads), draft)
+        with Attempt(draft.log / "run.json", device="cpu", threads=chosen, command=""):
+            draft.put(f"unit-{len(seen)}", {f"{len(seen)}.txt": b"1"})
+        seen.append(chosen)
+        monkeypatch.setattr("pipeline.runner.usual_threads", lambda: 7)
+    assert seen == [5, 5, 3, 3]
 
 
 def test_an_artifact_of_another_kind_is_refused(tmp_path: Path) -> None:
