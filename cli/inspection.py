@@ -137,7 +137,7 @@ def gc(
 
     Example: smalti gc --yes
     """
-    here, seconds = Store(store), parse_age(older_than)
+    seconds, here = parse_age(older_than), _existing(store)
     found = survey(here, older_than=seconds, drafts=drafts)
     removed = sweep(here, older_than=seconds, drafts=drafts, say=say) if yes else []
     if json:

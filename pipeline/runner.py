@@ -417,11 +417,12 @@ def _plan_known(
     if is_forced:
         return Planned(step, key, "run", "is forced")
     artifact = store.open(step.stage.name, key)
-    absent = [parent.step.name for value in parents.values() for parent in _flat(value) if parent.artifact is None]
+    parts = [parent for value in parents.values() for parent in _flat(value)]
+    absent = list(dict.fromkeys(parent.step.name for parent in parts if parent.artifact is None))
     if absent:
-        return Planned(
-            step, key, "run", f"{', '.join(dict.fromkeys(absent))} is made first, and may differ from the one used"
-        )
+        said = "is made first, and may differ from the one used"
+        said = said if len(absent) == 1 else "are made first, and may differ from those used"
+        return Planned(step, key, "run", f"{', '.join(absent)} {said}")
     stale = [name for name, value in parents.items() if not _fits(artifact, name, value)]
     if stale:
         return Planned(step, key, "run", f"input {', '.join(stale)} was made again and differs from the one used")

@@ -353,6 +353,7 @@ NONSENSE = [
     ("verify nothing", 3, "names no artifact"),
     ("verify --store nothing", 3, "no store"),
     ("status --store nothing", 3, "there is no store at"),
+    ("gc --store nothing", 3, "there is no store at"),
 ]
 
 

@@ -225,6 +225,17 @@ def test_a_file_that_the_disk_fails_to_read_is_not_damage(tmp_path: Path, monkey
         run_all(recipe, root)
 
 
+def test_several_inputs_that_are_made_first_are_told_in_the_plural(tmp_path: Path) -> None:
+    text = (
+        RECIPE.replace("{numbers: numbers}", "{numbers: numbers, more: [others]}")
+        + "  others: {stage: count, config: {seed: 1}}\n"
+    )
+    recipe, root = load(tmp_path, text=text), tmp_path / "store"
+    run_all(recipe, root)
+    items = {item.step.name: item for item in plan(recipe, Store(root), force=["numbers", "others"])}
+    assert items["sum"].reason == "numbers, others are made first, and may differ from those used"
+
+
 def test_force_names_steps_and_what_depends_on_them_stays_done(tmp_path: Path) -> None:
     recipe, root = load(tmp_path), tmp_path / "store"
     run_all(recipe, root)
