@@ -371,7 +371,7 @@ def test_nonsense_is_one_sentence_and_its_code(smalti: Any, line: str, code: int
 
 
 def test_an_internal_bug_shows_where_and_is_70(smalti: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **more: Any) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(recipes, "plan_recipe", fail)
