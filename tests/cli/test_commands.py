@@ -388,7 +388,7 @@ def test_an_internal_bug_shows_where_and_is_70(smalti: Any, monkeypatch: pytest.
 def test_every_kind_of_failure_has_its_code(
     smalti: Any, monkeypatch: pytest.MonkeyPatch, failure: BaseException, code: int
 ) -> None:
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **more: Any) -> None:
         raise failure
 
     monkeypatch.setattr(recipes, "plan_recipe", fail)
@@ -400,7 +400,7 @@ def test_every_kind_of_failure_has_its_code(
 def test_a_file_that_cannot_be_read_is_not_called_unwritable(
     smalti: Any, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **more: Any) -> None:
         raise OSError(number, os.strerror(number), "/x/y")
 
     monkeypatch.setattr(recipes, "plan_recipe", fail)
