@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import describe_machine
-from benchmarks.sampling import INIT, MIDDLE, SAMPLING, build
+from benchmarks.sampling import MIDDLE, SAMPLING, build
 from models.generators.config import SIZES, RarConfig
 from models.generators.rar import Rar
 from models.sampling.loop import sample
@@ -93,7 +93,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def network(size: str, device: torch.device) -> Rar:
-    config = RarConfig(**SIZES[size], init=INIT) if size in SIZES else MIDDLE
+    config = RarConfig(**SIZES[size]) if size in SIZES else MIDDLE
     with device:
         return build(config, codes=CODES, tokens=TOKENS, classes=CLASSES)
 

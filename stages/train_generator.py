@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
-from models.generators.config import BUILDERS, GeneratorConfig, RarConfig, RarInit
+from models.generators.config import BUILDERS, GeneratorConfig, RarConfig
 from models.registry import build
 from models.sampling.config import SamplingConfig
 from pipeline.artifact import Artifact
@@ -34,15 +34,7 @@ if TYPE_CHECKING:
     from stages.training.tokens import TrainingTokens
 
 HELD_OUT, TOKENIZER = "held-out", "tokenizer"
-SMALL_RAR = RarConfig(
-    width=128,
-    layers=4,
-    heads=4,
-    mlp_width=512,
-    dropout=0.0,
-    attention_dropout=0.0,
-    init=RarInit(codes=0.3, classes=1.0, positions=0.3, steps=0.02, adaln=0.02),
-)
+SMALL_RAR = RarConfig(width=128, layers=4, heads=4, mlp_width=512, dropout=0.0, attention_dropout=0.0)
 
 
 class OrdersConfig(Config):

@@ -25,21 +25,6 @@ SPARE_POSITIONS = 1024  # rows of RAR's position tables that nothing reads; publ
 SPARE_STEPS = 100
 
 
-class RarInit(Config):
-    """Standard deviations of the truncated normals at initialisation; the defaults are the published ones.
-
-    A budget of a few hundred steps wants the class signal from the start: classes 1.0, adaln 0.02, codes and
-    positions 0.3 learn in a tenth of the steps what the published zeros need.
-    """
-
-    linear: float = Field(0.02, ge=0, description="weights of attention, MLP and head")
-    codes: float = Field(0.02, ge=0, description="embeddings of the codes")
-    classes: float = Field(0.02, ge=0, description="embeddings of the classes and of the dropped label")
-    positions: float = Field(0.02, ge=0, description="both position tables")
-    steps: float = Field(0.02, ge=0, description="step embeddings of the modulation")
-    adaln: float = Field(0.0, ge=0, description="weights of the modulations; 0 makes a fresh network say nothing")
-
-
 def _offer_size(schema: dict[str, Any]) -> None:
     """In the JSON schema, as in a recipe, a size may stand for the four numbers."""
     schema["properties"]["size"] = {"enum": list(SIZES), "description": "a published size, instead of its numbers"}
@@ -61,7 +46,6 @@ class RarConfig(Config):
     dropout: float = Field(0.1, ge=0, lt=1, description="after attention, after GELU and after the MLP, in training")
     attention_dropout: float = Field(0.1, ge=0, lt=1, description="on attention probabilities, in training")
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels dropped in training, for guidance")
-    init: Literal["published"] | RarInit = Field("published", description="standard deviations at initialisation")
 
     @model_validator(mode="before")
     @classmethod
@@ -86,11 +70,6 @@ class RarConfig(Config):
     @property
     def head_width(self) -> int:
         return self.width // self.heads
-
-    @property
-    def stds(self) -> RarInit:
-        """The standard deviations that `init` stands for."""
-        return RarInit() if self.init == "published" else self.init
 
 
 class HistogramConfig(Config):

@@ -25,6 +25,7 @@ from models.layers.mlp import Mlp
 from models.layers.modulation import modulate, modulation
 
 EPS = 1e-6
+INIT_STD = 0.02
 UNDECAYED = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
 
 
@@ -88,28 +89,22 @@ class Rar(nn.Module):
     def initialise(self) -> None:
         """Draw fresh parameters from torch's default generator.
 
-        | tensor                               | distribution                | std (published)         |
-        |--------------------------------------|-----------------------------|-------------------------|
-        | cls_token, every bias                | zeros                       |                         |
-        | LayerNorm weights                    | ones                        |                         |
-        | linear weights, lm_head              | normal, cut at +-2          | init.linear (0.02)      |
-        | embeddings: codes                    | normal, cut at +-2          | init.codes (0.02)       |
-        | embeddings: classes, dropped label   | normal, cut at +-2          | init.classes (0.02)     |
-        | both position tables                 | normal, cut at +-2          | init.positions (0.02)   |
-        | timesteps_embeddings                 | normal, cut at +-2          | init.steps (0.02)       |
-        | adaLN weights, head's included       | normal, cut at +-2          | init.adaln (0: zeros)   |
+        | tensor                               | distribution                | std   |
+        |--------------------------------------|-----------------------------|-------|
+        | cls_token, every bias                | zeros                       |       |
+        | LayerNorm weights                    | ones                        |       |
+        | adaLN weights, head's included       | zeros                       |       |
+        | other linear weights, lm_head        | normal, cut at +-2          | 0.02  |
+        | embeddings: codes, classes, no class | normal, cut at +-2          | 0.02  |
+        | both position tables                 | normal, cut at +-2          | 0.02  |
+        | timesteps_embeddings                 | normal, cut at +-2          | 0.02  |
         """
-        stds = self.config.stds
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                _cut_normal(module.weight, stds.adaln if "adaLN_modulation" in name else stds.linear)
+                (nn.init.zeros_ if "adaLN_modulation" in name else _cut_normal)(module.weight)
                 nn.init.zeros_(module.bias)
-        with torch.no_grad():
-            _cut_normal(self.embeddings.weight[: self.codes + 1], stds.codes)
-            _cut_normal(self.embeddings.weight[self.codes + 1 :], stds.classes)
-        _cut_normal(self.pos_embed, stds.positions)
-        _cut_normal(self.target_aware_pos_embed, stds.positions)
-        _cut_normal(self.timesteps_embeddings, stds.steps)
+        for table in (self.embeddings.weight, self.pos_embed, self.target_aware_pos_embed, self.timesteps_embeddings):
+            _cut_normal(table)
 
     def loss(
         self, codes_BT: Tensor, labels_B: Tensor, orders_BT: Tensor, dropped_B: Tensor
@@ -186,8 +181,5 @@ class Rar(nn.Module):
         return parameter.ndim >= 2 and not any(part in name for part in UNDECAYED)
 
 
-def _cut_normal(tensor: Tensor, std: float) -> None:
-    if std:
-        nn.init.trunc_normal_(tensor, std=std)  # cut at +-2 absolute
-    else:
-        nn.init.zeros_(tensor)
+def _cut_normal(tensor: Tensor) -> None:
+    nn.init.trunc_normal_(tensor, std=INIT_STD)  # cut at +-2 absolute

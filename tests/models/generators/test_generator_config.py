@@ -8,7 +8,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from models.generators.config import BUILDERS, SIZES, RarConfig, RarInit
+from models.generators.config import BUILDERS, SIZES, RarConfig
 from models.generators.rar import Rar
 from models.registry import build
 
@@ -29,17 +29,12 @@ def test_a_size_is_its_numbers() -> None:
         ({**NUMBERS, "heads": 3}, "not divisible by 3 heads"),
         ({**NUMBERS, "depth": 3}, "depth"),
         ({**NUMBERS, "dropout": 1.0}, "dropout"),
-        ({**NUMBERS, "init": "small"}, "init"),
+        ({**NUMBERS, "init": {"codes": 0.3}}, "init"),
     ],
 )
 def test_refusals(fields: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         RarConfig.model_validate(fields)
-
-
-def test_published_is_the_default_init() -> None:
-    assert RarConfig(**NUMBERS).stds == RarInit()
-    assert RarConfig(**NUMBERS, init=RarInit(classes=1.0)).stds.classes == 1.0
 
 
 def test_the_registry_builds_it() -> None:

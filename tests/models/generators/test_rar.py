@@ -185,3 +185,16 @@ def test_published_sizes(size: str, parameters: int, decayed: int | None) -> Non
     if decayed is not None:
         assert sum(p.numel() for name, p in rar.named_parameters() if rar.decayed(name, p)) == decayed
     assert RarConfig.model_validate({"size": size}) == RarConfig(**SIZES[size])
+
+
+def test_a_fresh_network_is_drawn_as_published() -> None:
+    torch.manual_seed(0)
+    rar = Rar(RarConfig(width=64, layers=1, heads=2, mlp_width=64), codes=64, tokens=16, classes=10)
+    for name, parameter in rar.named_parameters():
+        if name == "cls_token" or name.endswith("bias") or "adaLN_modulation" in name:
+            assert not parameter.any(), name
+        elif parameter.ndim == 1:
+            assert (parameter == 1).all(), name
+        else:
+            assert float(parameter.mean()) == pytest.approx(0.0, abs=0.002), name
+            assert float(parameter.std()) == pytest.approx(0.02, rel=0.05), name

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.generators import rar_core_step, rar_decoder
-from models.generators.config import RarConfig, RarInit
+from models.generators.config import RarConfig
 from models.generators.rar import Rar
 from models.generators.rar_core_step import RarCoreStep
 from models.generators.rar_decoder import FEW_STREAMS
@@ -24,15 +24,19 @@ from models.sampling.config import SamplingConfig
 from models.sampling.loop import sample
 
 from .conformance import GeneratorConformance
+from .loud import make_loud
 
-LOUD = RarInit(linear=0.2, codes=0.5, classes=0.5, positions=0.5, steps=0.5, adaln=0.1)
-CONFIG = RarConfig(width=16, layers=2, heads=2, mlp_width=24, dropout=0.0, attention_dropout=0.0, init=LOUD)
+CONFIG = RarConfig(width=16, layers=2, heads=2, mlp_width=24, dropout=0.0, attention_dropout=0.0)
+
+
+def build_loud() -> Rar:
+    return make_loud(Rar(CONFIG, codes=12, tokens=6, classes=3), linear=0.2, embeddings=0.5, modulations=0.1)
 
 
 @pytest.mark.usefixtures("each_step")
 class TestRar(GeneratorConformance):
     def build(self) -> Rar:
-        rar = Rar(CONFIG, codes=12, tokens=6, classes=3)
+        rar = build_loud()
         with torch.no_grad():  # affines and biases that are not the identity
             for parameter in rar.parameters():
                 if parameter.ndim == 1:
@@ -173,7 +177,7 @@ def test_the_step_is_chosen_by_shape_and_precision() -> None:
 @pytest.mark.parametrize("streams", range(1, 10))
 def test_both_steps_agree_for_any_number_of_rows(streams: int) -> None:
     torch.manual_seed(0)
-    rar = Rar(CONFIG, codes=12, tokens=6, classes=3).eval()
+    rar = build_loud().eval()
     with torch.inference_mode():
         steps = [RarCoreStep(rar, streams=streams), RarStep(rar, streams=streams, dtype=torch.float32)]
         for position in range(7):
@@ -198,9 +202,9 @@ def test_a_fresh_published_network_is_its_input_and_its_head() -> None:
 def test_bfloat16_is_nearer_to_float32_than_autocast() -> None:
     """Residual stream and modulations are float32; guidance multiplies what is left of the error."""
     torch.manual_seed(0)
-    loud = RarInit(linear=0.06, codes=0.5, classes=0.5, positions=0.5, steps=0.5, adaln=0.05)
-    config = RarConfig(width=128, layers=6, heads=4, mlp_width=256, dropout=0.0, attention_dropout=0.0, init=loud)
-    rar = Rar(config, codes=64, tokens=16, classes=3).eval()
+    config = RarConfig(width=128, layers=6, heads=4, mlp_width=256, dropout=0.0, attention_dropout=0.0)
+    quiet = Rar(config, codes=64, tokens=16, classes=3)
+    rar = make_loud(quiet, linear=0.06, embeddings=0.5, modulations=0.05).eval()
     codes_BT, labels_B = torch.randint(64, (8, 16)), torch.randint(3, (8,))
     orders_BT = torch.arange(16).expand(8, -1)
 
@@ -223,7 +227,7 @@ def test_bfloat16_is_nearer_to_float32_than_autocast() -> None:
 
 def test_dropped_labels_are_the_class_of_none() -> None:
     torch.manual_seed(0)
-    rar = Rar(CONFIG, codes=12, tokens=6, classes=3).eval()
+    rar = build_loud().eval()
     codes_BT, orders_BT = torch.arange(6)[None], torch.arange(6)[None]
     dropped = rar.loss(codes_BT, torch.tensor([1]), orders_BT, torch.tensor([True]))[0]
     none = rar.loss(codes_BT, torch.tensor([3]), orders_BT, torch.tensor([False]))[0]

@@ -1,0 +1,19 @@
+"""Weights that say something: a fresh RAR is its input and its head, because its modulations are zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from models.generators.rar import Rar
+
+
+def make_loud(rar: Rar, *, linear: float, embeddings: float, modulations: float) -> Rar:
+    """Draw all but biases and affines anew, from normals of these standard deviations."""
+    with torch.no_grad():
+        for name, module in rar.named_modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=modulations if "adaLN_modulation" in name else linear)
+        for table in (rar.embeddings.weight, rar.pos_embed, rar.target_aware_pos_embed, rar.timesteps_embeddings):
+            table.normal_(std=embeddings)
+    return rar
