@@ -19,7 +19,7 @@ from stages.weights import load_weights
 from tests.stages.conformance import check_every_crash, run_stage
 from tests.stages.small_artifacts import CLASSES, CODES, token_artifact, tokenizer_artifact
 
-MODEL = {"kind": "rar", "width": 16, "layers": 1, "heads": 2, "mlp_width": 32, "init": {"classes": 1.0, "adaln": 0.02}}
+MODEL = {"kind": "rar", "width": 16, "layers": 1, "heads": 2, "mlp_width": 32}
 TINY: dict[str, Any] = {
     "model": MODEL,
     "orders": {"start": 1, "end": 3},

@@ -7,6 +7,8 @@ from torch import nn
 
 from models.generators.rar import Rar
 
+PUBLISHED = Rar.initialise
+
 
 def make_loud(rar: Rar, *, linear: float, embeddings: float, modulations: float) -> Rar:
     """Draw all but biases and affines anew, from normals of these standard deviations."""
@@ -17,3 +19,9 @@ def make_loud(rar: Rar, *, linear: float, embeddings: float, modulations: float)
         for table in (rar.embeddings.weight, rar.pos_embed, rar.target_aware_pos_embed, rar.timesteps_embeddings):
             table.normal_(std=embeddings)
     return rar
+
+
+def initialise_loud(rar: Rar) -> None:
+    """Stands in for `Rar.initialise` where every gradient of the first step has to say something."""
+    PUBLISHED(rar)
+    make_loud(rar, linear=0.02, embeddings=0.3, modulations=0.05)

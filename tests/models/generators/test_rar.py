@@ -190,7 +190,7 @@ def test_published_sizes(size: str, parameters: int, decayed: int | None) -> Non
 def test_a_fresh_network_is_drawn_as_published() -> None:
     torch.manual_seed(0)
     rar = Rar(RarConfig(width=64, layers=1, heads=2, mlp_width=64), codes=64, tokens=16, classes=10)
-    for name, parameter in rar.named_parameters():
+    for name, parameter in rar.state_dict().items():
         if name == "cls_token" or name.endswith("bias") or "adaLN_modulation" in name:
             assert not parameter.any(), name
         elif parameter.ndim == 1:

@@ -18,6 +18,7 @@ from pipeline.errors import CorruptError, NumericError, UsageError
 from pipeline.store import Store
 from stages.training.generator import GeneratorTask
 from stages.weights import load_weights
+from tests.models.generators.loud import initialise_loud
 from tests.stages.conformance import run_stage
 from tests.stages.small_artifacts import CLASSES, CODES, made, token_artifact, tokenizer_artifact
 from tests.stages.training.small_task import first_gradients
@@ -30,7 +31,6 @@ RAR = {
     "layers": LAYERS,
     "heads": 2,
     "mlp_width": 32,
-    "init": {"adaln": 0.05, "classes": 1.0},
 }
 QUIET = {**RAR, "dropout": 0.0, "attention_dropout": 0.0}
 CONFIG: dict[str, Any] = {
@@ -186,6 +186,7 @@ def test_activation_checkpointing_changes_nothing(
         return forward(self, *place)
 
     monkeypatch.setattr(Block, "forward", counted)
+    monkeypatch.setattr(Rar, "initialise", initialise_loud)
     found = []
     for name, switch in (("plain", False), ("checkpointed", True)):
         calls.clear()

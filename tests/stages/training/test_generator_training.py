@@ -14,18 +14,20 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from models.generators.rar import Rar
 from pipeline.artifact import Artifact
 from pipeline.store import Store
 from stages.training.generator import GeneratorTask
 from stages.training.task import Batch
 from stages.weights import load_weights
+from tests.models.generators.loud import initialise_loud
 from tests.stages.conformance import check_same_bytes, run_stage
 from tests.stages.small_artifacts import CLASSES, CODES, token_artifact, tokenizer_artifact
 from tests.stages.training.small_task import first_gradients
 from tests.two_processes import run_two
 
 IMAGES = 40
-RAR = {"kind": "rar", "width": 16, "layers": 2, "heads": 2, "mlp_width": 32, "init": {"adaln": 0.05, "classes": 1.0}}
+RAR = {"kind": "rar", "width": 16, "layers": 2, "heads": 2, "mlp_width": 32}
 TRAINING = {"steps": 12, "batch": 8, "seed": 3}
 WITH_DROPOUT: dict[str, Any] = {"model": RAR, "orders": {"start": 4, "end": 9}, "training": TRAINING}
 WITHOUT_DROPOUT = {**WITH_DROPOUT, "model": {**RAR, "dropout": 0.0, "attention_dropout": 0.0}}
@@ -108,6 +110,7 @@ def report(folder: Path, tokens: Artifact) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch, first_gradients() as gradients:
         patch.setattr(GeneratorTask, "batch", look)
+        patch.setattr(Rar, "initialise", initialise_loud)
         train_in(folder, tokens, WITHOUT_DROPOUT)
     return {"seen": seen, "first": gradients}
 
