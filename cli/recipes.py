@@ -95,7 +95,7 @@ def run(
     loaded = _load(recipe, set, path, images, variant)
     forced = _forced(loaded, force or [])
     if dry_run:
-        _show_plan(loaded, plan_recipe(loaded, Store(store), force=forced, memory=_memory(store, rescan)), json)
+        _show_plan(loaded, plan_recipe(loaded, Store(store), _memory(store, rescan), force=forced), json)
         return
     started = time.monotonic()
     say(f"{loaded.name}: {loaded.title}", quiet=quiet)
@@ -120,7 +120,7 @@ def plan(
     Example: smalti plan recipes/digits/rar.yaml --set generator.training.steps=100
     """
     loaded = _load(recipe, set, path, images, variant)
-    _show_plan(loaded, plan_recipe(loaded, Store(store), memory=_memory(store, rescan)), json)
+    _show_plan(loaded, plan_recipe(loaded, Store(store), _memory(store, rescan)), json)
 
 
 @guarded

@@ -107,10 +107,10 @@ class DamagedInput(CorruptError):
         self.artifact = artifact
 
 
-def plan(recipe: Recipe, store: Store, *, force: Collection[str] = (), memory: Memory | None = None) -> list[Planned]:
+def plan(recipe: Recipe, store: Store, memory: Memory | None = None, *, force: Collection[str] = ()) -> list[Planned]:
     """For each step in running order: done, or why it will run, or what it lacks. Opens artifacts, computes nothing.
 
-    force: names of steps that would be made again.  memory: of folders that were listed before; None lists them.
+    memory: of folders that were listed before; None lists them.  force: names of steps that would be made again.
     """
     asked = memory or Memory()
     planned: dict[str, Planned] = {}
@@ -349,7 +349,7 @@ def _find_digests(recipe: Recipe, progress: Progress) -> None:
 
 def _gather_files(recipe: Recipe, store: Store, options: Options, force: Collection[str]) -> None:
     """All files that unfinished steps read, checked, and downloaded where they are not here."""
-    steps = [item.step for item in plan(recipe, store, force=force, memory=options.memory) if item.state != "done"]
+    steps = [item.step for item in plan(recipe, store, options.memory, force=force) if item.state != "done"]
     for step in steps:
         check_files(step.stage, step.config, step.paths, step=step.name)
     get_all([need for step in steps for need in _needs(step)], options.progress)

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-PARTS = ("copies", "histogram", "usage", "nearness", "precision", "probe", "checkpoints")
+PARTS = ("scan", "copies", "histogram", "usage", "nearness", "precision", "probe", "checkpoints")
 LIMIT_MIB = 2048
 POLL_SECONDS = 0.005
 
