@@ -12,6 +12,7 @@ the stage will write. Facts have one name, whatever kind of artifact they are ab
 | pixels | a side of the images, or of those that a network was made for |
 | codes, grid, downsample | the codebook's size, rows and columns of codes, pixels of a code |
 | tokenizer | Origin: what made the codes |
+| decoded | Origin: the token set whose codes the images show |
 
 A fact that is None is known to be missing. A fact that is left out is not known yet.
 """

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +14,8 @@ from types import FrameType
 
 from pipeline.cluster import Cluster
 from pipeline.progress import Progress
+
+GRACE_SECONDS = 0.5  # that the main thread has to leave by itself after a second Ctrl-C
 
 
 class Terminated(BaseException):
@@ -71,7 +76,39 @@ class Runtime:
             yield stop
             return
         try:
-            yield stop
+            with _watched_interrupts():
+                yield stop
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _watched_interrupts() -> Iterator[None]:
+    """Within this block a second SIGINT ends the process, if need be from beside the main thread.
+
+    Python calls handlers between two of its instructions, and one for signals that came together: a long operation of a
+    library would hide the second.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    left = threading.Event()
+
+    def watch() -> None:
+        count = 0
+        while arrived := ours.recv(64):
+            count += arrived.count(signal.SIGINT)
+            if count > 1 and not left.wait(GRACE_SECONDS):
+                os._exit(128 + signal.SIGINT)
+
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, name="second Ctrl-C", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        left.set()
+        signal.set_wakeup_fd(before)
+        theirs.close()
+        watcher.join()
+        ours.close()

@@ -66,7 +66,8 @@ def foresee(config: DecodeConfig, inputs: KnownInputs) -> Facts:
     pixels = _side(tokens, tokenizer, inputs)
     _check_originals(config, pixels, inputs)
     sized = {} if pixels is None else {"pixels": pixels}
-    return {**facts, **tokens.only("images", "classes", "class_names", "labels", "listed"), **sized}
+    said = tokens.only("images", "classes", "class_names", "labels", "listed")
+    return {**facts, **said, **sized, "decoded": tokens.origin}
 
 
 def _side(tokens: Known, tokenizer: Known, inputs: KnownInputs) -> int | None:

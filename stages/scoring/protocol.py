@@ -91,6 +91,7 @@ def foresee(config: ScoreConfig, inputs: KnownInputs) -> Facts:
     _check_known_pairs(config, inputs)
     if "training" in inputs:
         inputs.agree([inputs["tokens"], inputs["training"]], "tokenizer", "codes", "grid")
+        _check_known_copies(images, inputs["tokens"], inputs)
     extractors = [judge.origin for judge in judges] if config.extractor == "classifier" else []
     scored = {"reference": reference.origin, "extractors": extractors, "protocol": protocol_of(config), "size": size}
     for best in inputs.all("best"):
@@ -128,6 +129,15 @@ def _foreseen_size(config: ScoreConfig, inputs: KnownInputs) -> int | None:
     if not known and not sized:
         raise inputs.refusal("reads image sets alone, which have no common size: set size")
     return known[0][0] if known else None
+
+
+def _check_known_copies(images: Known, tokens: Known, inputs: KnownInputs) -> None:
+    """Copies are looked for among the codes that the images show."""
+    decoded = images.facts.get("decoded")
+    if decoded is not None and decoded.differs(tokens.origin):
+        raise inputs.refusal(
+            f"looks for copies in the codes of {tokens.name} (tokens), but {images.name} shows those of {decoded}"
+        )
 
 
 def _check_known_classes(images: Known, judges: list[Known], inputs: KnownInputs) -> None:

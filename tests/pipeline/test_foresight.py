@@ -106,6 +106,7 @@ NEVER_UNLABELLED = {"kind": "rar", "width": 16, "layers": 1, "heads": 1, "mlp_wi
         ({"tuned.config": {"views": {"kind": "center", "size": 36}}}, "step tuned sees images at 36 pixels"),
         ({"images.inputs.tokenizer": "other"}, "step images cannot use samples and other together"),
         ({"images.inputs.tokenizer": "codebook"}, "step images decodes with codebook, which makes a K-Means codebook"),
+        ({"score.inputs.tokens": "like"}, "looks for copies in the codes of like \\(tokens\\), but images shows those of samples"),
         ({"images.config": {"crop": 1}}, "step images decodes crop 1, but samples has 1 crops"),
         ({"at-once.inputs.tokenizer": "other"}, "step at-once cannot use generator and other together"),
         ({"laid-samples.inputs.tokenizer": None}, "step laid-images cannot decode the codes of laid-samples, which do not"),
