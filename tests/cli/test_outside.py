@@ -134,7 +134,7 @@ def test_a_recipe_names_it_by_a_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ((CONFIG, "{}"), None),
+        ((CONFIG, "{training: {batch: 4}}"), None),
         (("{codes}/train\"]", "{cods}/train\"]"), "did you mean 'codes'?"),
         (("inputs: {generator: generator", 'inputs: {generator: "{codes}/g"'), "only a token-set may lie outside"),
         (("images: 6", "images: 6, order: [1, 0]"), "an order of 2 positions, but an image has 16 codes"),
