@@ -121,7 +121,7 @@ def foresee(config: TrainClassifierConfig, inputs: KnownInputs) -> Facts:
     trains=True,
     foresees=foresee,
     settles=settle,
-    example="smalti train-classifier --images digits/rar/train-images --held-out digits/rar/held-out-images --training.seed 1",
+    example="smalti train-classifier --images digits/rar/train-images --held-out digits/rar/validation-images --training.seed 1",
 )
 def train_classifier(config: TrainClassifierConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Train a classifier of labelled images, whose features then serve to score generated ones.

@@ -71,7 +71,7 @@ def foresee(config: TrainTokenizerConfig, inputs: KnownInputs) -> Facts:
     writes="tokenizer",
     trains=True,
     check=check_start,
-    example="smalti train-tokenizer --images digits/rar/train-images --held-out digits/rar/held-out-images --training.steps 800",
+    example="smalti train-tokenizer --images digits/rar/train-images --held-out digits/rar/validation-images --training.steps 800",
     externals=WEIGHTS,
     digits_defaults=("views.size",),
     foresees=foresee,
