@@ -72,12 +72,16 @@ def give(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc, which only Linux has")
 @pytest.mark.parametrize(("rows", "tokens", "checkpoints"), [(32, 64, False), (64, 64, True)])
 def test_the_estimate_is_what_a_process_takes_and_a_little_more(rows: int, tokens: int, checkpoints: bool) -> None:
-    """By the largest resident size of a process that makes a step in float32 on the CPU."""
+    """By the largest resident size of a process that makes a step in float32 on the CPU.
+
+    The larger of two, since a system that is short of memory takes pages away from a process meanwhile.
+    """
     words = [sys.executable, "-c", MEASURE, SMALL.model_dump_json(), str(rows), str(tokens), str(checkpoints)]
-    found = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
+    own = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = [subprocess.run(words, cwd=ROOT, env=own, capture_output=True, check=True).stdout for _ in range(2)]
     asked = config(model=SMALL, training={"precision": "float32"}, checkpoints_activations=checkpoints)
     sizes = {"codes": 1024, "tokens": tokens, "classes": 1000, "device_type": "cpu"}
-    needed, taken = needed_bytes(asked, rows, **sizes), int(found.stdout)
+    needed, taken = needed_bytes(asked, rows, **sizes), max(map(int, found))
     assert 0.9 * taken <= needed <= 1.5 * taken
 
 
