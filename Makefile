@@ -11,9 +11,9 @@ INSTALLED := .venv/.installed
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml smalti/pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ./smalti -e '.[dev]'
 	@touch $@
 
 install: $(INSTALLED)  ## create .venv with the tested set of versions
@@ -37,7 +37,7 @@ crash: $(INSTALLED)  ## kill every stage at 50 seeded moments and compare with u
 	$(BIN)/python -m pytest -m crash --kills 50 --timeout 3600
 
 clean:  ## remove .venv and caches; the store stays
-	rm -rf .venv .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .mypy_cache .ruff_cache .hypothesis build smalti/build *.egg-info smalti/*.egg-info
 
 clean-store:  ## remove the store with everything that was computed: STORE=store
 	rm -rf $(STORE)

@@ -20,8 +20,8 @@ from stages import stages
 
 NEEDED = ("torch", "torchvision", "numpy", "zarr", "faiss", "timm", "dask", "distributed", "torch_fidelity", "sklearn")
 OPTIONAL = {
-    "lpips": "LPIPS in losses and scores: pip install 'smalti[metrics]'",
-    "skimage": "SSIM in scores: pip install 'smalti[metrics]'",
+    "lpips": "LPIPS in losses and scores: pip install lpips",
+    "skimage": "SSIM in scores: pip install scikit-image",
 }
 
 
@@ -61,7 +61,7 @@ def _machine() -> list[Finding]:
 
 
 def _libraries() -> list[Finding]:
-    needed = [_library(name, "pip install -c constraints.txt -e .", required=True) for name in NEEDED]
+    needed = [_library(name, "pip install -c constraints.txt ./smalti .", required=True) for name in NEEDED]
     return needed + [_library(name, advice, required=False) for name, advice in OPTIONAL.items()]
 
 

@@ -30,7 +30,7 @@ ELSEWHERE = ("in=copy", "file=")  # run by test_extending
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what a clone has, and a store in which the tiny digits recipe has run."""
     root = tmp_path_factory.mktemp("clone")
-    for name in ("recipes", "examples", "benchmarks", "Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("recipes", "examples", "benchmarks", "smalti", "Makefile", "pyproject.toml", "constraints.txt"):
         (root / name).symlink_to(ROOT / name)
     run(["smalti", "run", "recipes/digits/rar.yaml", "--quiet", *OPTIONS], root)
     return root
