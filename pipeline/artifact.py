@@ -20,7 +20,7 @@ from pipeline import durable
 from pipeline.errors import CorruptError, NewerFormat, StorageError
 from pipeline.keys import canonical_bytes, sha256
 from smalti.arrays import MappedArray
-from smalti.limits import parse_json, read_json
+from smalti.json_files import parse_json, read_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -22,7 +22,7 @@ from pipeline.errors import Busy, CorruptError
 from pipeline.locks import SUFFIX, Say, find_holder, lock, silent, steady
 from pipeline.store import DAMAGE, DAMAGED, REFS, Store, named_key
 from pipeline.trees import RECORDS
-from smalti.limits import parse_json
+from smalti.json_files import parse_json
 
 Name = tuple[str, str]
 """(stage, key)."""

@@ -13,8 +13,7 @@ from pipeline.artifact import FORMAT, MANIFEST, Artifact, FileEntry, open_artifa
 from pipeline.config import Config
 from pipeline.durable import hash_file
 from pipeline.stage import External, Stage
-from smalti.content import content_digest
-from smalti.tokens import TokenSet, open_tokens, verify_tokens
+from smalti.tokens import TokenSet, content_digest, open_tokens, verify_tokens
 
 EXTERNAL = "external"
 KIND = "token-set"

@@ -6,8 +6,7 @@ smalti.verify_tokens("folder")
 """
 
 from smalti.attributes import FORMAT, TokenAttributes
-from smalti.dataset import TokenDataset
-from smalti.epoch import Epoch
+from smalti.epoch import Epoch, TokenDataset
 from smalti.errors import CorruptError, InputError, SmaltiError, UsageError
 from smalti.tokens import TokenSet, open_tokens, verify_tokens
 from smalti.writing import create_tokens

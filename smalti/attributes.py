@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from smalti.errors import UsageError
-from smalti.limits import Json, damage
+from smalti.errors import UsageError, corrupt_error
+from smalti.json_files import Json, check_format
 
 FORMAT = 1
 LARGEST_CODES = 2**32 - 1  # the dtype's maximum is reserved as fill value
@@ -55,7 +55,8 @@ class TokenAttributes:
 
     def __post_init__(self) -> None:
         for name in ("grid", "factors", "value_range", "crops", "class_names"):
-            object.__setattr__(self, name, _frozen(getattr(self, name)))
+            value = getattr(self, name)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         problem = _problem(self)
         if problem:
             raise UsageError(f"a token set cannot be described so: {problem}")
@@ -87,30 +88,21 @@ def attributes_from_document(document: Json, path: str) -> TokenAttributes:
     """The facts in a parsed zarr.json of a group; CorruptError, naming path, where they are missing or impossible."""
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if not isinstance(attributes, dict) or document.get("zarr_format") != 3 or document.get("node_type") != "group":
-        raise damage(path, "is not the metadata of a zarr version 3 group")
+        raise corrupt_error(path, "is not the metadata of a zarr version 3 group")
     found = attributes.get("smalti")
     if not isinstance(found, dict):
-        raise damage(path, "has no attributes named smalti", hint="open a folder that is a token set")
+        raise corrupt_error(path, "has no attributes named smalti", hint="open a folder that is a token set")
     check_format(found.get("format"), FORMAT, path)
     known = {item.name for item in fields(TokenAttributes)} - {"extra"}
     given = {name: value for name, value in found.items() if name in known}
     missing = [name for name in _REQUIRED if name not in given]
     if missing:
-        raise damage(path, f"does not say {', '.join(missing)}")
+        raise corrupt_error(path, f"does not say {', '.join(missing)}")
     extra = {name: value for name, value in found.items() if name not in known | {"format"}}
     try:
         return TokenAttributes(**given, extra=extra)
     except UsageError as cause:
-        raise damage(path, f"has bad attributes ({cause.message})") from cause
-
-
-def check_format(found: Json, known: int, path: str) -> None:
-    """CorruptError where a file has a format version that this library cannot read."""
-    if type(found) is not int or found < 1:
-        raise damage(path, f"has format version {str(found)[:40]!r}, expected a number from 1 to {known}")
-    if found > known:
-        hint = "install a newer smalti; nothing was altered"
-        raise damage(path, f"has format version {found} and needs version >= {found} of the format reader", hint=hint)
+        raise corrupt_error(path, f"has bad attributes ({cause.message})") from cause
 
 
 _REQUIRED = ("name", "n_images", "n_crops", "grid", "codes", "classes")
@@ -131,9 +123,6 @@ def _problem(of: TokenAttributes) -> str | None:
     return None
 
 
-Rule = tuple[str, Callable[[Any], bool], str]
-
-
 def _count(largest: int) -> Callable[[Any], bool]:
     return lambda value: type(value) is int and 1 <= value <= largest
 
@@ -142,45 +131,41 @@ def _optional(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or is_right(value)
 
 
+def _tuple(is_right: Callable[[Any], bool], *lengths: int) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, tuple) and (not lengths or len(value) in lengths) and all(map(is_right, value))
+    )
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
-
-
-def _is_tuple(length: int | None, is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, tuple) and (length is None or len(value) == length) and all(map(is_right, value))
-    )
 
 
 def _is_object(value: Any) -> bool:
     return isinstance(value, Mapping) and all(map(_is_text, value))
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-_RULES: tuple[Rule, ...] = (
-    ("name", lambda value: isinstance(value, str) and value != "", "a name"),
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("name", lambda value: _is_text(value) and value != "", "a name"),
     ("n_images", _count(2**48), "a positive count"),
     ("n_crops", _count(2**20), "a positive count"),
-    ("grid", _is_tuple(2, _count(2**15)), "(height, width) in tokens"),
+    ("grid", _tuple(_count(2**15), 2), "(height, width) in tokens"),
     ("codes", _count(LARGEST_CODES), f"a count from 1 to {LARGEST_CODES}"),
     ("classes", _count(2**31 - 1), "a positive count"),
-    ("factors", _optional(_is_tuple(None, _count(LARGEST_CODES))), "sizes whose product is codes"),
-    ("value_range", _optional(_is_tuple(2, _is_number)), "(lowest, highest)"),
+    ("factors", _optional(_tuple(_count(LARGEST_CODES))), "sizes whose product is codes"),
+    (
+        "value_range",
+        _optional(_tuple(lambda value: type(value) in (int, float) and math.isfinite(value), 2)),
+        "(lowest, highest)",
+    ),
     ("resolution", _optional(_count(2**20)), "a count of pixels"),
     ("scan_order", _is_text, "text"),
     *((name, _optional(_is_text), "text") for name in ("split", "factor_order", "resize_filter", "exif", "colour")),
     *((name, _optional(_is_text), "text") for name in ("licence", "created_by")),
     *((name, _is_object, "an object") for name in ("tokenizer", "source", "extra")),
-    ("crops", _is_tuple(None, _is_object), "one object for each crop"),
-    ("class_names", _is_tuple(None, _is_text), "a list of names"),
+    ("crops", _tuple(_is_object), "one object for each crop"),
+    ("class_names", _tuple(_is_text), "a list of names"),
 )
-
-
-def _frozen(value: Json) -> Json:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Json:

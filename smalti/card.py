@@ -26,7 +26,8 @@ _CONTEXT: dict[str, Any] = {
 
 def card_bytes(attributes: TokenAttributes) -> bytes:
     """README.md: a YAML header that dataset hubs read, what the set is, and how to open it."""
-    facts = "\n".join(f"| {name} | {_cell(value)} |" for name, value in _facts(attributes))
+    cells = {name: str(value).replace("|", "\\|").replace("\n", " ") for name, value in _facts(attributes)}
+    facts = "\n".join(f"| {name} | {cell if cell != 'None' else 'not stated'} |" for name, cell in cells.items())
     return f"""{_header(attributes)}
 # {attributes.name}: images as discrete codes
 
@@ -138,10 +139,6 @@ def _facts(attributes: TokenAttributes) -> Iterable[tuple[str, Any]]:
     yield from ((f"tokenizer {name}", value) for name, value in attributes.tokenizer.items())
     yield from ((f"source {name}", value) for name, value in attributes.source.items())
     yield ("created by", attributes.created_by)
-
-
-def _cell(value: Any) -> str:
-    return "not stated" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _licence(attributes: TokenAttributes) -> str:

@@ -1,4 +1,4 @@
-"""One shuffled epoch: which rows come in which order, and how they are read fast.
+"""Rows of codes for trainings: a shuffled epoch read fast, and a map-style dataset. Both need a `Table` alone.
 
 The exact order is `Generator(Philox(key=(seed, epoch))).permutation(rows)` of numpy. Global batch b is rows
 [b * batch, (b + 1) * batch) of that order, and rank r of w is handed part r of w of each global batch. So the order is
@@ -13,22 +13,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from smalti.errors import UsageError
 
-if TYPE_CHECKING:
-    from smalti.tokens import TokenSet
-
 Shuffle = Literal["exact", "blocks"]
 Batch = tuple[NDArray[np.int64], NDArray[Any], NDArray[np.int32]]
+Item = tuple[NDArray[np.int64], int]
 WINDOW_ROWS = 4096
 WINDOWS = 16
 
 log = logging.getLogger(__name__)
+
+
+class Table(Protocol):
+    """What an epoch and a dataset need: rows of codes with labels. path: what messages call it."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def is_mapped(self) -> bool: ...
+    def __len__(self) -> int: ...
+    def codes_of(self, rows: ArrayLike) -> NDArray[Any]: ...
+    def labels_of(self, rows: ArrayLike) -> NDArray[np.int32]: ...
 
 
 def exact_order(rows: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -48,33 +59,40 @@ def block_order(
 
 
 class Epoch:
-    """An iterator of (rows_B, codes_BT, labels_B). After each batch, `state` says how to go on after it."""
+    """An iterator of (rows_B, codes_BT, labels_B). After each batch, `state` says how to go on after it.
+
+    batch: rows of a global batch, of which each of `world` ranks is given its part.  start: rows of the global order that
+    were already handed out, `position` of an interrupted run.  UsageError: a number out of its range.
+    """
 
     def __init__(
         self,
-        token_set: TokenSet,
+        table: Table,
         batch: int,
         *,
         seed: int,
         epoch: int,
-        start: int,
-        look_ahead: int,
-        rank: int,
-        world: int,
-        drop_last: bool,
-        shuffle: Shuffle,
+        start: int = 0,
+        look_ahead: int = 64,
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = True,
+        shuffle: Shuffle = "exact",
     ):
-        _check(len(token_set), batch, start, look_ahead, rank, world, shuffle)
+        rows = len(table)
+        _check(rows, batch, start, look_ahead, rank, world, shuffle)
         self.is_exact = shuffle == "exact"
         self.position = start
         self._seed, self._epoch = seed, epoch
-        self._set, self._batch, self._look_ahead = token_set, batch, look_ahead
+        self._table, self._batch, self._look_ahead = table, batch, look_ahead
         self._rank, self._world = rank, world
-        rows = len(token_set)
         self._stop = start + (rows - start) // batch * batch if drop_last else rows
         self._order = (exact_order if self.is_exact else block_order)(rows, seed=seed, epoch=epoch)
         self._batches = self._read()
-        _say_what_is_unusual(token_set, self.is_exact)
+        if not self.is_exact:
+            log.warning("approximate shuffle of %s: %d windows of %d rows", table.path, WINDOWS, WINDOW_ROWS)
+        elif not table.is_mapped:
+            log.warning("%s cannot be mapped: load() it, or use shuffle='blocks'", table.path)
 
     @property
     def state(self) -> dict[str, int]:
@@ -100,7 +118,7 @@ class Epoch:
             high = min(low + step, self._stop)
             parts = [self._part(first, min(first + self._batch, high)) for first in range(low, high, self._batch)]
             rows_W = np.concatenate(parts)
-            codes_WT, labels_W = self._set.codes_of(rows_W), self._set.labels_of(rows_W)
+            codes_WT, labels_W = self._table.codes_of(rows_W), self._table.labels_of(rows_W)
             ends = np.cumsum([len(part) for part in parts])
             for part, end in zip(parts, ends, strict=True):
                 mine = slice(end - len(part), end)
@@ -111,6 +129,26 @@ class Epoch:
         size = last - first
         low, high = (size * rank // self._world for rank in (self._rank, self._rank + 1))
         return self._order[first + low : first + high]
+
+
+class TokenDataset:
+    """Rows as a map-style dataset, which torch's DataLoader takes as it is: items are (codes_T int64, label)."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, row: int) -> Item:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} is outside of {self.table.path}, which has {len(self)}")
+        return self.__getitems__([row % len(self)])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[Item]:
+        """Many at once, gathered together."""
+        codes_BT, labels_B = self.table.codes_of(rows).astype(np.int64), self.table.labels_of(rows)
+        return list(zip(codes_BT, labels_B.tolist(), strict=True))
 
 
 def _generator(seed: int, epoch: int) -> np.random.Generator:
@@ -128,10 +166,3 @@ def _check(rows: int, batch: int, start: int, look_ahead: int, rank: int, world:
         raise UsageError(f"rank {rank} of world {world} cannot take part in batches of {batch}: expected whole shares")
     if not 0 <= start <= rows:
         raise UsageError(f"start is {start}, expected 0 to {rows}")
-
-
-def _say_what_is_unusual(token_set: TokenSet, is_exact: bool) -> None:
-    if not is_exact:
-        log.warning("approximate shuffle of %s: %d windows of %d rows", token_set.path, WINDOWS, WINDOW_ROWS)
-    elif not token_set.tokens.is_mapped:
-        log.warning("%s cannot be mapped: load() it, or use shuffle='blocks'", token_set.path)

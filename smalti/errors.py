@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from os import PathLike
+from os import PathLike, fspath
 
 
 class SmaltiError(Exception):
@@ -47,3 +47,9 @@ class CorruptError(SmaltiError):
     """An artifact is damaged, of another origin, or does not fit (exit code 4)."""
 
     exit_code = 4
+
+
+def corrupt_error(path: str | PathLike[str], found: str, *, hint: str | None = None) -> CorruptError:
+    """The error to raise for a damaged file: `<path> <found>` and what to do."""
+    hint = hint or "restore the file from a copy, or make the artifact again"
+    return CorruptError(f"{fspath(path)} {found}", path=path, hint=hint)

@@ -1,4 +1,4 @@
-"""How an array lies on disk: its shape, dtype, chunks, shards and codecs, as a value; and its zarr.json, both ways.
+"""How an array lies on disk: its shape, dtype, chunks, shards and codecs; its zarr.json; and its shards as bytes.
 
 An array is split along its first axis only, so every chunk and shard holds whole rows. Files therefore stand at
 `c/<shard>/0/0...`. Three codec profiles exist; all end in crc32c, since zstd and blosc do not notice a flipped bit:
@@ -6,19 +6,28 @@ An array is split along its first axis only, so every chunk and shard holds whol
     training    bytes(little) + crc32c                            constant stride, can be mapped
     transport   bytes(little) + blosc(zstd, bitshuffle) + crc32c  smallest for codes
     zstd        bytes(little) + zstd + crc32c                     keys, boxes
+
+Bytes are made by zarr itself in memory, so that callers put them on disk by their own crash-safe protocol. zarr.json is
+read without zarr, whose import takes 0.3 s: whatever differs from what these profiles write is refused.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from smalti.errors import UsageError
-from smalti.limits import Json, bytes_of_chunk, damage
+from smalti.errors import InputError, UsageError, corrupt_error
+from smalti.json_files import Json
+
+if TYPE_CHECKING:
+    import zarr
+    from zarr.storage import MemoryStore
 
 Profile = Literal["training", "transport", "zstd"]
 CODECS: dict[Profile, list[str]] = {
@@ -26,22 +35,20 @@ CODECS: dict[Profile, list[str]] = {
     "transport": ["bytes", "blosc", "crc32c"],
     "zstd": ["bytes", "zstd", "crc32c"],
 }
-DTYPES = (
-    "bool",
-    *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
-    *(f"float{bits}" for bits in (16, 32, 64)),
-)
+INTEGERS = tuple(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))
+DTYPES = ("bool", *INTEGERS, "float16", "float32", "float64")
 CRC_BYTES = 4
 LARGEST_CHUNK = 2**31 - 1  # bytes before compression: the limit of blosc, and a bound for forged shapes
+CHUNK_KEYS: Json = {"name": "default", "configuration": {"separator": "/"}}
 
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """What an array is and how it is cut.
+    """What an array is and how it is cut; UsageError for an impossible layout.
 
     shape: all sizes >= 1; the first axis counts rows.  chunk_rows: rows in one (inner) chunk.
     shard_rows: rows in one shard file, a multiple of chunk_rows; None stores each chunk as a file of its own.
-    fill_value: None means the dtype's maximum (integers) or NaN (floats).
+    fill_value: None means the dtype's maximum (integers), NaN (floats) or False.
     """
 
     shape: tuple[int, ...]
@@ -60,19 +67,19 @@ class ArraySpec:
                 f"an array of shape {list(self.shape)} and dtype {self.dtype} cannot be laid out: {problem}"
             )
         if self.fill_value is None:
-            object.__setattr__(self, "fill_value", default_fill(self.dtype))
+            object.__setattr__(self, "fill_value", _default_fill(self.dtype))
 
     def _problem(self) -> str | None:
-        if not self.shape or min(self.shape) < 1:
-            return "every size must be at least 1"
+        if not self.shape or not all(type(size) is int and size >= 1 for size in self.shape):
+            return "every size must be a whole number of at least 1"
         if self.dtype not in DTYPES:
             return f"the dtype must be one of {', '.join(DTYPES)}"
         if self.chunk_rows < 1:
             return f"chunk_rows is {self.chunk_rows}, expected at least 1"
         if self.shard_rows is not None and (self.shard_rows < 1 or self.shard_rows % self.chunk_rows):
             return f"shard_rows is {self.shard_rows}, expected a multiple of chunk_rows, which is {self.chunk_rows}"
-        if self.profile not in get_args(Profile):
-            return f"the codec profile is {self.profile!r}, expected one of {', '.join(get_args(Profile))}"
+        if self.profile not in CODECS:
+            return f"the codec profile is {self.profile!r}, expected one of {', '.join(CODECS)}"
         if self.dimension_names is not None and len(self.dimension_names) != len(self.shape):
             return f"{len(self.dimension_names)} dimension names were given for {len(self.shape)} axes"
         if self.chunk_bytes > LARGEST_CHUNK:
@@ -93,6 +100,11 @@ class ArraySpec:
         return self.chunk_rows * self.row_bytes
 
     @property
+    def stride(self) -> int:
+        """Bytes from one chunk of the training profile to the next."""
+        return self.chunk_bytes + CRC_BYTES
+
+    @property
     def file_rows(self) -> int:
         """Rows in one whole file: a shard, or a chunk where the array is not sharded."""
         return self.shard_rows or self.chunk_rows
@@ -103,8 +115,9 @@ class ArraySpec:
         return -(-self.shape[0] // self.file_rows)
 
     @property
-    def chunks_per_shard(self) -> int:
-        return self.file_rows // self.chunk_rows
+    def index_bytes(self) -> int:
+        """Size of a shard's index: two 64-bit numbers for every chunk of a whole shard, and their crc32c."""
+        return 0 if self.shard_rows is None else 16 * (self.shard_rows // self.chunk_rows) + CRC_BYTES
 
     def shard_range(self, shard: int) -> tuple[int, int]:
         """First row of a shard and the row after its last."""
@@ -121,119 +134,158 @@ class ArraySpec:
         return "/".join(["c", str(shard), *("0" for _ in self.row_shape)])
 
 
-def default_fill(dtype: str) -> int | float | bool:
-    """A value that data does not need: the maximum of an integer dtype, NaN, or False."""
+def _default_fill(dtype: str) -> int | float | bool:
+    """A value that data does not need."""
     kind = np.dtype(dtype)
-    if kind.kind in "iu":
-        return int(np.iinfo(kind).max)
-    return np.nan if kind.kind == "f" else False
+    return int(np.iinfo(kind).max) if kind.kind in "iu" else np.nan if kind.kind == "f" else False
 
 
 def spec_from_document(document: Json, path: str) -> ArraySpec:
-    """The layout that a parsed zarr.json describes; CorruptError, naming path, where it is not one of ours."""
-    if not isinstance(document, dict) or document.get("zarr_format") != 3 or document.get("node_type") != "array":
-        raise damage(path, "is not the metadata of a zarr version 3 array")
-    if document.get("storage_transformers"):
-        raise damage(path, "asks for storage transformers, which no array of ours has")
-    if document.get("chunk_key_encoding") not in (_KEYS, {"name": "default"}):
-        raise damage(path, f"has chunk key encoding {document.get('chunk_key_encoding')}, expected {_KEYS}")
-    shape = _sizes(document.get("shape"), path, "shape")
-    dtype = document.get("data_type")
-    if dtype not in DTYPES:
-        raise damage(path, f"has data type {dtype!r}, expected one of {', '.join(DTYPES)}")
-    grid = document.get("chunk_grid")
-    if not isinstance(grid, dict) or grid.get("name") != "regular":
-        raise damage(path, "has no regular chunk grid")
-    outer = _sizes(_configuration(grid).get("chunk_shape"), path, "chunk shape")
-    inner, profile = _codec_chain(document.get("codecs"), dtype, path)
-    if outer[1:] != shape[1:] or (inner is not None and (inner[1:] != shape[1:] or outer[0] % inner[0])):
-        raise damage(
-            path, f"splits shape {list(shape)} into {list(outer)} and {list(inner or outer)}, expected whole rows"
-        )
-    chunk_rows = outer[0] if inner is None else inner[0]
-    bytes_of_chunk((chunk_rows, *shape[1:]), np.dtype(dtype).itemsize, LARGEST_CHUNK, path)
+    """The layout in a parsed zarr.json; CorruptError, naming path, where it is not one of ours."""
+    try:
+        return _spec(document)
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, UsageError) as cause:
+        raise corrupt_error(path, f"is not the metadata of an array of ours ({str(cause)[:300]})") from cause
+
+
+def _spec(document: Json) -> ArraySpec:
+    kind = document["zarr_format"], document["node_type"], document.get("storage_transformers", [])
+    if kind != (3, "array", []) or document["chunk_key_encoding"] not in (CHUNK_KEYS, {"name": "default"}):
+        raise ValueError("expected zarr version 3, without storage transformers, files named c/0/0")
+    shape, dtype, grid = tuple(document["shape"]), document["data_type"], document["chunk_grid"]
+    chunks, codecs = grid["configuration"]["chunk_shape"], document["codecs"]
+    shard_rows = None
+    if codecs[0]["name"] == "sharding_indexed":
+        sharding, whole = codecs[0]["configuration"], chunks
+        if len(codecs) > 1 or whole[1:] != [*shape[1:]] or not _is_plain_index(sharding):
+            raise ValueError("expected shards of whole rows, with their index and its crc32c at the end")
+        shard_rows, chunks, codecs = whole[0], sharding["chunk_shape"], sharding["codecs"]
+    if grid["name"] != "regular" or chunks[1:] != [*shape[1:]]:
+        raise ValueError(f"shape {list(shape)} is split into {chunks}, expected whole rows")
+    names = document.get("dimension_names")
     return ArraySpec(
         shape=shape,
         dtype=dtype,
-        chunk_rows=chunk_rows,
-        shard_rows=None if inner is None else outer[0],
-        profile=profile,
-        fill_value=_fill(document.get("fill_value"), dtype, path),
-        dimension_names=_names(document.get("dimension_names"), len(shape), path),
-        attributes=_attributes(document, path),
+        chunk_rows=chunks[0],
+        shard_rows=shard_rows,
+        profile=_profile(codecs, dtype),
+        fill_value=_fill(document["fill_value"], dtype),
+        dimension_names=None if names is None else tuple(names),
+        attributes=dict(document.get("attributes", {})),
     )
 
 
-_KEYS: Json = {"name": "default", "configuration": {"separator": "/"}}
+def _is_plain_index(sharding: Json) -> bool:
+    is_training = _profile(sharding["index_codecs"], "uint64") == "training"
+    return is_training and bool(sharding.get("index_location", "end") == "end")
 
 
-def _configuration(codec: Json) -> dict[str, Any]:
-    found = codec.get("configuration") if isinstance(codec, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
-def _sizes(value: Json, path: str, what: str) -> tuple[int, ...]:
-    is_list = isinstance(value, list) and 1 <= len(value) <= 8
-    if not is_list or not all(type(size) is int and 1 <= size < 2**63 for size in value):
-        raise damage(path, f"has {what} {str(value)[:80]}, expected a list of positive integers")
-    return tuple(value)
-
-
-def _codec_chain(codecs: Json, dtype: str, path: str) -> tuple[tuple[int, ...] | None, Profile]:
-    """Inner chunk shape (None if the array is not sharded) and codec profile."""
-    inner = None
-    if isinstance(codecs, list) and [_name(codec) for codec in codecs] == ["sharding_indexed"]:
-        sharding = _configuration(codecs[0])
-        index = sharding.get("index_codecs")
-        if sharding.get("index_location", "end") != "end" or _profile(index, "uint64") != "training":
-            raise damage(path, "has a shard index that is not little-endian with crc32c at the end of the shard")
-        inner, codecs = _sizes(sharding.get("chunk_shape"), path, "inner chunk shape"), sharding.get("codecs")
-    profile = _profile(codecs, dtype)
-    if profile is None:
-        known = "; ".join(" + ".join(names) for names in CODECS.values())
-        raise damage(path, f"has codecs {str(codecs)[:200]}, expected one of: {known} (bytes little-endian)")
-    return inner, profile
-
-
-def _profile(codecs: Json, dtype: str) -> Profile | None:
-    if not isinstance(codecs, list):
-        return None
-    names = [_name(codec) for codec in codecs]
+def _profile(codecs: Json, dtype: str) -> Profile:
+    names = [codec["name"] for codec in codecs]
     found = next((profile for profile, known in CODECS.items() if names == known), None)
-    is_little = found and (np.dtype(dtype).itemsize == 1 or _configuration(codecs[0]).get("endian") == "little")
-    return found if is_little else None
-
-
-def _name(codec: Json) -> Json:
-    return codec.get("name") if isinstance(codec, dict) else codec
-
-
-def _fill(value: Json, dtype: str, path: str) -> int | float | bool:
-    kind = np.dtype(dtype).kind
-    is_float = kind == "f" and (type(value) in (int, float) or value in ("NaN", "Infinity", "-Infinity"))
-    is_integer = kind in "iu" and type(value) is int and _fits(value, dtype)
-    if not (is_float or is_integer or (kind == "b" and type(value) is bool)):
-        raise damage(path, f"has fill value {str(value)[:40]!r}, which is no {dtype}")
-    if value == "NaN":
-        return np.nan  # the one object, so that two equal layouts compare equal
-    return float(value) if is_float else value
-
-
-def _fits(value: int, dtype: str) -> bool:
-    limits = np.iinfo(dtype)
-    return int(limits.min) <= value <= int(limits.max)
-
-
-def _names(value: Json, axes: int, path: str) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list) or len(value) != axes or not all(isinstance(name, str) for name in value):
-        raise damage(path, f"has dimension names {str(value)[:80]}, expected {axes} names")
-    return tuple(value)
-
-
-def _attributes(document: dict[str, Any], path: str) -> dict[str, Any]:
-    found = document.get("attributes", {})
-    if not isinstance(found, dict):
-        raise damage(path, "has attributes that are no object")
+    if found is None or (np.dtype(dtype).itemsize > 1 and codecs[0]["configuration"]["endian"] != "little"):
+        known = "; ".join(" + ".join(names) for names in CODECS.values())
+        raise ValueError(f"its codecs are {names}, expected one of: {known} (bytes little-endian)")
     return found
+
+
+def _fill(value: Json, dtype: str) -> int | float | bool:
+    kind = np.dtype(dtype)
+    if kind.kind == "f":
+        return np.nan if value == "NaN" else float(value)  # the one object, so that two equal layouts compare equal
+    if type(value) is not (bool if kind.kind == "b" else int):
+        raise ValueError(f"fill value {value!r} is not a {dtype}")
+    found: int | bool = kind.type(value).item()  # OverflowError where it does not fit
+    return found
+
+
+def metadata_bytes(spec: ArraySpec) -> bytes:
+    """The zarr.json of an array."""
+    store, _ = _array_in_memory(spec)
+    return store._store_dict["zarr.json"].to_bytes()
+
+
+def group_files(attributes: Mapping[str, Any], arrays: Mapping[str, ArraySpec]) -> dict[str, bytes]:
+    """Every zarr.json of a group of arrays, by path; that of the group is the last, since it repeats the others.
+
+    With this consolidated view zarr knows the arrays without listing the folder, where it warns of every other file.
+    """
+    import zarr  # takes a quarter of a second: paid by writers alone
+    from zarr.storage import MemoryStore
+
+    store = MemoryStore()
+    zarr.create_group(store, attributes=dict(attributes), zarr_format=3)
+    files = {f"{name}/zarr.json": metadata_bytes(spec) for name, spec in arrays.items()}
+    document = json.loads(store._store_dict["zarr.json"].to_bytes())
+    members = {name: json.loads(files[f"{name}/zarr.json"]) for name in sorted(arrays)}
+    document["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": members}
+    return {**files, "zarr.json": json.dumps(document, indent=2).encode()}
+
+
+def encode_shard(spec: ArraySpec, shard: int, block: NDArray[Any]) -> tuple[str, bytes]:
+    """One shard of an array as (path below the array's folder, bytes): the bytes that zarr writes for the whole array.
+
+    shard: its number, 0 <= shard < spec.shards (a chunk's number where the array is not sharded).
+    block: (rows of this shard, *row shape), of a dtype that casts to spec.dtype without loss of range.
+    InputError: another shape, or a value that does not fit the dtype (zarr would store 70,000 as 4,464 in uint16).
+    """
+    start, stop = spec.shard_range(shard)
+    if not 0 <= shard < spec.shards or block.shape != (stop - start, *spec.row_shape):
+        expected = f"rows {start} to {stop} of shape {list(spec.row_shape)}"
+        raise InputError(f"shard {shard} of {spec.shards} holds {expected}, but got {list(block.shape)}")
+    store, array = _array_in_memory(spec)
+    array[start:stop] = _cast_in_range(block, spec.dtype)
+    key = spec.shard_key(shard)
+    return key, store._store_dict[key].to_bytes()
+
+
+def _cast_in_range(block: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """block as a contiguous array of another dtype; InputError where a value does not fit or the kind differs."""
+    target = np.dtype(dtype).newbyteorder("<")
+    if block.dtype == target or block.size == 0:
+        return np.ascontiguousarray(block, dtype=target)
+    if block.dtype.kind in "iu" and target.kind in "iu":
+        limits = np.iinfo(target)
+        is_bad = (block < limits.min) | (block > limits.max)
+    elif block.dtype.kind == target.kind == "f":
+        with np.errstate(over="ignore"):
+            is_bad = np.isfinite(block) & np.isinf(block.astype(target))
+    else:
+        raise InputError(
+            f"an array of {block.dtype} cannot be stored as {dtype}; cast it first if that is what you mean"
+        )
+    if is_bad.any():
+        place = tuple(np.argwhere(is_bad)[0])
+        raise InputError(f"row {place[0]} holds {block[place]}, which does not fit {target.name}")
+    return np.ascontiguousarray(block, dtype=target)
+
+
+def _array_in_memory(spec: ArraySpec) -> tuple[MemoryStore, zarr.Array[Any]]:
+    """A zarr array of this layout in a fresh memory store. Empty chunks are written, else they look like lost ones."""
+    import zarr
+    from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
+    from zarr.storage import MemoryStore
+
+    compressors: list[Any] = [Crc32cCodec()]
+    if spec.profile == "transport":
+        typesize = np.dtype(spec.dtype).itemsize
+        compressors.insert(0, BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=typesize))
+    elif spec.profile == "zstd":
+        compressors.insert(0, ZstdCodec(level=3, checksum=False))
+    store = MemoryStore()
+    array: zarr.Array[Any] = zarr.create_array(
+        store,
+        shape=spec.shape,
+        dtype=spec.dtype,
+        chunks=(spec.chunk_rows, *spec.row_shape),
+        shards=None if spec.shard_rows is None else (spec.shard_rows, *spec.row_shape),
+        filters=None,
+        serializer=BytesCodec(endian="little"),
+        compressors=compressors,
+        fill_value=spec.fill_value,
+        dimension_names=spec.dimension_names,
+        attributes=dict(spec.attributes),
+        config={"write_empty_chunks": True},
+        zarr_format=3,
+    )
+    return store, array

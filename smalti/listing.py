@@ -8,13 +8,12 @@ since its digest decides.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from smalti.attributes import check_format
-from smalti.limits import Json, damage, parse_json, read_bounded, safe_member
+from smalti.errors import corrupt_error
+from smalti.json_files import Json, check_format, parse_json, read_bounded
 
 MANIFEST_FORMAT = 1
 MANIFEST, MANIFEST_DIGEST, SUMS = "manifest.json", "manifest.sha256", "SHA256SUMS"
@@ -46,16 +45,16 @@ class Listing:
             except (FileNotFoundError, NotADirectoryError):
                 size = None
             if size is None:
-                raise damage(path, f"is missing, but {self.source.name} lists it")
+                raise corrupt_error(path, f"is missing, but {self.source.name} lists it")
             if entry.size is not None and size != entry.size:
-                raise damage(path, f"has {size} bytes, expected {entry.size} ({self.source.name})")
+                raise corrupt_error(path, f"has {size} bytes, expected {entry.size} ({self.source.name})")
 
     def check_metadata(self, *needed: str) -> None:
         """Hashes every zarr.json; CorruptError where one differs, or where a needed one is not listed."""
         metadata = [entry for entry in self.entries if entry.path.split("/")[-1] == "zarr.json"]
         unlisted = sorted(set(needed) - {entry.path for entry in metadata})
         if unlisted:
-            raise damage(self.source, f"does not list {unlisted[0]}")
+            raise corrupt_error(self.source, f"does not list {unlisted[0]}")
         self._check_digests(metadata)
 
     def check_all(self) -> None:
@@ -68,7 +67,7 @@ class Listing:
             found = file_sha256(path)
             if found != entry.sha256:
                 expected = f"{entry.sha256[:12]}... ({self.source.name})"
-                raise damage(path, f"has SHA-256 {found[:12]}..., expected {expected}")
+                raise corrupt_error(path, f"has SHA-256 {found[:12]}..., expected {expected}")
 
 
 def read_listing(folder: Path) -> Listing | None:
@@ -84,47 +83,48 @@ def file_sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as cause:
-        raise damage(path, "is missing") from cause
+        raise corrupt_error(path, "is missing") from cause
 
 
 def _read_manifest(folder: Path) -> Listing:
     path, digest_path = folder / MANIFEST, folder / MANIFEST_DIGEST
     data = read_bounded(path)
-    words = read_bounded(digest_path, 4096).decode("ascii", "replace").split()
-    expected = words[0] if words else ""
+    expected = read_bounded(digest_path, 4096).decode("ascii", "replace").strip()
     if hashlib.sha256(data).hexdigest() != expected:
-        raise damage(path, f"does not match its digest in {digest_path.name}")
+        raise corrupt_error(path, f"does not match its digest in {digest_path.name}")
     manifest = parse_json(data, path)
-    if not isinstance(manifest, dict):
-        raise damage(path, "is not a JSON object")
-    check_format(manifest.get("format"), MANIFEST_FORMAT, os.fspath(path))
-    files = manifest.get("files")
-    if not isinstance(files, list):
-        raise damage(path, "has no list of files")
-    return _listing(path, [_entry(item, path) for item in files])
+    check_format(manifest.get("format") if isinstance(manifest, dict) else None, MANIFEST_FORMAT, path)
+    try:
+        entries = [FileEntry(entry["path"], entry["size"], entry["sha256"]) for entry in manifest["files"]]
+    except (LookupError, TypeError) as cause:
+        raise corrupt_error(path, "has no list of files with path, size and sha256") from cause
+    return _checked(path, entries)
 
 
 def _read_sums(path: Path) -> Listing:
-    lines = read_bounded(path).decode("utf-8", "replace").splitlines()
     entries = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_bounded(path).decode("utf-8", "replace").splitlines(), 1):
         digest, mark, name = line[:64], line[64:66], line[66:]
-        if not _SHA256.fullmatch(digest) or mark not in ("  ", " *"):
-            raise damage(path, f"line {number} is not `<SHA-256>  <file>`")
-        entries.append(FileEntry(str(safe_member(name, path)), None, digest))
-    return _listing(path, entries)
+        if mark not in ("  ", " *"):
+            raise corrupt_error(path, f"line {number} is not `<SHA-256>  <file>`")
+        entries.append(FileEntry(name, None, digest))
+    return _checked(path, entries)
 
 
-def _listing(source: Path, entries: list[FileEntry]) -> Listing:
+def _checked(source: Path, entries: list[FileEntry]) -> Listing:
+    """The list; CorruptError for a name that leaves the folder, a bad size or digest, and a name that stands twice."""
+    for entry in entries:
+        _check_name(entry.path, source)
+        is_size = entry.size is None or (type(entry.size) is int and entry.size >= 0)
+        if not is_size or not isinstance(entry.sha256, str) or not _SHA256.fullmatch(entry.sha256):
+            raise corrupt_error(source, f"has no valid size and SHA-256 for {entry.path}")
     if len({entry.path for entry in entries}) != len(entries):
-        raise damage(source, "lists a file twice")
+        raise corrupt_error(source, "lists a file twice")
     return Listing(source, tuple(entries))
 
 
-def _entry(item: Json, path: Path) -> FileEntry:
-    if not isinstance(item, dict):
-        raise damage(path, "has an entry among its files that is no object")
-    name, size, sha256 = str(safe_member(item.get("path"), path)), item.get("size"), item.get("sha256")
-    if type(size) is not int or size < 0 or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
-        raise damage(path, f"has no proper size and SHA-256 for {name}")
-    return FileEntry(name, size, sha256)
+def _check_name(name: Json, source: Path) -> None:
+    """CorruptError for absolute names, `..`, back slashes and empty parts."""
+    is_plain = isinstance(name, str) and 0 < len(name) <= 4096 and not re.search(r"[\\\x00-\x1f]|^[A-Za-z]:", name)
+    if not is_plain or any(part in ("", ".", "..") for part in name.split("/")):
+        raise corrupt_error(source, f"lists the name {str(name)[:80]!r}, which does not stay inside its folder")

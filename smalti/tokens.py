@@ -10,68 +10,46 @@ where crops are random, boxes (image, crop, 5). Opening takes milliseconds; noth
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from smalti.attributes import TokenAttributes, attributes_from_document
-from smalti.dataset import TokenDataset
-from smalti.epoch import Epoch, Shuffle
-from smalti.errors import CorruptError, InputError, UsageError
-from smalti.limits import damage, read_json
+from smalti.arrays import LoadedArray, MappedArray
+from smalti.attributes import TokenAttributes, attributes_from_document, attributes_to_document
+from smalti.epoch import Epoch, TokenDataset
+from smalti.errors import CorruptError, InputError, UsageError, corrupt_error
+from smalti.json_files import read_json
 from smalti.listing import read_listing
-from smalti.mapped import ArrayVerify, MappedArray
-from smalti.memory import LoadedArray, check_fits_in_memory
+from smalti.memory import check_fits_in_memory
 
 Verify = Literal["index", "crc", "sha256"]
+Rows = MappedArray | LoadedArray
 LONGEST_KEY = 4096  # bytes; the longest path of Linux
 BOX_AXES = 5  # x, y, width, height, flip
 
 
-class Rows(Protocol):
-    """What a token set needs of an array, on disk or in memory."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-    @property
-    def is_mapped(self) -> bool: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: Any) -> NDArray[Any]: ...
-    def rows(self, indices: ArrayLike, *, axes: int = 1) -> NDArray[Any]: ...
-    def read_rows(self, start: int, stop: int) -> NDArray[Any]: ...
-    def read(self) -> NDArray[Any]: ...
-
-
+@dataclass(eq=False, repr=False)
 class TokenSet:
     """An opened token set.
 
-    tokens: (n_images, n_crops, tokens) uint16 or uint32.  labels: (n_images,) int32.  keys: list of n_images names.
+    tokens: (n_images, n_crops, tokens) uint16 or uint32.  labels: (n_images,) int32.  key_bytes: (n_images, longest) uint8.
     boxes: (n_images, n_crops, 5) float32 or None.  attributes: everything that the set says about itself.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        attributes: TokenAttributes,
-        *,
-        tokens: Rows,
-        labels: NDArray[np.int32],
-        key_bytes: Rows,
-        boxes: Rows | None,
-    ):
-        self.path = path
-        self.attributes = attributes
-        self.tokens = tokens
-        self.labels = labels
-        self.boxes = boxes
-        self._key_bytes = key_bytes
+    path: Path
+    attributes: TokenAttributes
+    tokens: Rows
+    labels: NDArray[np.int32]
+    key_bytes: Rows
+    boxes: Rows | None
 
     @property
     def n_images(self) -> int:
@@ -90,6 +68,11 @@ class TokenSet:
     def grid(self) -> tuple[int, int]:
         return self.attributes.grid
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether shuffled rows are read at the speed of memory."""
+        return self.tokens.is_mapped
+
     def __len__(self) -> int:
         """Count of rows: images times crops."""
         return self.attributes.rows
@@ -101,7 +84,7 @@ class TokenSet:
     @cached_property
     def keys(self) -> list[str]:
         """Names of the images, in order."""
-        return decode_keys(self._key_bytes.read(), str(self.path / "keys"))
+        return decode_keys(self.key_bytes.read(), str(self.path / "keys"))
 
     def codes_of(self, rows: ArrayLike) -> NDArray[Any]:
         """Codes (len(rows), tokens) of rows, in the order asked for."""
@@ -111,36 +94,9 @@ class TokenSet:
         """Labels (len(rows),) of rows."""
         return self.labels[np.asarray(rows, dtype=np.int64) // self.n_crops]
 
-    def epoch(
-        self,
-        batch: int,
-        *,
-        seed: int,
-        epoch: int,
-        start: int = 0,
-        look_ahead: int = 64,
-        rank: int = 0,
-        world: int = 1,
-        drop_last: bool = True,
-        shuffle: Shuffle = "exact",
-    ) -> Epoch:
-        """An iterator of (rows_B, codes_BT, labels_B) over one shuffled epoch; smalti/epoch.py says in which order.
-
-        batch: rows of a global batch, of which each of `world` ranks is given its part.  start: rows of the global
-        order that were already handed out, `Epoch.position` of an interrupted run.
-        """
-        return Epoch(
-            self,
-            batch,
-            seed=seed,
-            epoch=epoch,
-            start=start,
-            look_ahead=look_ahead,
-            rank=rank,
-            world=world,
-            drop_last=drop_last,
-            shuffle=shuffle,
-        )
+    def epoch(self, batch: int, *, seed: int, epoch: int, **options: Any) -> Epoch:
+        """An iterator of (rows_B, codes_BT, labels_B) over one shuffled epoch; its arguments are those of smalti.Epoch."""
+        return Epoch(self, batch, seed=seed, epoch=epoch, **options)
 
     def dataset(self) -> TokenDataset:
         """The rows as a map-style dataset: len, item, and items in one call, as torch's DataLoader asks for them."""
@@ -149,26 +105,19 @@ class TokenSet:
     def load(self) -> TokenSet:
         """The same set with its codes in memory; UsageError where they need more than half of the free memory."""
         check_fits_in_memory(int(np.prod(self.tokens.shape)) * self.tokens.dtype.itemsize, str(self.path))
-        return TokenSet(
-            self.path,
-            self.attributes,
-            tokens=LoadedArray(self.tokens.read()),
-            labels=self.labels,
-            key_bytes=self._key_bytes,
-            boxes=self.boxes,
-        )
+        return replace(self, tokens=LoadedArray(self.tokens.read()))
 
     def check_made_by(self, *, codes: int, grid: tuple[int, int], config_sha256: str, weights_sha256: str) -> None:
         """CorruptError where another tokenizer made these codes: its digests decide, not its name."""
         made_by = self.attributes.tokenizer
-        found = (self.codes, self.grid, made_by.get("config_sha256"), made_by.get("weights_sha256"))
-        expected = (codes, grid, config_sha256, weights_sha256)
-        for what, ours, theirs in zip(
-            ("codes", "grid", "config_sha256", "weights_sha256"), found, expected, strict=True
-        ):
+        digests = {"config_sha256": config_sha256, "weights_sha256": weights_sha256}
+        pairs = {"codes": (self.codes, codes), "grid": (self.grid, grid)}
+        pairs |= {name: (made_by.get(name), expected) for name, expected in digests.items()}
+        for what, (ours, theirs) in pairs.items():
             if ours != theirs:
                 hint = "take the tokenizer that made the token set, or tokenize again with this one"
-                raise damage(self.path, f"was made by a tokenizer with {what} {ours}, expected {theirs}", hint=hint)
+                message = f"was made by a tokenizer with {what} {ours}, expected {theirs}"
+                raise corrupt_error(self.path, message, hint=hint)
 
     def check_values(self) -> None:
         """Reads everything; CorruptError names the first row whose code or label is out of range."""
@@ -199,20 +148,13 @@ def open_tokens(path: str | os.PathLike[str], *, verify: Verify = "index") -> To
         listing.check_metadata("zarr.json", *(f"{name}/zarr.json" for name in names))
     elif verify == "sha256":
         raise UsageError(f"{folder} has neither manifest.json nor SHA256SUMS, so only verify='crc' is possible")
-    level: ArrayVerify = "index" if verify == "index" else "crc"
-    arrays = {name: MappedArray(folder / name, verify=level) for name in names}
+    arrays = {name: MappedArray(folder / name, verify="index" if verify == "index" else "crc") for name in names}
     if verify == "sha256" and listing is not None:
         listing.check_all()
     for name, array in arrays.items():
         _check_layout(name, array, attributes)
-    return TokenSet(
-        folder,
-        attributes,
-        tokens=arrays["tokens"],
-        labels=arrays["labels"].read(),
-        key_bytes=arrays["keys"],
-        boxes=arrays.get("boxes"),
-    )
+    labels = arrays["labels"].read()
+    return TokenSet(folder, attributes, arrays["tokens"], labels, arrays["keys"], arrays.get("boxes"))
 
 
 def verify_tokens(path: str | os.PathLike[str]) -> TokenSet:
@@ -221,8 +163,29 @@ def verify_tokens(path: str | os.PathLike[str]) -> TokenSet:
     token_set = open_tokens(path, verify="sha256" if has_listing else "crc")
     token_set.check_values()
     if len(set(token_set.keys)) != token_set.n_images:
-        raise damage(token_set.path / "keys", "holds a key twice")
+        raise corrupt_error(token_set.path / "keys", "holds a key twice")
     return token_set
+
+
+def content_digest(token_set: TokenSet) -> str:
+    """SHA-256 in hex over attributes, layouts, and the length and crc32c of every chunk: the same wherever the set lies.
+
+    Metadata, shard indexes and the 4 bytes behind every chunk are read, so it takes milliseconds. It stands for the data
+    as long as these checksums fit, which `verify="crc"` checks. The cards beside the arrays are left out.
+    """
+    digest = hashlib.sha256(b"smalti token set 1\n" + _canonical(attributes_to_document(token_set.attributes)))
+    for name in ("tokens", "labels", "keys", *(["boxes"] if token_set.boxes is not None else [])):
+        array = MappedArray(token_set.path / name)
+        spec = array.spec
+        layout = [name, list(spec.shape), spec.dtype, spec.chunk_rows, spec.shard_rows, spec.profile]
+        digest.update(_canonical(layout))
+        for shard in range(spec.shards):
+            digest.update(array.chunk_checksums(shard))
+    return digest.hexdigest()
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode() + b"\n"
 
 
 def check_codes(
@@ -264,7 +227,7 @@ def decode_keys(bytes_IL: NDArray[np.uint8], where: str) -> list[str]:
     try:
         return [data.decode("utf-8") for data in packed.tolist()]
     except UnicodeDecodeError as cause:
-        raise damage(where, f"holds a key that is not UTF-8 ({cause})") from cause
+        raise corrupt_error(where, f"holds a key that is not UTF-8 ({cause})") from cause
 
 
 def _check_layout(name: str, array: MappedArray, attributes: TokenAttributes) -> None:
@@ -279,6 +242,6 @@ def _check_layout(name: str, array: MappedArray, attributes: TokenAttributes) ->
     }[name]
     if array.shape != shape or array.spec.dtype != dtype:
         found = f"holds {array.spec.dtype} of shape {list(array.shape)}"
-        raise damage(array.path, f"{found}, but the group's attributes ask for {dtype} of shape {list(shape)}")
+        raise corrupt_error(array.path, f"{found}, but the group's attributes ask for {dtype} of shape {list(shape)}")
     if name == "tokens" and array.spec.fill_value != np.iinfo(dtype).max:
-        raise damage(array.path, f"has fill value {array.spec.fill_value}, expected {np.iinfo(dtype).max}")
+        raise corrupt_error(array.path, f"has fill value {array.spec.fill_value}, expected {np.iinfo(dtype).max}")

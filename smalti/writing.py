@@ -10,18 +10,17 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from smalti.attributes import TokenAttributes, attributes_to_document
 from smalti.card import card_bytes, croissant_bytes, sums_bytes
-from smalti.encoding import encode_shard, group_files
 from smalti.errors import InputError, UsageError
-from smalti.layout import ArraySpec, Profile
+from smalti.layout import ArraySpec, Profile, encode_shard, group_files
 from smalti.listing import SUMS, FileEntry
 from smalti.tokens import BOX_AXES, TokenSet, check_codes, check_labels, encode_keys, open_tokens
 
@@ -60,7 +59,6 @@ def create_tokens(
     described: further fields of smalti.attributes.TokenAttributes.
     InputError: a code, label or shape that does not fit, with its row.  UsageError: path exists, impossible layout.
     """
-    target = Path(path)
     labels_I = np.asarray(labels)
     classes = classes or len(described.get("class_names", ())) or int(labels_I.max(initial=0)) + 1
     images, crops = tokens.shape[0], tokens.shape[1] if len(tokens.shape) == 3 else 1
@@ -76,13 +74,16 @@ def create_tokens(
         profile=profile,
         has_boxes=boxes is not None,
     )
-    _check_shapes(attributes, tokens, labels_I, names, boxes)
-    check_labels(labels_I, classes, InputError, "labels")
     sources: dict[str, Sliceable] = {"tokens": tokens, "labels": labels_I, "keys": names}
     if boxes is not None:
         sources["boxes"] = boxes
-    _write_whole(target, _files(attributes, specs, sources))
-    return open_tokens(target)
+    for what, source in sources.items():
+        shape = specs[what].shape if what != "tokens" or len(tokens.shape) == 3 else (images, attributes.tokens)
+        if tuple(source.shape) != shape:
+            raise InputError(f"{what} have shape {tuple(source.shape)}, expected {shape} for a grid of {grid}")
+    check_labels(labels_I, classes, InputError, "labels")
+    _write_whole(Path(path), _files(attributes, specs, sources))
+    return open_tokens(path)
 
 
 def token_specs(
@@ -96,53 +97,18 @@ def token_specs(
 ) -> dict[str, ArraySpec]:
     """Layouts of the arrays of a token set, by name. key_bytes: UTF-8 length of the longest key."""
     images, crops = attributes.n_images, attributes.n_crops
+
+    def per_image(what: str, size: int, dtype: str, profile: Profile) -> ArraySpec:
+        names = ("image", "crop", what)
+        return ArraySpec((images, crops, size), dtype, chunk_images, shard_images, profile, dimension_names=names)
+
+    key_axes = ("image", "byte")
     specs = {
-        "tokens": ArraySpec(
-            shape=(images, crops, attributes.tokens),
-            dtype=attributes.dtype,
-            chunk_rows=chunk_images,
-            shard_rows=shard_images,
-            profile=profile,
-            dimension_names=("image", "crop", "token"),
-        ),
-        "labels": ArraySpec(shape=(images,), dtype="int32", chunk_rows=images, dimension_names=("image",)),
-        "keys": ArraySpec(
-            shape=(images, key_bytes),
-            dtype="uint8",
-            chunk_rows=CHUNK_KEYS,
-            profile="zstd",
-            fill_value=0,
-            dimension_names=("image", "byte"),
-        ),
+        "tokens": per_image("token", attributes.tokens, attributes.dtype, profile),
+        "labels": ArraySpec((images,), "int32", chunk_rows=images, dimension_names=("image",)),
+        "keys": ArraySpec((images, key_bytes), "uint8", CHUNK_KEYS, None, "zstd", 0, key_axes),
     }
-    if has_boxes:
-        specs["boxes"] = ArraySpec(
-            shape=(images, crops, BOX_AXES),
-            dtype="float32",
-            chunk_rows=chunk_images,
-            shard_rows=shard_images,
-            profile="zstd",
-            dimension_names=("image", "crop", "box"),
-        )
-    return specs
-
-
-def _check_shapes(
-    attributes: TokenAttributes,
-    tokens: Sliceable,
-    labels: NDArray[Any],
-    names: NDArray[np.uint8],
-    boxes: Sliceable | None,
-) -> None:
-    images, crops = attributes.n_images, attributes.n_crops
-    if tokens.shape not in ((images, crops, attributes.tokens), (images, attributes.tokens)):
-        expected = f"(images, crops, {attributes.tokens}) for a grid of {attributes.grid}"
-        raise InputError(f"tokens have shape {tuple(tokens.shape)}, expected {expected}")
-    for what, count in (("labels", labels.shape), ("keys", names.shape[:1])):
-        if count != (images,):
-            raise InputError(f"{what} have shape {count}, expected one for each of {images} images")
-    if boxes is not None and boxes.shape != (images, crops, BOX_AXES):
-        raise InputError(f"boxes have shape {tuple(boxes.shape)}, expected {(images, crops, BOX_AXES)}")
+    return {**specs, "boxes": per_image("box", BOX_AXES, "float32", "zstd")} if has_boxes else specs
 
 
 def _files(
@@ -150,12 +116,14 @@ def _files(
 ) -> Iterator[tuple[str, bytes]]:
     """Every file of the set as (path, bytes), the group's zarr.json, the cards and the sums last."""
     entries: list[FileEntry] = []
-    for path, data in _array_files(attributes, specs, sources):
-        entries.append(FileEntry(path, len(data), hashlib.sha256(data).hexdigest()))
-        yield path, data
-    for path, data in (("README.md", card_bytes(attributes)), ("croissant.json", croissant_bytes(attributes, entries))):
-        entries.append(FileEntry(path, len(data), hashlib.sha256(data).hexdigest()))
-        yield path, data
+
+    def listed(files: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+        for path, data in files:
+            entries.append(FileEntry(path, len(data), hashlib.sha256(data).hexdigest()))
+            yield path, data
+
+    yield from listed(_array_files(attributes, specs, sources))
+    yield from listed([("README.md", card_bytes(attributes)), ("croissant.json", croissant_bytes(attributes, entries))])
     yield SUMS, sums_bytes(entries)
 
 
@@ -180,7 +148,9 @@ def _write_whole(target: Path, files: Iterator[tuple[str, bytes]]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
-        draft.chmod(0o777 & ~_umask())
+        mask = os.umask(0)
+        os.umask(mask)
+        draft.chmod(0o777 & ~mask)  # mkdtemp gives 0700
         for path, data in files:
             _write_durably(draft / path, data)
         for folder, _, _ in os.walk(draft):
@@ -208,9 +178,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

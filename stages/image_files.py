@@ -22,7 +22,7 @@ from pipeline.errors import CorruptError, InputError
 from pipeline.images import ImageSet, ViewPolicy
 from pipeline.images.views import CenterViews
 from smalti.arrays import ArraySpec, MappedArray, encode_shard, group_files
-from smalti.limits import read_json
+from smalti.json_files import read_json
 
 FORMAT = 1
 ATTRIBUTES = "smalti_images"

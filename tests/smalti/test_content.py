@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from smalti import TokenSet, create_tokens
-from smalti.content import content_digest
+from smalti.tokens import content_digest
 
 CODES_ICT = np.random.default_rng(0).integers(0, 50, (300, 2, 4))
 LABELS_I = np.arange(300) % 3
@@ -31,7 +31,7 @@ def test_it_is_the_same_elsewhere_and_without_cards(tmp_path: Path, profile: str
 
 
 def _arrays(token_set: TokenSet) -> dict[str, Any]:
-    return {"tokens": token_set.tokens, "labels": token_set.labels, "key_bytes": token_set._key_bytes, "boxes": None}
+    return {"tokens": token_set.tokens, "labels": token_set.labels, "key_bytes": token_set.key_bytes, "boxes": None}
 
 
 def test_every_change_shows(tmp_path: Path) -> None:
