@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.machine import describe_machine
 from benchmarks.sampling import MIDDLE, SAMPLING, build
 from models.generators.config import SIZES, RarConfig
-from models.generators.rar import Rar
+from models.generators.rar.network import Rar
 from models.sampling.loop import sample
 
 CODES, TOKENS, CLASSES = 1024, 256, 1000

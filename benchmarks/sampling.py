@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.generators.config import RarConfig
-from models.generators.rar import INIT_STD, Block, Rar
-from models.generators.rar_core_step import RarCoreStep
-from models.generators.rar_step import RarStep
+from models.generators.rar.core_step import RarCoreStep
+from models.generators.rar.network import INIT_STD, Block, Rar
+from models.generators.rar.step import RarStep
 from models.layers.modulation import modulate
 from models.sampling.choice import choose
 from models.sampling.config import SamplingConfig

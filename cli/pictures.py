@@ -26,7 +26,7 @@ from pipeline.errors import CannotWrite, UsageError
 from pipeline.runner import Made, Options, make
 from pipeline.stage import Inputs, Stage
 from pipeline.store import Store
-from stages.decoding import GRID
+from stages.sampling.decoding import GRID
 
 ROWS = 8  # images that are decoded together for a picture: few need no wide passes
 WEIGHTS = "weights"

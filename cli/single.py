@@ -35,8 +35,8 @@ from pipeline.settings import REQUIRED, Setting, value_at
 from pipeline.stage import Inputs, Read, Stage, check_kinds, imply
 from pipeline.store import Store
 from pipeline.trees import Memory
-from stages.class_names import numbers_of
-from stages.image_sizes import IMAGES, check_sizes, check_unmade_sizes
+from stages.codes.class_names import numbers_of
+from stages.images.image_sizes import IMAGES, check_sizes, check_unmade_sizes
 
 SCALARS = (int, float, str, bool)
 AUTO = "auto"

@@ -20,9 +20,9 @@ from pipeline.stage import Inputs, Read, Stage
 from pipeline.store import Store
 from pipeline.trees import Memory
 from stages import stages
-from stages.foreign import SUFFIXES
-from stages.import_weights import config_of
-from stages.places import HubWeights, place_of
+from stages.weights.foreign import SUFFIXES
+from stages.weights.import_weights import config_of
+from stages.weights.places import HubWeights, place_of
 
 NETWORKS = {"tokenizer", "generator"}
 

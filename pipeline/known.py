@@ -152,7 +152,7 @@ def facts_of(artifact: Artifact) -> Facts:
 
 
 def made_by(identity: Mapping[str, Any], owner: str) -> Origin | None:
-    """The tokenizer that an identity (`stages.identity`) names; None where it names none."""
+    """The tokenizer that an identity (`stages.weights.identity`) names; None where it names none."""
     digests = [str(identity.get(name, "")) for name in ("config_sha256", "weights_sha256")]
     if not all(digests):
         return None

@@ -8,21 +8,21 @@ from importlib import import_module
 from pipeline.stage import Stage
 
 MODULES = {
-    "index": "stages.index",
-    "extract": "stages.extract",
-    "kmeans": "stages.kmeans",
-    "import-weights": "stages.import_weights",
-    "train-tokenizer": "stages.train_tokenizer",
-    "train-discriminator": "stages.train_discriminator",
-    "finetune-decoder": "stages.finetune_decoder",
-    "pretokenize": "stages.pretokenize",
-    "train-generator": "stages.train_generator",
-    "sample": "stages.sample",
-    "decode": "stages.decode",
-    "generate": "stages.generate",
-    "train-classifier": "stages.train_classifier",
-    "score": "stages.score",
-    "probe": "stages.probe",
+    "index": "stages.images.index",
+    "extract": "stages.codes.extract",
+    "kmeans": "stages.codes.kmeans",
+    "import-weights": "stages.weights.import_weights",
+    "train-tokenizer": "stages.training.train_tokenizer",
+    "train-discriminator": "stages.training.train_discriminator",
+    "finetune-decoder": "stages.training.finetune_decoder",
+    "pretokenize": "stages.codes.pretokenize",
+    "train-generator": "stages.training.train_generator",
+    "sample": "stages.sampling.sample",
+    "decode": "stages.sampling.decode",
+    "generate": "stages.sampling.generate",
+    "train-classifier": "stages.training.train_classifier",
+    "score": "stages.scoring.score",
+    "probe": "stages.training.probe",
 }
 
 

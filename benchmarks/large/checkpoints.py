@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.large import Measured, Row
 from models.generators.config import RarConfig
-from models.generators.rar_memory import parameters
+from models.generators.rar.memory import parameters
 from pipeline.draft import Draft, Request
 from stages.training import checkpoints
 from stages.training.saver import pause_after

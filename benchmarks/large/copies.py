@@ -9,8 +9,8 @@ import numpy as np
 
 from benchmarks.large import Measured, Row
 from benchmarks.large.synthetic import CODES, IMAGES, TOKENS, token_set
-from stages.score import blocks_of
 from stages.scoring.figures import copies
+from stages.scoring.score import blocks_of
 
 SAMPLES, COPIED = 50_000, 100
 

@@ -10,7 +10,8 @@ import numpy as np
 from benchmarks.large import Measured, Row
 from benchmarks.large.synthetic import CLASSES, CODES, TOKENS
 from models.logistic import StreamedLogistic
-from stages.probe import BATCH, RATE, ProbeConfig, parts
+from stages.training.config import ProbeConfig
+from stages.training.probe import BATCH, RATE, parts
 
 ROWS = 200_000
 

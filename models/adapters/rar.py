@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.adapters.layout import ANY, Difference, LayoutError, Shape, compare, shapes
 from models.generators.config import SIZES, SPARE_POSITIONS, RarConfig
-from models.generators.rar import Rar
+from models.generators.rar.network import Rar
 
 # Rank of each tensor that the sizes are read from.
 TELLING = {

@@ -88,11 +88,11 @@ class UniformConfig(Config):
 
 GeneratorConfig = Annotated[RarConfig | HistogramConfig | UniformConfig, Field(discriminator="kind")]
 
-TRAINING_BYTES: dict[str, str] = {"rar": "models.generators.rar_memory:training_bytes"}
+TRAINING_BYTES: dict[str, str] = {"rar": "models.generators.rar.memory:training_bytes"}
 """What a training takes, of those that are trained by gradient: functions without torch."""
 
 BUILDERS: dict[str, str] = {
-    "rar": "models.generators.rar:Rar",
+    "rar": "models.generators.rar.network:Rar",
     "histogram": "models.generators.histogram:Histogram",
     "uniform": "models.generators.uniform:Uniform",
 }

@@ -23,27 +23,15 @@ from pipeline.runtime import Runtime
 from pipeline.shards import unit_name
 from pipeline.stage import Inputs
 from stages.devices import pick_device, threads
-from stages.image_files import Pictures, open_pictures
-from stages.networks import NetworkFile
-from stages.perceptual import load_lpips
-from stages.scoring.protocol import ScoreConfig
+from stages.images.image_files import Pictures, open_pictures
+from stages.scoring.protocol import CLASSIFIER, INCEPTION, PYTORCH_FID, ExtractorFile, ScoreConfig
+from stages.weights.networks import NetworkFile
+from stages.weights.perceptual import load_lpips
 
 if TYPE_CHECKING:
     from stages.scoring.figures import Features
 
-CLASSIFIER, INCEPTION = "smalti-classifier", "inception-v3-compat"  # names in torch-fidelity's registry
-PYTORCH_FID = "smalti-inception-pytorch-fid"
 PARTS = ("features", "logits")
-
-
-@dataclass(frozen=True)
-class ExtractorFile:
-    """Which extractor, with which weights, on which device; picklable."""
-
-    name: str
-    device: str
-    classifier: NetworkFile | None = None
-    weights: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from torch_fidelity.utils import create_feature_extractor
 from pipeline.kept import kept
 from pipeline.keys import sha256
 from stages.devices import pick_device
-from stages.networks import NetworkFile, load_classifier
-from stages.places import INCEPTION as WEIGHTS
-from stages.scoring.extraction import CLASSIFIER, INCEPTION, PYTORCH_FID, ExtractorFile
+from stages.scoring.protocol import CLASSIFIER, INCEPTION, PYTORCH_FID, ExtractorFile
+from stages.weights.networks import NetworkFile, load_classifier
+from stages.weights.places import INCEPTION as WEIGHTS
 
 INCEPTION_LAYERS = ["2048", "logits_unbiased"]
 LAYERS = {CLASSIFIER: ["features", "logits"], INCEPTION: INCEPTION_LAYERS, PYTORCH_FID: INCEPTION_LAYERS}

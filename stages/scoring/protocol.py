@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -15,14 +17,26 @@ from pipeline.keys import NEUTRAL
 from pipeline.known import Facts, Known, KnownInputs
 from pipeline.stage import Inputs
 from smalti.counting import counted
-from stages.image_files import Pictures
-from stages.networks import read_classifier_config
+from stages.images.image_files import Pictures
+from stages.weights.networks import NetworkFile, read_classifier_config
 
+CLASSIFIER, INCEPTION = "smalti-classifier", "inception-v3-compat"  # names in torch-fidelity's registry
+PYTORCH_FID = "smalti-inception-pytorch-fid"
 INCEPTION_FEATURES = 2048
 SEEN = ("images", "reference", "training-images")
 OF_PAIRS = ("ssim", "lpips")
 Figure = Literal["ssim", "lpips", "usage"]
 Resize = Literal["torch-fidelity", "pytorch-fid"]
+
+
+@dataclass(frozen=True)
+class ExtractorFile:
+    """Which extractor, with which weights, on which device; picklable."""
+
+    name: str
+    device: str
+    classifier: NetworkFile | None = None
+    weights: Path | None = None
 
 
 class ScoreConfig(Config):

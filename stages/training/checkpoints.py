@@ -15,7 +15,7 @@ from torch import Tensor
 from models.adapters.layout import compare, how_many, shapes, table
 from pipeline.draft import SCRATCH, Draft
 from pipeline.errors import CorruptError, NumericError
-from stages.weights import write_tensors
+from stages.weights.files import write_tensors
 
 KEEP = 2  # the last ones; an older one helps nobody but costs disk
 PREFIX = "checkpoint-"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,11 +10,9 @@ from torch import Tensor
 
 from models.classifiers.config import BUILDERS
 from models.registry import build
+from stages.training.config import TrainClassifierConfig
 from stages.training.images import TrainingImages, mean_figure, unit_pixels
 from stages.training.task import Batch, Losses, Modules, Part, Task
-
-if TYPE_CHECKING:
-    from stages.train_classifier import TrainClassifierConfig
 
 PART = "classifier"
 

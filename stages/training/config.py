@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from models.losses.config import AdversarialConfig, DiscriminatorConfig, LossConfig, ReconstructionConfig
+from models.autoencoders.config import ConvolutionalConfig
+from models.classifiers.config import ClassifierConfig, ConvolutionalClassifierConfig
+from models.generators.config import GeneratorConfig, RarConfig
+from models.losses.config import (
+    AdversarialConfig,
+    DiscriminationConfig,
+    DiscriminatorConfig,
+    LossConfig,
+    ReconstructionConfig,
+)
+from models.quantizers.config import VectorConfig
+from models.sampling.config import SamplingConfig
 from models.schedules import warmup_cosine
+from models.tokenizer_config import TokenizerConfig
 from pipeline.config import Config
 from pipeline.images import Views
 from pipeline.images.views import ShiftViews
@@ -212,6 +225,192 @@ class TokenizerLearning(ReconstructionTraining):
         if self.adversarial is not None:
             check_sees(self.adversarial.discriminator, self.views.size)
         return self
+
+
+SMALL_TOKENIZER = TokenizerConfig(
+    autoencoder=ConvolutionalConfig(widths=(16, 32, 96), pixel_range="0..1"),
+    quantizer=VectorConfig(codes=256, weight=0.1, revive_every=20, revive_until=560),
+)
+
+
+class TrainTokenizerConfig(TokenizerLearning):
+    """A network, its loss, the views under which it sees the images, and a budget. The defaults suit 32-pixel images."""
+
+    model: TokenizerConfig = Field(default=SMALL_TOKENIZER, description="the tokenizer")
+    training: CutTraining = Field(
+        default=TrainingConfig(
+            steps=800,
+            batch=32,
+            optimizer=AdamW(learning_rate=5e-3, weight_decay=0.01),
+            schedule=OneCycle(rise=0.25, end=1e-3),
+        ),
+        description="budget and optimizer",
+    )
+
+    @model_validator(mode="after")
+    def _views_divide_into_codes(self) -> TrainTokenizerConfig:
+        self.model.grid(self.views.size, self.views.size)
+        return self
+
+
+class FinetuneDecoderConfig(TokenizerLearning):
+    """A loss, the views under which the images are seen, and a budget. The defaults suit 32-pixel images."""
+
+    training: CutTraining = Field(
+        default=TrainingConfig(
+            steps=400, batch=32, optimizer=AdamW(learning_rate=5e-4), schedule=WarmupCosine(warmup=20)
+        ),
+        description="budget and optimizer",
+    )
+
+
+class TrainDiscriminatorConfig(ReconstructionTraining):
+    """A discriminator, the views under which it sees the images, and a budget. The defaults suit 32-pixel images."""
+
+    adversarial: DiscriminationConfig = Field(
+        default=DiscriminationConfig(), description="the discriminator and its loss"
+    )
+    training: CutTraining = Field(
+        default=TrainingConfig(steps=400, batch=32, optimizer=AdamW(learning_rate=1e-4, betas=(0.5, 0.9))),
+        description="budget and optimizer",
+    )
+
+    @model_validator(mode="after")
+    def _discriminator_sees_the_views(self) -> TrainDiscriminatorConfig:
+        check_sees(self.adversarial.discriminator, self.views.size)
+        return self
+
+
+SMALL_RAR = RarConfig(width=128, layers=4, heads=4, mlp_width=512, dropout=0.0, attention_dropout=0.0)
+
+
+class OrdersConfig(Config):
+    """When the order of the codes is random: always before step `start`, less and less until `end`, then never.
+
+    Networks that know no orders ignore it; start = end = 0 is raster order throughout.
+    """
+
+    start: int = Field(default=0, ge=0, description="step at which raster orders begin")
+    end: int = Field(default=320, ge=0, description="step from which on all orders are raster")
+
+    @model_validator(mode="after")
+    def _ends_after_its_start(self) -> OrdersConfig:
+        if self.end < self.start:
+            raise ValueError(f"end {self.end} must not come before start {self.start}")
+        return self
+
+
+class SamplesConfig(Config):
+    """Samples to look at on the way, as grids of images in the log. They leave no trace in the weights."""
+
+    every: int = Field(default=5000, ge=1, description="steps between two grids")
+    images: int = Field(default=20, ge=1, le=100, description="samples of a grid, the same ones each time")
+    classes: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None, strict=False, min_length=1, description="their classes, in turn; null: all classes in turn"
+    )
+    sampling: SamplingConfig = Field(
+        default=SamplingConfig.model_validate({}), description="guidance, temperature, top-k, top-p, greedy"
+    )
+
+
+class TrainGeneratorConfig(Config):
+    """A network, the annealing of its orders, and a budget. The defaults suit 16 codes of a small codebook."""
+
+    model: GeneratorConfig = Field(
+        default=SMALL_RAR, description="the network; counts of codes and classes are the data's"
+    )
+    orders: OrdersConfig = Field(default=OrdersConfig(), description="share of random orders over the steps")
+    rows_per_pass: int = Field(default=64, ge=1, description="rows that go through the network together in evaluations")
+    training: TrainingConfig = Field(
+        default=TrainingConfig(
+            steps=800,
+            optimizer=AdamW(learning_rate=4e-3, betas=(0.9, 0.96), weight_decay=0.03),
+            schedule=WarmupCosine(warmup=40),
+        ),
+        description="budget and optimizer; generators that only count ignore it",
+    )
+    checkpoints_activations: bool = Field(
+        default=False,
+        json_schema_extra=NEUTRAL,
+        description="compute each block again in the backward pass instead of keeping its activations: less memory",
+    )
+    compiles: bool = Field(
+        default=False,
+        json_schema_extra=NEUTRAL,
+        description="compile the blocks by torch.compile, which needs a C++ compiler on the CPU: faster, later",
+    )
+    samples: SamplesConfig | None = Field(
+        default=None,
+        json_schema_extra=NEUTRAL,
+        description="grids of samples in log/ on the way, by the input tokenizer; null: none",
+    )
+
+    @property
+    def is_settled(self) -> bool:
+        return self.training.rows_per_pass != AUTO
+
+
+SHIFTS: dict[str, Any] = {"kind": "shifts", "pixels": 2}
+
+
+class TrainClassifierConfig(Config):
+    """A network, the views under which it sees the images, and a budget."""
+
+    model: ClassifierConfig = Field(default=ConvolutionalClassifierConfig(), description="the network")
+    views: Views | None = Field(
+        default=None,
+        description="views to train on; the upright one is judged; null: shifts of up to 2 pixels, at the images' own size",
+    )
+    smoothing: float = Field(default=0.05, ge=0, lt=1, description="label smoothing of the cross entropy")
+    rows_per_pass: int = Field(
+        default=64, ge=1, description="images that go through the network together when it is judged"
+    )
+    training: CutTraining = Field(
+        default=TrainingConfig(
+            steps=340,
+            optimizer=AdamW(learning_rate=3e-3, weight_decay=0.01),
+            schedule=OneCycle(rise=0.25, end=1e-3),
+        ),
+        description="budget and optimizer",
+    )
+
+    @field_validator("views", mode="before")
+    @classmethod
+    def _are_shifts_unless_named(cls, views: Any) -> Any:
+        return {**SHIFTS, **views} if isinstance(views, Mapping) and "kind" not in views else views
+
+    @model_validator(mode="after")
+    def _views_fit_the_network(self) -> TrainClassifierConfig:
+        if self.views is not None and self.model.image_size not in (None, self.views.size):
+            raise ValueError(f"views.size is {self.views.size}, but model.image_size is {self.model.image_size}")
+        return self
+
+    @property
+    def is_settled(self) -> bool:
+        return None not in (self.model.classes, self.model.image_size, self.views)
+
+    @property
+    def seen(self) -> Views:
+        """The views, once the images have told their size."""
+        return self.views or ShiftViews(size=self.model.pixels, **SHIFTS)
+
+
+class ProbeConfig(Config):
+    """What the linear model sees, and how it is fitted."""
+
+    inputs: Literal["one-hot", "centroids"] = Field(
+        default="one-hot", description="each position's code as one of K, or as its centroid (needs a codebook)"
+    )
+    inverse_penalty: float = Field(default=1.0, gt=0, description="C of the logistic regression: smaller is smoother")
+    iterations: int = Field(default=500, ge=1, description="steps of L-BFGS at most")
+    passes: int = Field(
+        default=10,
+        ge=1,
+        json_schema_extra=NEUTRAL,
+        description="passes over the rows, where the weights are too many for L-BFGS",
+    )
+    max_rows: int = Field(default=200_000, ge=2, description="training rows; of more, those of the smallest hash")
+    seed: int = Field(default=0, ge=0, lt=2**53, description="seed of the choice of rows")
 
 
 def _cosine(start: float, end: float, share: float) -> float:

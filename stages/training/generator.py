@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +13,12 @@ from models.generators.config import BUILDERS
 from models.generators.orders import draw_drops, draw_orders, raster
 from models.registry import build
 from models.schedules import random_ratio
-from stages.networks import GeneratorCard, NetworkFile
+from stages.training.config import TrainGeneratorConfig
 from stages.training.draws import rows_of_step, stream
 from stages.training.samples import draw_samples
 from stages.training.task import Batch, Losses, Modules, Part, Task, is_matrix
 from stages.training.tokens import TrainingTokens
-
-if TYPE_CHECKING:
-    from stages.train_generator import TrainGeneratorConfig
+from stages.weights.networks import GeneratorCard, NetworkFile
 
 # B rows of a global batch, P rows of this process's share, T tokens
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from models.tokenizer import Tokenizer, to_bytes
 from pipeline.keys import canonical_bytes, config_value
-from stages.passes import to_images
-from stages.pictures import grid_png, interleave
+from stages.images.passes import to_images
+from stages.images.pictures import grid_png, interleave
 from stages.training.config import ReconstructionsConfig
 from stages.training.images import TrainingImages
 from stages.training.replicas import Replicas

@@ -14,7 +14,7 @@ from pipeline.images import ImageSet, ViewPolicy
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs
 from smalti.counting import counted
-from stages.passes import to_images
+from stages.images.passes import to_images
 from stages.training.draws import stream
 from stages.training.inputs import HELD_OUT
 from stages.training.replicas import Replicas

@@ -15,15 +15,15 @@ from pipeline.artifact import Artifact
 from pipeline.draft import Draft
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs
-from stages.discriminators import DISCRIMINATOR, build_adversary
-from stages.networks import read_tokenizer_config
-from stages.perceptual import PERCEPTUAL, load_lpips
 from stages.training.config import AdversaryConfig, ReconstructionTraining, TokenizerLearning
 from stages.training.engine import Outcome, train
 from stages.training.images import open_images
 from stages.training.inputs import given
 from stages.training.tokenizer import Learns, Players, TokenizerTask
-from stages.weights import fill, load_weights
+from stages.weights.discriminators import DISCRIMINATOR, build_adversary
+from stages.weights.files import fill, load_weights
+from stages.weights.networks import read_tokenizer_config
+from stages.weights.perceptual import PERCEPTUAL, load_lpips
 
 
 def train_with_loss(

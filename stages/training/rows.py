@@ -7,19 +7,16 @@ resumed drafts agree.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from models.generators.config import TRAINING_BYTES
 from pipeline import ranks
 from pipeline.errors import MemoryExhausted
 from smalti.counting import counted
 from stages.devices import free_bytes, pick_device
-from stages.training.config import TrainingConfig
+from stages.training.config import TrainGeneratorConfig, TrainingConfig
 from stages.training.draws import passes_of
-
-if TYPE_CHECKING:
-    from stages.networks import GeneratorCard
-    from stages.train_generator import TrainGeneratorConfig
+from stages.weights.networks import GeneratorCard
 
 PASS_BYTES = 16e9  # of activations: RAR-B, or L with half the rows, then trains on a device of 24 GB
 SURE = 0.85  # of an estimate: what lies above free memory even so does not fit

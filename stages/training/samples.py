@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +11,10 @@ from models.sampling.loop import sample
 from models.tokenizer import to_bytes
 from pipeline.errors import NumericError
 from pipeline.keys import canonical_bytes, config_value
-from stages.networks import GeneratorCard, NetworkFile, load_tokenizer
-from stages.pictures import grid_png
+from stages.images.pictures import grid_png
+from stages.training.config import SamplesConfig
 from stages.training.replicas import Replicas
-
-if TYPE_CHECKING:
-    from stages.train_generator import SamplesConfig
+from stages.weights.networks import GeneratorCard, NetworkFile, load_tokenizer
 
 SEED = 0
 

@@ -15,7 +15,7 @@ from pipeline.artifact import Artifact
 from pipeline.errors import CorruptError
 from smalti.attributes import TokenAttributes
 from smalti.tokens import TokenSet, open_tokens
-from stages.identity import check_same_tokenizer
+from stages.weights.identity import check_same_tokenizer
 
 # N rows (image, crop) of all sets, T tokens, R rows that are asked for
 

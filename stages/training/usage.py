@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pipeline.draft import SCRATCH, Draft
-from stages.code_usage import CodeUsage
-from stages.passes import to_images
+from stages.codes.code_usage import CodeUsage
+from stages.images.passes import to_images
 from stages.training.images import TrainingImages
 from stages.training.replicas import Replicas
 

@@ -18,7 +18,7 @@ from pipeline.durable import hash_file
 from pipeline.outside import open_outside
 from pipeline.store import Store
 from smalti import create_tokens
-from stages.identity import tokenizer_identity
+from stages.weights.identity import tokenizer_identity
 
 RECIPE = """
 title: a generator of codes from elsewhere

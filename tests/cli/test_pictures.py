@@ -14,11 +14,11 @@ from typer.testing import CliRunner, Result
 
 from cli.main import app
 from models.generators.config import RarConfig
-from models.generators.rar import Rar
+from models.generators.rar.network import Rar
 from pipeline.store import Store
 from smalti.arrays import MappedArray
 from smalti.tokens import open_tokens
-from stages.places import PUBLISHED
+from stages.weights.places import PUBLISHED
 from tests.hub import Hub
 
 MASKGIT = Path(__file__).parents[1] / "golden" / "rar" / "maskgit_vqgan.safetensors"

@@ -21,7 +21,7 @@ from pipeline.recipe import load_recipe, parse_yaml, put_setting, recipe_schema
 from pipeline.settings import REQUIRED, settings_of, value_at
 from pipeline.store import Store
 from stages import stages
-from stages.image_sizes import check_step_sizes
+from stages.images.image_sizes import check_step_sizes
 
 COMMANDS = typer.main.get_command(cli.main.app).commands  # type: ignore[attr-defined]
 SCHEMA = recipe_schema(stages())

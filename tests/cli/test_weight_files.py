@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from cli.main import app
 from models.generators.config import RarConfig
-from models.generators.rar import Rar
+from models.generators.rar.network import Rar
 from pipeline.store import Store
 from smalti.tokens import open_tokens
 from tests.hub import Hub

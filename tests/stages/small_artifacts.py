@@ -25,10 +25,10 @@ from pipeline.draft import Draft, Request
 from pipeline.keys import config_value, sha256
 from pipeline.store import Store
 from smalti.attributes import TokenAttributes
-from stages.identity import tokenizer_identity
-from stages.image_files import ImageLayout, write_labels_and_metadata
-from stages.token_files import TokenLayout, write_labels_and_cards
-from stages.weights import save_weights
+from stages.codes.token_files import TokenLayout, write_labels_and_cards
+from stages.images.image_files import ImageLayout, write_labels_and_metadata
+from stages.weights.files import save_weights
+from stages.weights.identity import tokenizer_identity
 
 CLASSES, CODES, GRID, SIZE = 3, 8, (2, 2), 16
 

@@ -12,7 +12,7 @@ import torch
 from models.adapters.layout import LayoutError
 from models.adapters.rar import recognise
 from models.generators.config import SIZES, RarConfig
-from models.generators.rar import Rar
+from models.generators.rar.network import Rar
 
 LAYOUT = json.loads((Path(__file__).parents[2] / "golden" / "rar" / "official_layout.json").read_text())["rar"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from models.generators import rar_decoder
+from models.generators.rar import decoder as rar_decoder
 
 
 @pytest.fixture(params=["compiled", "torch"])

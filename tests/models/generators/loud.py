@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from models.generators.rar import Rar
+from models.generators.rar.network import Rar
 
 PUBLISHED = Rar.initialise
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from models.generators.config import BUILDERS, SIZES, RarConfig
-from models.generators.rar import Rar
+from models.generators.rar.network import Rar
 from models.registry import build
 
 NUMBERS = {"width": 8, "layers": 1, "heads": 2, "mlp_width": 16}

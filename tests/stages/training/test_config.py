@@ -10,9 +10,14 @@ import pytest
 
 from pipeline.config import parse_config
 from pipeline.errors import UsageError
-from stages.train_classifier import TrainClassifierConfig
-from stages.train_generator import TrainGeneratorConfig
-from stages.training.config import Constant, OneCycle, TrainingConfig, WarmupCosine
+from stages.training.config import (
+    Constant,
+    OneCycle,
+    TrainClassifierConfig,
+    TrainGeneratorConfig,
+    TrainingConfig,
+    WarmupCosine,
+)
 
 SCHEDULES = Path(__file__).parents[2] / "golden/rar/schedules.json"
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from models.generators.rar import Block, Rar
+from models.generators.rar.network import Block, Rar
 from pipeline.artifact import Artifact
 from pipeline.errors import CorruptError, NumericError, UsageError
 from pipeline.store import Store
 from stages.training.generator import GeneratorTask
-from stages.weights import load_weights
+from stages.weights.files import load_weights
 from tests.models.generators.loud import initialise_loud
 from tests.stages.conformance import run_stage
 from tests.stages.small_artifacts import CLASSES, CODES, made, token_artifact, tokenizer_artifact
@@ -220,7 +220,7 @@ def test_compiled_blocks_learn_the_same(tokens: Artifact, tmp_path: Path, monkey
 
 def test_settings_without_these_switches_keep_their_key(store: Store) -> None:
     from pipeline.keys import config_value
-    from stages.train_generator import TrainGeneratorConfig
+    from stages.training.config import TrainGeneratorConfig
 
     assert set(config_value(TrainGeneratorConfig())) == {"model", "orders", "rows_per_pass", "training"}
 

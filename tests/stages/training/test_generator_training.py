@@ -14,12 +14,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from models.generators.rar import Rar
+from models.generators.rar.network import Rar
 from pipeline.artifact import Artifact
 from pipeline.store import Store
 from stages.training.generator import GeneratorTask
 from stages.training.task import Batch
-from stages.weights import load_weights
+from stages.weights.files import load_weights
 from tests.models.generators.loud import initialise_loud
 from tests.stages.conformance import check_same_bytes, run_stage
 from tests.stages.small_artifacts import CLASSES, CODES, token_artifact, tokenizer_artifact

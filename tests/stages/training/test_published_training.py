@@ -25,7 +25,7 @@ from models.registry import build
 from models.tokenizer import Tokenizer
 from pipeline.recipe import load_recipe
 from stages import stages
-from stages.train_tokenizer import TrainTokenizerConfig
+from stages.training.config import TrainTokenizerConfig
 from stages.training.engine import Trainer
 from stages.training.replicas import Replicas
 from stages.training.running import Running

@@ -20,9 +20,10 @@ from pipeline.errors import MemoryExhausted
 from pipeline.recipe import load_recipe
 from pipeline.store import Store
 from stages import stages as all_stages
-from stages.networks import GeneratorCard
-from stages.train_generator import TrainGeneratorConfig, settle
+from stages.training.config import TrainGeneratorConfig
 from stages.training.rows import needed_bytes, refuse_rows, settle_rows
+from stages.training.train_generator import settle
+from stages.weights.networks import GeneratorCard
 from tests.stages.small_artifacts import token_artifact, tokenizer_artifact
 
 ROOT = Path(__file__).parents[3]
@@ -32,7 +33,7 @@ MEASURE = r"""
 import re, sys, torch
 from pathlib import Path
 from models.generators.config import RarConfig
-from models.generators.rar import Rar
+from models.generators.rar.network import Rar
 from models.generators.orders import raster
 
 def step(config, rows, *, tokens, **counts):

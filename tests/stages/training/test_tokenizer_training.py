@@ -17,7 +17,7 @@ from pipeline.errors import NumericError, SmaltiError
 from pipeline.store import Store
 from stages.training.task import Batch
 from stages.training.tokenizer import TokenizerTask
-from stages.weights import load_weights
+from stages.weights.files import load_weights
 from tests.stages.conformance import check_same_bytes, draw_folder, index_folder, run_stage
 from tests.two_processes import die, run_two
 

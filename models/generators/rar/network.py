@@ -1,0 +1,185 @@
+"""RAR, the randomised autoregressive generator (arXiv 2411.00776), under its published parameter names.
+
+The sequence is [cls, condition, code, code, ...]; codes come in a given order, and each position knows where it is
+(`pos_embed`) and which position it has to predict (`target_aware_pos_embed`). Every block is modulated by class and
+step. Sampling with a cache is in `decoder`.
+
+B rows, T tokens of an image, N codes that are given (0..T), J = N + 2 positions, D width, K codes, C classes,
+U labels that modulations are computed for, M the width of a block's modulations (6D; 2D at the head)
+Ids of the one embedding table: 0..K-1 codes, K unused, K+1+c class c, K+1+C no class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.generators.config import SPARE_POSITIONS, SPARE_STEPS, RarConfig
+from models.generators.rar.decoder import RarDecoder, sampling_bytes
+from models.layers.attention import CausalSelfAttention
+from models.layers.mlp import Mlp
+from models.layers.modulation import modulate, modulation
+
+EPS = 1e-6
+INIT_STD = 0.02
+UNDECAYED = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma", "embed")
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after a LayerNorm with its own affine, a modulation, and a gate."""
+
+    def __init__(self, config: RarConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=EPS)
+        self.attn = CausalSelfAttention(
+            config.width,
+            config.heads,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+            eps=EPS,
+        )
+        self.norm2 = nn.LayerNorm(config.width, eps=EPS)
+        self.mlp = Mlp(config.width, config.mlp_width, dropout=config.dropout)
+        self.adaLN_modulation = modulation(config.width, 6)
+
+    def forward(self, x_BJD: Tensor, activated_UJD: Tensor, picks_B: Tensor | slice) -> Tensor:
+        modulations_BJM = self.adaLN_modulation(activated_UJD)[picks_B]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulations_BJM.chunk(6, dim=-1)
+        x_BJD = x_BJD + gate1 * self.attn(modulate(self.norm1(x_BJD), scale=scale1, shift=shift1))
+        return x_BJD + gate2 * self.mlp(modulate(self.norm2(x_BJD), scale=scale2, shift=shift2))
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm without affine, then a modulation whose scale comes first and shift second (unlike the blocks)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=EPS, elementwise_affine=False)
+        self.adaLN_modulation = modulation(width, 2)
+
+    def forward(self, x_BJD: Tensor, activated_UJD: Tensor, picks_B: Tensor | slice) -> Tensor:
+        modulations_BJM = self.adaLN_modulation(activated_UJD)[picks_B]
+        scale, shift = modulations_BJM.chunk(2, dim=-1)
+        return modulate(self.norm(x_BJD), scale=scale, shift=shift)
+
+
+class Rar(nn.Module):
+    """The network. `checkpoint_blocks = True` trades a second forward pass of each block for its activations."""
+
+    def __init__(self, config: RarConfig, *, codes: int, tokens: int, classes: int):
+        """codes: size K of the vocabulary; tokens: T per image; classes: C, at least 1."""
+        super().__init__()
+        self.config, self.codes, self.tokens, self.classes = config, codes, tokens, classes
+        self.checkpoint_blocks = False
+        width = config.width
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.embeddings = nn.Embedding(codes + classes + 2, width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens + SPARE_POSITIONS, width))
+        self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, tokens + SPARE_POSITIONS, width))
+        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, tokens + SPARE_STEPS, width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.adaln_before_head = HeadNorm(width)
+        self.lm_head = nn.Linear(width, codes)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Draw fresh parameters from torch's default generator.
+
+        | tensor                               | distribution                | std   |
+        |--------------------------------------|-----------------------------|-------|
+        | cls_token, every bias                | zeros                       |       |
+        | LayerNorm weights                    | ones                        |       |
+        | adaLN weights, head's included       | zeros                       |       |
+        | other linear weights, lm_head        | normal, cut at +-2          | 0.02  |
+        | embeddings: codes, classes, no class | normal, cut at +-2          | 0.02  |
+        | both position tables                 | normal, cut at +-2          | 0.02  |
+        | timesteps_embeddings                 | normal, cut at +-2          | 0.02  |
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                (nn.init.zeros_ if "adaLN_modulation" in name else _cut_normal)(module.weight)
+                nn.init.zeros_(module.bias)
+        for table in (self.embeddings.weight, self.pos_embed, self.target_aware_pos_embed, self.timesteps_embeddings):
+            _cut_normal(table)
+
+    def loss(
+        self, codes_BT: Tensor, labels_B: Tensor, orders_BT: Tensor, dropped_B: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross entropy over all B*T predictions, and {"correct": share of argmax hits}.
+
+        codes_BT: raster codes in 0..K-1; labels_B in 0..C-1; orders_BT: a permutation of 0..T-1 per row;
+        dropped_B: booleans, True where the label is withheld. All integers int64.
+        """
+        shuffled_BT = codes_BT.gather(1, orders_BT)
+        labels_B = torch.where(dropped_B, self.classes, labels_B)
+        logits_BTK = self(shuffled_BT[:, :-1], labels_B, orders_BT).float()
+        loss = F.cross_entropy(logits_BTK.flatten(0, 1), shuffled_BT.flatten())
+        correct = (logits_BTK.detach().argmax(-1) == shuffled_BT).float().mean()
+        return loss, {"correct": correct}
+
+    def forward(self, shuffled_BN: Tensor, labels_B: Tensor, orders_BT: Tensor) -> Tensor:
+        """Logits (B, N + 1, K) of steps 0..N, given the first N codes in generation order (N in 0..T).
+
+        labels_B in 0..C, where C stands for no class.
+        """
+        x_BJD = self.embed(shuffled_BN, labels_B, orders_BT)
+        distinct_U, picks_B = self.distinct(labels_B)
+        activated_UJD = F.silu(self.condition(distinct_U, positions=x_BJD.shape[1]))
+        for block in self.blocks:
+            if self.checkpoint_blocks and self.training:
+                x_BJD = checkpoint(block, x_BJD, activated_UJD, picks_B, use_reentrant=False)
+            else:
+                x_BJD = block(x_BJD, activated_UJD, picks_B)
+        return self.lm_head(self.adaln_before_head(x_BJD[:, 1:], activated_UJD[:, 1:], picks_B))
+
+    def embed(self, shuffled_BN: Tensor, labels_B: Tensor, orders_BT: Tensor) -> Tensor:
+        """Input of block 0, (B, N + 2, D): what a position holds, where it is, and where its target is."""
+        batch, given = shuffled_BN.shape
+        cls_B1D = self.cls_token.expand(batch, -1, -1)
+        ids_BJ = torch.cat([self.condition_ids(labels_B)[:, None], shuffled_BN], dim=1)
+        content_BJD = torch.cat([cls_B1D, self.embeddings(ids_BJ)], dim=1)
+        first_B2 = torch.arange(2, device=orders_BT.device).expand(batch, -1)
+        places_BJ = torch.cat([first_B2, 2 + orders_BT[:, :given]], dim=1)
+        target_BJD = F.embedding(2 + orders_BT[:, : given + 1], self.target_aware_pos_embed[0])
+        # Neither cls nor the last code predicts anything: they have no target row.
+        target_BJD = F.pad(target_BJD, (0, 0, 1, given + 1 - target_BJD.shape[1]))
+        return content_BJD + F.embedding(places_BJ, self.pos_embed[0]) + target_BJD
+
+    def distinct(self, labels_B: Tensor) -> tuple[Tensor, Tensor | slice]:
+        """Labels to compute modulations for, and which of them each row takes: every class once where there are fewer
+        of them than rows, else each row for itself. The choice is by sizes alone, so no step waits for the labels."""
+        if self.classes + 1 < len(labels_B):
+            return torch.arange(self.classes + 1, device=labels_B.device), labels_B
+        return labels_B, slice(None)
+
+    def condition(self, labels_B: Tensor, *, positions: int) -> Tensor:
+        """What modulates each position, (B, J, D): class embedding plus step embedding (steps are never permuted)."""
+        return self.embeddings(self.condition_ids(labels_B))[:, None] + self.timesteps_embeddings[:, :positions]
+
+    def condition_ids(self, labels_B: Tensor) -> Tensor:
+        return labels_B + self.codes + 1
+
+    def decoder(
+        self, *, rows: int, guided: bool, orders: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> RarDecoder:
+        """A sampler's view of these weights as they are now, for passes of `rows` samples (see `RarDecoder`)."""
+        return RarDecoder(self, rows=rows, guided=guided, orders=orders, dtype=dtype)
+
+    @staticmethod
+    def sampling_bytes(config: RarConfig, **asked: Any) -> int:
+        """Memory that sampling takes (see `decoder.sampling_bytes`)."""
+        return sampling_bytes(config, **asked)
+
+    @staticmethod
+    def decayed(name: str, parameter: Tensor) -> bool:
+        """Whether weight decay applies. By substrings, as the published training chose: hence `cls_token` decays, and
+        `adaln_before_head` does not, because its name happens to contain "ln"."""
+        return parameter.ndim >= 2 and not any(part in name for part in UNDECAYED)
+
+
+def _cut_normal(tensor: Tensor) -> None:
+    nn.init.trunc_normal_(tensor, std=INIT_STD)  # cut at +-2 absolute

@@ -1,0 +1,1 @@
+"""Codes: features, codebooks, and token sets made of images."""

@@ -1,0 +1,1 @@
+"""Images: image sets, and images as arrays."""

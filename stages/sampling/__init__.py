@@ -1,0 +1,1 @@
+"""Samples: codes drawn from a generator, and images decoded from codes."""

@@ -1,0 +1,65 @@
+"""How many samples to draw together: as many as are of use to the device, and as its free memory holds."""
+
+from __future__ import annotations
+
+from models.generators.config import BUILDERS
+from models.registry import load_class
+from pipeline.artifact import Artifact
+from pipeline.stage import Inputs, Proposal
+from stages.devices import free_bytes, pick_device, sharing
+from stages.sampling.config import GenerateConfig, SampleConfig
+from stages.weights.files import WEIGHTS
+from stages.weights.networks import GeneratorCard, read_card, read_tokenizer_config
+
+SHARE = 0.8  # of free memory: allocators keep blocks of their own, and others may want some too
+CPU_ROWS, DEVICE_ROWS = 64, 512  # rows beyond which a pass gains next to nothing per sample
+
+KEPT_LAYERS = 4  # results of layers that a decoder holds at a time: input, shortcut, normalised, output
+
+
+def propose_rows(config: SampleConfig, inputs: Inputs, device: str, processes: int, *, reserved: int = 0) -> Proposal:
+    """Rows for the generator among the inputs, when `processes` share the devices that `device` means.
+
+    reserved: bytes of each process that something else takes at the same time.
+    """
+    picked = pick_device(device)
+    free = max(0, free_bytes(picked) // sharing(picked, processes) - reserved)
+    card = read_card(inputs["generator"])
+    wanted = min(config.images, config.shard_images, CPU_ROWS if picked.type == "cpu" else DEVICE_ROWS)
+    choices = [wanted, *(2**power for power in reversed(range(wanted.bit_length())) if 2**power < wanted)]
+    fitting = [rows for rows in choices if needed_bytes(card, config, rows, picked.type) <= SHARE * free]
+    rows = fitting[0] if fitting else 1
+    needed = needed_bytes(card, config, rows, picked.type)
+    return Proposal(
+        rows, f"a pass of these takes about {needed / 1e9:.2g} GB of the {free / 1e9:.2g} GB free on {picked}"
+    )
+
+
+def propose_rows_beside_decoding(config: GenerateConfig, inputs: Inputs, device: str, processes: int) -> Proposal:
+    """The same where a pass is decoded while the next one is sampled."""
+    side = read_card(inputs["generator"]).grid[0]
+    reserved = decoding_bytes(inputs["tokenizer"], side, config.rows_per_decoding)
+    return propose_rows(config, inputs, device, processes, reserved=reserved)
+
+
+def decoding_bytes(tokenizer: Artifact, side: int, rows: int) -> int:
+    """Memory that decodes `rows` images of side x side codes: the weights, and what is widest, at full resolution."""
+    config = read_tokenizer_config(tokenizer)
+    pixels = (side * config.downsample) ** 2
+    return tokenizer.files[WEIGHTS].size + KEPT_LAYERS * 4 * rows * pixels * config.autoencoder.widths[0]
+
+
+def needed_bytes(card: GeneratorCard, config: SampleConfig, rows: int, device_type: str) -> int:
+    """Memory of one process that samples passes of `rows`: weights, what the sampler makes of them, cache, work."""
+    return int(
+        load_class(card.model, BUILDERS).sampling_bytes(
+            card.model,
+            codes=card.codes,
+            tokens=card.tokens,
+            classes=card.classes,
+            rows=rows,
+            guided=config.sampling.guided,
+            bytes_per_number=2 if config.precision == "bfloat16" else 4,
+            device_type=device_type,
+        )
+    )

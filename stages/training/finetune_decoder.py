@@ -1,0 +1,74 @@
+"""Training of a tokenizer's decoder alone: the codes stay as they are, so that token sets and generators keep their worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.draft import Draft
+from pipeline.known import Facts, KnownInputs
+from pipeline.runtime import Runtime
+from pipeline.stage import Inputs, read, stage
+from stages.codes.tokenizing import code_grid
+from stages.images.known_images import check_codes_fit
+from stages.training.config import (
+    FinetuneDecoderConfig,
+)
+from stages.training.inputs import IMAGES, START, WEIGHTS, check_images, check_known_start, check_start
+from stages.training.train_tokenizer import count_used, describe, where
+from stages.weights.files import config_json, save_weights
+from stages.weights.identity import CODES_OF, tokenizer_identity
+from stages.weights.networks import read_tokenizer_config
+
+
+def check_inputs(config: FinetuneDecoderConfig, inputs: Mapping[str, Any]) -> None:
+    """UsageError, before any image is read, where the views or a discriminator do not fit."""
+    check_start(config, inputs)
+    code_grid(inputs["tokenizer"], config.views.size)
+
+
+def foresee(config: FinetuneDecoderConfig, inputs: KnownInputs) -> Facts:
+    """The same codes as before."""
+    check_images(config, None, inputs)
+    check_known_start(config, inputs)
+    grid = check_codes_fit(config.views, inputs["tokenizer"], inputs)
+    return {**inputs["tokenizer"].only("tokenizer", "codes", "downsample"), "grid": grid, "pixels": config.views.size}
+
+
+@stage(
+    "finetune-decoder",
+    version=2,
+    config=FinetuneDecoderConfig,
+    reads=IMAGES | {"tokenizer": read("tokenizer", help="the tokenizer whose decoder is trained further")} | START,
+    writes="tokenizer",
+    trains=True,
+    check=check_inputs,
+    example="smalti finetune-decoder --images digits/rar/train-images --tokenizer digits/rar/tokenizer --training.steps 200",
+    externals=WEIGHTS,
+    digits_defaults=("views.size",),
+    foresees=foresee,
+)
+def finetune_decoder(config: FinetuneDecoderConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
+    """Train the decoder of a tokenizer further, with its encoder and its codebook frozen.
+
+    Writes a tokenizer with the codes of the given one: token sets of either may be decoded by both.
+    An interrupted training continues from its last checkpoint.
+    """
+    from stages.training.reconstruction import open_tokenizer, train_with_loss
+
+    parent = inputs["tokenizer"]
+    model = read_tokenizer_config(parent)
+    outcome = train_with_loss(
+        config,
+        inputs,
+        out,
+        run,
+        learns="decoder",
+        make=lambda: open_tokenizer(parent),
+        label="finetune-decoder",
+    )
+    used = count_used(outcome, out, run)
+    if outcome.is_first:
+        save_weights(out, outcome.task.tokenizer.state_dict(), config_json(model))
+        describe(out, outcome.task, outcome.figures["psnr"], used, where=where(inputs))
+        out.facts |= {CODES_OF: tokenizer_identity(parent)}

@@ -1,0 +1,127 @@
+"""Training of a classifier: the judge of image sets that no published network knows."""
+
+from __future__ import annotations
+
+from pipeline.artifact import Artifact
+from pipeline.draft import Draft
+from pipeline.errors import UsageError
+from pipeline.images import ImageSet
+from pipeline.known import Facts, KnownInputs
+from pipeline.runtime import Runtime
+from pipeline.stage import Inputs, read, stage
+from smalti.counting import counted
+from stages.images.known_images import NOT_YET, check_rgb, check_seen, common_pixels
+from stages.training.config import TrainClassifierConfig
+from stages.training.inputs import check_batch
+from stages.weights.files import config_json, save_weights
+
+HELD_OUT = "held-out"
+LEAST = 8  # the network halves the image three times
+
+
+def settle(config: TrainClassifierConfig, inputs: KnownInputs) -> TrainClassifierConfig:
+    """As many classes as the images have, and their size, where the config does not say others."""
+    images = inputs["images"]
+    classes = config.model.classes or images.get("classes")
+    pixels = config.views.size if config.views else config.model.image_size or common_pixels(images)
+    if pixels is None:
+        raise inputs.refusal(
+            f"has no views, and the images of {images.name} are not squares of one size: set views.size"
+        )
+    if pixels == NOT_YET:
+        return config.model_copy(update={"model": config.model.model_copy(update={"classes": classes})})
+    if pixels % LEAST:
+        raise inputs.refusal(
+            f"judges images of {pixels} pixels ({images.name}), but needs a multiple of {LEAST}",
+            hint="set views.size to one",
+        )
+    model = config.model.model_copy(update={"classes": classes, "image_size": pixels})
+    settled = config.model_copy(update={"model": model})
+    return settled.model_copy(update={"views": settled.seen})
+
+
+def foresee(config: TrainClassifierConfig, inputs: KnownInputs) -> Facts:
+    """A judge of the images' classes."""
+    images, classes = inputs["images"], config.model.classes
+    if images.get("classes") == 1:
+        raise inputs.refusal(f"learns to tell classes apart, but the images of {images.name} have no labels: one class")
+    if images.get("classes", classes) != classes:
+        raise inputs.refusal(
+            f"has model.classes {classes}, but {images.name} has {images.get('classes')} classes; leave model.classes out"
+        )
+    inputs.agree([images, *inputs.all(HELD_OUT)], "classes", "class_names")
+    if config.views:
+        check_seen(config.views, inputs, "images", HELD_OUT)
+    check_rgb(config.model, "model", inputs)
+    check_batch(config.training, inputs, images)
+    known = {"classes": classes, "pixels": config.model.image_size, "features": config.model.features}
+    return {name: fact for name, fact in known.items() if fact is not None}
+
+
+@stage(
+    "train-classifier",
+    version=2,
+    config=TrainClassifierConfig,
+    reads={
+        "images": read("image-set", help="labelled images to train on"),
+        HELD_OUT: read("image-set", help="labelled images to judge the accuracy on", optional=True),
+    },
+    writes="classifier",
+    trains=True,
+    foresees=foresee,
+    settles=settle,
+    example="smalti train-classifier --images digits/rar/train-images --held-out digits/rar/validation-images --training.seed 1",
+)
+def train_classifier(config: TrainClassifierConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
+    """Train a classifier of labelled images, whose features then serve to score generated ones.
+
+    Writes config.json and weights.safetensors. An interrupted training continues from its last checkpoint.
+    """
+    from stages.training.classifier import ClassifierTask
+    from stages.training.engine import train
+    from stages.training.images import open_images
+
+    for artifact in inputs.flat():
+        check_classes(config, artifact)
+    images, judged = open_images(inputs, run, views=config.seen, seed=config.training.seed)
+    outcome = train(
+        lambda device: ClassifierTask(config, images, judged, device),
+        config.training,
+        out,
+        run,
+        label="train-classifier",
+    )
+    if outcome.is_first:
+        save_weights(out, outcome.task.network.state_dict(), config_json(config.model))
+        describe(
+            out,
+            config,
+            outcome.figures["accuracy"],
+            images=len(images),
+            where=HELD_OUT if HELD_OUT in inputs else "training images",
+        )
+
+
+def check_classes(config: TrainClassifierConfig, artifact: Artifact) -> None:
+    """UsageError if the image set has other classes than the network."""
+    found = len(ImageSet.open(artifact.path).classes)
+    if found != config.model.classes:
+        raise UsageError(
+            f"model.classes is {config.model.classes}, but {artifact.name} has {counted(found, 'class')}",
+            path=artifact.path,
+            hint="leave model.classes out, and give images and held-out images of the same classes",
+        )
+    if found == 1:
+        raise UsageError(f"a judge tells classes apart, but the images of {artifact.name} have one", path=artifact.path)
+
+
+def describe(out: Draft, config: TrainClassifierConfig, accuracy: float, *, images: int, where: str) -> None:
+    out.facts = {
+        "accuracy": round(accuracy, 6),
+        "accuracy_on": where,
+        "classes": config.model.classes,
+        "features": config.model.features,
+        "image_size": config.model.image_size,
+        "images": images,
+    }
+    out.figure = f"{100 * accuracy:.1f} % on {where}"

@@ -1,0 +1,227 @@
+"""Training of a generator: it learns which codes follow which, from token sets alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from models.generators.config import BUILDERS
+from models.registry import build
+from pipeline.artifact import Artifact
+from pipeline.draft import Draft
+from pipeline.errors import CorruptError, InputError, UsageError
+from pipeline.keys import config_value
+from pipeline.known import Facts, KnownInputs
+from pipeline.runtime import Runtime
+from pipeline.stage import Inputs, read, stage
+from smalti.attributes import TokenAttributes
+from smalti.counting import counted
+from stages.codes.class_names import names_of_tokens
+from stages.codes.known_codes import can_be_guided, check_guidance, check_labels
+from stages.training.config import TrainGeneratorConfig
+from stages.training.inputs import check_batch
+from stages.training.rows import refuse_rows, settle_rows
+from stages.weights.files import save_weights
+from stages.weights.networks import GeneratorCard, NetworkFile, join_tokenizer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from stages.training.tokens import TrainingTokens
+
+HELD_OUT, TOKENIZER = "held-out", "tokenizer"
+
+
+COMPARED = {"codes": "a vocabulary of {}", "grid": "a grid of {} codes", "classes": "{} classes"}
+
+
+def check_inputs(config: TrainGeneratorConfig, inputs: Mapping[str, Artifact | list[Artifact]]) -> None:
+    """Before any data is read: all token sets have one vocabulary, length and number of classes, and samples can be drawn."""
+    sets = [one for name in ("tokens", HELD_OUT) for one in listed(inputs.get(name, []))]
+    if not listed(inputs.get("tokens", [])):
+        raise InputError("train-generator needs at least one token set", hint="give --tokens")
+    for other in sets[1:]:
+        for name, words in COMPARED.items():
+            found, wanted = other.facts.get(name), sets[0].facts.get(name)
+            if found != wanted:
+                raise CorruptError(
+                    f"{other.name} has {words.format(found)}, but {sets[0].name} has {wanted}: one generator cannot "
+                    "learn from both",
+                    path=other.path,
+                )
+    if (config.samples is None) != (TOKENIZER not in inputs):
+        lacking = f"the input {TOKENIZER}" if config.samples else "samples.every"
+        raise UsageError(
+            f"samples on the way need both a {TOKENIZER} and samples.every: give {lacking} too, or neither"
+        )
+    if not config.is_settled:
+        raise UsageError(
+            f"training.rows_per_pass is auto, but {sets[0].name} does not say its codes and grid",
+            hint="give training.rows_per_pass a number",
+        )
+    classes = sets[0].facts.get("classes")
+    for label in (config.samples and config.samples.classes) or ():
+        if classes is not None and label >= classes:
+            raise UsageError(f"samples.classes names class {label}, but {sets[0].name} knows 0 to {classes - 1}")
+
+
+def settle(config: TrainGeneratorConfig, inputs: KnownInputs) -> TrainGeneratorConfig:
+    """A number of rows for `training.rows_per_pass auto`, as soon as the codes are known."""
+    facts = inputs.all("tokens")[0] if inputs.all("tokens") else None
+    known = {name: facts.get(name) for name in ("codes", "grid", "classes")} if facts else {}
+    if config.is_settled or not known or None in (known["codes"], known["grid"]):
+        return config
+    rows, columns = known["grid"]
+    return settle_rows(config, codes=known["codes"], tokens=rows * columns, classes=known["classes"] or 1)
+
+
+CODES = ("tokenizer", "codes", "pixels", "grid", "classes", "class_names")
+
+
+def counts(config: TrainGeneratorConfig) -> bool:
+    """Whether the generator only counts codes, by a `fit` instead of a loss: its config says so."""
+    return getattr(config.model, "trained_by", "gradient") == "counting"
+
+
+def foresee(config: TrainGeneratorConfig, inputs: KnownInputs) -> Facts:
+    """All token sets are alike, and so is the tokenizer that shows samples, but for the size that it was made for."""
+    if not inputs.all("tokens"):
+        raise inputs.refusal("has no token set to learn from")
+    facts = inputs.agree([*inputs.all("tokens"), *inputs.all(HELD_OUT)], *CODES)
+    inputs.agree([inputs.all("tokens")[0], *inputs.all(TOKENIZER)], "tokenizer", "codes")
+    if (config.samples is None) != (TOKENIZER not in inputs):
+        raise inputs.refusal(
+            "shows samples on the way (samples), but reads no tokenizer"
+            if config.samples
+            else f"reads the tokenizer {inputs[TOKENIZER].name}, but shows no samples on the way: set samples.every"
+        )
+    known = {**inputs.all("tokens")[0].only("tokenizer"), **facts, "guidable": can_be_guided(config.model)}
+    if not counts(config):
+        check_batch(config.training, inputs, *inputs.all("tokens"))
+    if config.samples:
+        check_labels(config.samples.classes, known.get("classes"), inputs)
+        check_guidance(config.samples.sampling, inputs.name, known, inputs)
+    return known
+
+
+def listed(value: Artifact | list[Artifact]) -> list[Artifact]:
+    return value if isinstance(value, list) else [value]
+
+
+@stage(
+    "train-generator",
+    version=3,
+    config=TrainGeneratorConfig,
+    reads={
+        "tokens": read("token-set", help="codes to learn, of one or several token sets", many=True),
+        HELD_OUT: read("token-set", help="codes to measure the loss on", optional=True),
+        TOKENIZER: read("tokenizer", help="what makes images of samples on the way (samples)", optional=True),
+    },
+    writes="generator",
+    check=check_inputs,
+    foresees=foresee,
+    settles=settle,
+    trains=True,
+    example="smalti train-generator --tokens digits/rar/tokens --training.steps 800",
+    names={"samples.classes": names_of_tokens},
+)
+def train_generator(config: TrainGeneratorConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
+    """Train a generator on token sets; codebook, length and classes are those of the data.
+
+    Writes config.json and weights.safetensors. An interrupted training continues from its last checkpoint. With a
+    tokenizer and `samples`, grids of samples appear in the artifact's log/ on the way.
+    """
+    from stages.training.tokens import TrainingTokens
+
+    first = inputs.all("tokens")[0]
+    run.progress.say("  reading and checking the codes, building the network")
+    tokens = TrainingTokens(inputs.all("tokens"), like=first)
+    card = make_card(config, tokens.attributes)
+    if counts(config):
+        count(config, card, tokens, out)
+        return
+    held_out = TrainingTokens([inputs[HELD_OUT]], like=first) if HELD_OUT in inputs else None
+    tokenizer = known_tokenizer(card, first, next(iter(inputs.all(TOKENIZER)), None), run)
+    learn(config, card, tokens, held_out, tokenizer, out, run)
+
+
+def known_tokenizer(
+    card: GeneratorCard, first: Artifact, tokenizer: Artifact | None, run: Runtime
+) -> NetworkFile | None:
+    """Where the tokenizer lies, if there is one; CorruptError if the codes are another's."""
+    if tokenizer is None:
+        return None
+    join_tokenizer(card, tokenizer, what=first.name, path=first.path)
+    return NetworkFile.of(tokenizer, run.device)
+
+
+def make_card(config: TrainGeneratorConfig, attributes: TokenAttributes) -> GeneratorCard:
+    """What the artifact says of itself: the network, and the data that it was made for."""
+    return GeneratorCard(
+        model=config.model,
+        codes=attributes.codes,
+        classes=attributes.classes,
+        grid=attributes.grid,
+        class_names=attributes.class_names,
+        tokenizer={name: str(value) for name, value in attributes.tokenizer.items()},
+        resolution=attributes.resolution,
+    )
+
+
+def count(config: TrainGeneratorConfig, card: GeneratorCard, tokens: TrainingTokens, out: Draft) -> None:
+    """Fit a generator that needs one look at the data and no gradient."""
+    import torch
+
+    network = build(card.model, BUILDERS, codes=card.codes, tokens=card.tokens, classes=card.classes)
+    try:
+        network.fit((torch.from_numpy(codes_NT), torch.from_numpy(labels_N)) for codes_NT, labels_N in tokens.blocks())
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    save(out, network, card, {})
+    out.figure = f"counted {counted(len(tokens), 'code sequence')}"
+
+
+def learn(
+    config: TrainGeneratorConfig,
+    card: GeneratorCard,
+    tokens: TrainingTokens,
+    held_out: TrainingTokens | None,
+    tokenizer: NetworkFile | None,
+    out: Draft,
+    run: Runtime,
+) -> None:
+    """Train a generator by gradient."""
+    from stages.training.engine import train
+    from stages.training.generator import GeneratorTask
+
+    refuse_rows(config, card, run.device)
+    if config.compiles:
+        run.progress.say("  the first step compiles the blocks, which takes a minute")
+    outcome = train(
+        lambda device: GeneratorTask(config, card, tokens, held_out, device, tokenizer=tokenizer),
+        config.training,
+        out,
+        run,
+        label="train-generator",
+    )
+    if not outcome.is_first:
+        return
+    measured = {name: round(value, 6) for name, value in outcome.figures.items()}
+    on_held_out = f" (held-out {outcome.figures['loss']:.2f})" if held_out else ""
+    losses = {"loss": round(outcome.loss, 6), **({"held_out": measured} if measured else {})}
+    save(out, outcome.task.network, card, losses)
+    out.figure = f"loss {outcome.loss:.2f}{on_held_out} after {counted(config.training.steps, 'step')}"
+
+
+def save(out: Draft, network: nn.Module, card: GeneratorCard, losses: dict[str, Any]) -> None:
+    """Write the network, and into the manifest what later steps compare."""
+    save_weights(out, network.state_dict(), config_value(card))
+    out.facts = {
+        **losses,
+        "codes": card.codes,
+        "tokens": card.tokens,
+        "grid": list(card.grid),
+        "classes": card.classes,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "tokenizer": card.tokenizer,
+    }

@@ -1,0 +1,1 @@
+"""Weights: published files, and the networks in artifacts."""

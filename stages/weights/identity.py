@@ -1,0 +1,81 @@
+"""Which tokenizer made a code: by the digests of its config and weights, never by its name.
+
+Every token set carries the identity of its tokenizer as the `tokenizer` object of its attributes; a generator keeps that
+of the token set it was trained on, and whoever turns codes back into images compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import Artifact
+from pipeline.errors import CorruptError
+from pipeline.keys import canonical_bytes, sha256
+from pipeline.known import made_by
+from stages.weights.files import CONFIG, WEIGHTS, load_config
+
+COMPARED = ("config_sha256", "weights_sha256")
+CODES_OF = "codes_of"  # the fact that names the tokenizer whose codes another one makes, too
+CODEBOOK_FAMILY = "kmeans"
+
+
+def tokenizer_identity(artifact: Artifact) -> dict[str, str]:
+    """`{id, family, config_sha256, weights_sha256}` of a tokenizer or codebook artifact, read from its manifest.
+
+    id: SHA-256 of the two digests.  family: the quantizer's kind, or "kmeans" for a codebook. A tokenizer of which only
+    the decoder was trained makes the codes of its parent, and has its identity.
+    """
+    if CODES_OF in artifact.facts:
+        return {str(name): str(value) for name, value in artifact.facts[CODES_OF].items()}
+    digests = {name: _digest(artifact, file) for name, file in zip(COMPARED, (CONFIG, WEIGHTS), strict=True)}
+    return {"id": sha256(canonical_bytes(digests)), "family": _family(artifact), **digests}
+
+
+def digest_of(made: Artifact | None) -> str | None:
+    """What tells a finished tokenizer from others in `pipeline.known`; None of one that is not made."""
+    if made is None:
+        return None
+    origin = made_by(tokenizer_identity(made), made.name)
+    return origin.digest if origin else None
+
+
+def is_same_tokenizer(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two identities name the same config and weights; an identity that lacks a digest is like no other."""
+    return all(name in one and one[name] == other.get(name) for name in COMPARED)
+
+
+def check_same_tokenizer(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], *, what: str, by: str, path: Path
+) -> None:
+    """CorruptError (exit code 4) unless `what` (which carries `found`) belongs to the tokenizer of `by` (`wanted`)."""
+    if not found:
+        raise CorruptError(
+            f"{what} does not say which tokenizer made its codes, so that they cannot be told to be those of {by}",
+            path=path,
+            hint="name it where the codes are made: `smalti sample --tokenizer`, or the attribute `tokenizer` (id, family, "
+            "config_sha256, weights_sha256) of smalti.create_tokens",
+        )
+    if not is_same_tokenizer(found, wanted):
+        raise CorruptError(
+            f"{what} was made with another tokenizer than {by}: weights {_short(found)}, expected {_short(wanted)}",
+            path=path,
+            hint="give the tokenizer that made the codes, or make the codes again with this one",
+        )
+
+
+def _digest(artifact: Artifact, file: str) -> str:
+    artifact.file(file)
+    return artifact.files[file].sha256
+
+
+def _family(artifact: Artifact) -> str:
+    if artifact.kind == "codebook":
+        return CODEBOOK_FAMILY
+    quantizer = load_config(artifact).get("quantizer", {})
+    return str(quantizer.get("kind", "unknown"))
+
+
+def _short(identity: Mapping[str, Any]) -> str:
+    return str(identity.get("weights_sha256", "unknown"))[:12]

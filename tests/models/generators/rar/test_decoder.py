@@ -1,0 +1,269 @@
+"""RAR keeps to what every generator keeps to, and its own shortcuts change nothing."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.generators.config import RarConfig
+from models.generators.rar import core_step
+from models.generators.rar import decoder as rar_decoder
+from models.generators.rar.core_step import RarCoreStep
+from models.generators.rar.decoder import FEW_STREAMS
+from models.generators.rar.network import Rar
+from models.generators.rar.step import RarStep
+from models.generators.step_graphs import Work
+from models.sampling.config import SamplingConfig
+from models.sampling.loop import sample
+from tests.models.generators.conformance import GeneratorConformance
+from tests.models.generators.loud import make_loud
+
+CONFIG = RarConfig(width=16, layers=2, heads=2, mlp_width=24, dropout=0.0, attention_dropout=0.0)
+
+
+def build_loud() -> Rar:
+    return make_loud(Rar(CONFIG, codes=12, tokens=6, classes=3), linear=0.2, embeddings=0.5, modulations=0.1)
+
+
+@pytest.mark.usefixtures("each_step")
+class TestRar(GeneratorConformance):
+    def build(self) -> Rar:
+        rar = build_loud()
+        with torch.no_grad():  # affines and biases that are not the identity
+            for parameter in rar.parameters():
+                if parameter.ndim == 1:
+                    parameter += 0.1 * torch.randn_like(parameter)
+        return rar
+
+    def orders(self, model: Rar, rows: int) -> Tensor:
+        return torch.arange(model.tokens).expand(rows, -1)
+
+    def training_loss(self, model: Rar, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
+        return model.loss(
+            codes_BT, labels_B, self.orders(model, len(labels_B)), torch.zeros_like(labels_B, dtype=torch.bool)
+        )[0]
+
+    def uncached(self, model: Rar, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
+        return model(codes_BT[:, :-1], labels_B, self.orders(model, len(labels_B)))
+
+    def test_modulations_are_computed_once_per_class_and_step(
+        self, model: Rar, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rows, product = [], torch.addmm
+
+        def counting(bias: Tensor, x: Tensor, weight: Tensor, **out: Tensor) -> Tensor:
+            rows.extend([len(x)] if out else [])  # only modulations are written in place
+            return product(bias, x, weight, **out)
+
+        monkeypatch.setattr(torch, "addmm", counting)
+        monkeypatch.setattr(rar_decoder, "STRETCH", 4)  # seven positions in stretches of four and three
+        self.draw(model, [1, 1, 1, 2], [0, 1, 2, 3], SamplingConfig(guidance_scale=2.0))
+        assert rows == [4, 4, 4, 3, 3, 3]  # two classes and "no class"
+
+    @pytest.mark.parametrize("stretch", [1, 3, 7, 64])
+    def test_the_length_of_a_stretch_changes_nothing(
+        self, model: Rar, monkeypatch: pytest.MonkeyPatch, stretch: int
+    ) -> None:
+        codes_BT, labels_B = self.batch(model, 3)
+        monkeypatch.setattr(rar_decoder, "STRETCH", stretch)
+        decoder = model.decoder(rows=3, guided=False)
+        logits = [decoder.prefill(labels_B), *(decoder.step(codes_B) for codes_B in codes_BT[:, :-1].T)]
+        expected = self.uncached(model, codes_BT, labels_B)
+        torch.testing.assert_close(torch.stack(logits, dim=1), expected, atol=1e-5, rtol=1e-4)
+
+    def test_large_tables_make_short_stretches(self, model: Rar, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(rar_decoder, "SHORTEST_STRETCH", 2)
+        decoder = model.decoder(rows=3, guided=True)
+        assert decoder._stretch_length() == 7
+        monkeypatch.setattr(rar_decoder, "CPU_TABLE_BYTES", 4 * decoder.modulations[1].nbytes * 3)
+        assert decoder._stretch_length() == 3
+        monkeypatch.setattr(rar_decoder, "CPU_TABLE_BYTES", 1)
+        assert decoder._stretch_length() == 2
+
+    def test_one_order_for_all_is_that_order_for_each(self, model: Rar) -> None:
+        order_T = torch.tensor([3, 0, 5, 1, 4, 2])
+        labels_B = torch.tensor([0, 2])
+        shared, own = (model.decoder(rows=2, guided=True, orders=o) for o in (order_T, order_T.expand(2, -1)))
+        assert torch.equal(shared.orders_BT, own.orders_BT)
+        torch.testing.assert_close(shared.prefill(labels_B), own.prefill(labels_B))
+        torch.testing.assert_close(shared.step(labels_B), own.step(labels_B))
+
+    def test_nonsense_is_not_hidden(self, model: Rar) -> None:
+        with torch.no_grad():
+            model.blocks[0].attn.qkv.weight[20, 3] = torch.nan  # a key's
+        with pytest.raises(FloatingPointError):
+            self.draw(model, [0, 1], [0, 1], SamplingConfig())
+
+    def test_bfloat16_is_near(self, model: Rar) -> None:
+        labels_B = torch.tensor([0, 2])
+        exact, near = (model.decoder(rows=2, guided=True, dtype=dtype) for dtype in (None, torch.bfloat16))
+        logits = near.prefill(labels_B)
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, exact.prefill(labels_B), atol=0.1, rtol=0.05)
+        assert (logits != logits.bfloat16()).any(), "guidance would multiply what is rounded away"
+
+    @pytest.mark.parametrize("guided", [False, True])
+    def test_buffers_that_never_move_change_nothing(self, model: Rar, guided: bool) -> None:
+        """What graphs replay, here by running it again: passes before, while and after it is recorded are the same."""
+        recorded: list[Work] = []
+
+        def record(work: Work) -> Work:
+            recorded.append(work)
+            return work
+
+        settings, ids_B = SamplingConfig(guidance_scale=3.0 * guided), torch.arange(2)
+        buffered, plain = (model.decoder(rows=2, guided=guided) for _ in range(2))
+        buffered.use_graphs(record)
+        for labels in ([0, 2], [1, 1], [2, 0], [0, 2]):
+            found, expected = (
+                sample(one, torch.tensor(labels), ids_B, config=settings, seed=3) for one in (buffered, plain)
+            )
+            assert torch.equal(found, expected)
+        assert len(recorded) == model.tokens + 1
+        first = buffered.prefill(torch.tensor([0, 1]))
+        kept = first.clone()
+        buffered.step(torch.tensor([0, 1]))
+        assert torch.equal(first, kept), "logits that were given stay as they are"
+
+    def test_a_decoder_with_graphs_goes_with_its_last_user(self, model: Rar) -> None:
+        """Its cache is gigabytes, for which no collection of cycles should have to come by."""
+        decoder = model.decoder(rows=2, guided=True)
+        decoder.use_graphs(lambda work: work)
+        for _ in range(3):
+            sample(decoder, torch.tensor([0, 2]), torch.arange(2), config=SamplingConfig(guidance_scale=3.0), seed=3)
+        gone = weakref.ref(decoder)
+        gc.disable()
+        try:
+            del decoder
+            assert gone() is None
+        finally:
+            gc.enable()
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("guided", [False, True])
+    def test_graphs_draw_the_codes_of_single_kernels(self, model: Rar, dtype: torch.dtype, guided: bool) -> None:
+        model = model.cuda()
+        settings, ids_B = SamplingConfig(guidance_scale=3.0 * guided), torch.arange(4)
+        graphs, plain = (model.decoder(rows=4, guided=guided, dtype=dtype) for _ in range(2))
+        assert graphs.graphs is not None
+        plain.graphs = None
+        for labels in ([0, 1, 2, 0], [1, 1, 1, 1], [2, 0, 0, 1], [0, 1, 2, 0]):
+            found, expected = (
+                sample(one, torch.tensor(labels), ids_B, config=settings, seed=3) for one in (graphs, plain)
+            )
+            assert torch.equal(found, expected)
+
+
+def test_the_step_is_chosen_by_shape_and_precision() -> None:
+    rar = Rar(CONFIG, codes=12, tokens=6, classes=3)
+
+    def step(rows: int, dtype: torch.dtype | None = None) -> object:
+        return rar.decoder(rows=rows, guided=True, dtype=dtype).run
+
+    assert isinstance(step(FEW_STREAMS // 2), RarCoreStep)
+    assert isinstance(step(FEW_STREAMS // 2 + 1), RarStep)
+    assert isinstance(step(1, torch.bfloat16), RarStep)
+
+
+@pytest.mark.parametrize("streams", range(1, 10))
+def test_both_steps_agree_for_any_number_of_rows(streams: int) -> None:
+    torch.manual_seed(0)
+    rar = build_loud().eval()
+    with torch.inference_mode():
+        steps = [RarCoreStep(rar, streams=streams), RarStep(rar, streams=streams, dtype=torch.float32)]
+        for position in range(7):
+            x_RD, modulations_RMD = torch.randn(streams, 16), torch.randn(streams, 14, 16)
+            compiled_RK, plain_RK = (step(x_RD, modulations_RMD, position) for step in steps)
+            torch.testing.assert_close(compiled_RK, plain_RK, atol=1e-4, rtol=1e-5)
+
+
+def test_a_fresh_published_network_is_its_input_and_its_head() -> None:
+    """The zero gates close every block, and nothing is modulated before the head."""
+    rar = Rar(RarConfig(width=8, layers=2, heads=2, mlp_width=16), codes=5, tokens=4, classes=3).eval()
+    codes_BT, labels_B, orders_BT = (
+        torch.zeros(2, 4, dtype=torch.int64),
+        torch.tensor([0, 1]),
+        torch.arange(4).expand(2, -1),
+    )
+    x_BJD = rar.embed(codes_BT, labels_B, orders_BT)[:, 1:]
+    expected = rar.lm_head(torch.nn.functional.layer_norm(x_BJD, (8,), eps=1e-6))
+    torch.testing.assert_close(rar(codes_BT, labels_B, orders_BT), expected)
+
+
+def test_bfloat16_is_nearer_to_float32_than_autocast() -> None:
+    """Residual stream and modulations are float32; guidance multiplies what is left of the error."""
+    torch.manual_seed(0)
+    config = RarConfig(width=128, layers=6, heads=4, mlp_width=256, dropout=0.0, attention_dropout=0.0)
+    quiet = Rar(config, codes=64, tokens=16, classes=3)
+    rar = make_loud(quiet, linear=0.06, embeddings=0.5, modulations=0.05).eval()
+    codes_BT, labels_B = torch.randint(64, (8, 16)), torch.randint(3, (8,))
+    orders_BT = torch.arange(16).expand(8, -1)
+
+    def guided(conditional: Tensor, unconditional: Tensor) -> Tensor:
+        return unconditional + 4 * (conditional - unconditional)
+
+    def decoded(dtype: torch.dtype) -> Tensor:
+        decoder = rar.decoder(rows=8, guided=True, dtype=dtype)
+        logits = [decoder.prefill(labels_B), *(decoder.step(codes_B) for codes_B in codes_BT[:, :-1].T)]
+        return guided(*torch.stack(logits, dim=1).chunk(2))
+
+    exact = decoded(torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        both = [rar(codes_BT[:, :-1], some_B, orders_BT).float() for some_B in (labels_B, torch.full_like(labels_B, 3))]
+    rounded, autocast = (
+        float((one - exact).square().mean().sqrt()) for one in (decoded(torch.bfloat16), guided(*both))
+    )
+    assert 0 < rounded < 0.9 * autocast
+
+
+def test_dropped_labels_are_the_class_of_none() -> None:
+    torch.manual_seed(0)
+    rar = build_loud().eval()
+    codes_BT, orders_BT = torch.arange(6)[None], torch.arange(6)[None]
+    dropped = rar.loss(codes_BT, torch.tensor([1]), orders_BT, torch.tensor([True]))[0]
+    none = rar.loss(codes_BT, torch.tensor([3]), orders_BT, torch.tensor([False]))[0]
+    kept = rar.loss(codes_BT, torch.tensor([1]), orders_BT, torch.tensor([False]))[0]
+    assert torch.equal(dropped, none)
+    assert not torch.equal(dropped, kept)
+
+
+def test_without_a_folder_for_compiled_code_it_is_compiled_again(tmp_path: Path) -> None:
+    """As where neither the installation nor the user's cache can be written: here both would lie below a file."""
+    root = Path(core_step.__file__).parents[3]
+    copied = tmp_path / "models" / "generators" / "rar"
+    copied.mkdir(parents=True)
+    for name in ("core_step.py", "step.py", "__init__.py"):
+        (copied / name).write_bytes((root / "models" / "generators" / "rar" / name).read_bytes())
+    (copied / "__pycache__").write_text("a file stands in the way")
+    (tmp_path / "cache").write_text("here, too")
+    program = f"""
+import sys
+sys.dont_write_bytecode = True
+sys.path[:0] = [{str(root)!r}]
+import models.generators.rar
+models.generators.rar.__path__.insert(0, {str(copied)!r})
+from models.generators.rar import core_step
+import numpy as np
+assert core_step.__file__.startswith({str(copied)!r})
+print(core_step.affine(np.ones((1, 2), np.float32), np.ones((3, 2), np.float32), np.zeros(3, np.float32)).tolist())
+"""
+    unset = {"NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "PYTHONPYCACHEPREFIX"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {"HOME": str(tmp_path / "cache"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[[2.0, 2.0, 2.0]]"
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda", "xpu"])
+def test_any_device_has_a_size_for_its_tables(device_type: str) -> None:
+    assert rar_decoder.table_bytes(device_type) > 0
