@@ -29,12 +29,14 @@ from pipeline.draft import Request
 from pipeline.errors import InputError, UsageError
 from pipeline.externals import DigestUnknown, Need, absent_sentences, needs
 from pipeline.foresight import settle
-from pipeline.recipe import parse_setting, parse_yaml, put_setting
+from pipeline.recipe import parse_setting, put_setting
+from pipeline.recipe_text import parse_yaml, read_written
 from pipeline.runner import Made, Options, make, make_request
 from pipeline.settings import REQUIRED, Setting, value_at
 from pipeline.stage import Inputs, Read, Stage, check_kinds, imply
 from pipeline.store import Store
 from pipeline.trees import Memory
+from stages import stages
 from stages.codes.class_names import numbers_of
 from stages.images.image_sizes import IMAGES, check_sizes, check_unmade_sizes
 
@@ -177,9 +179,10 @@ def _read_config(text: str, declared: Stage) -> dict[str, Any]:
     """Settings from a YAML file, or from one step of a recipe: FILE.yaml or RECIPE.yaml:step."""
     name, _, step = text.partition(":")
     try:
-        document = parse_yaml(Path(name).read_text(encoding="utf-8"))
         if step:
-            document = document["steps"][step].get("config", {})
+            document = read_written(Path(name), stages()).values["steps"][step].get("config", {})
+        else:
+            document = parse_yaml(Path(name).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--config {name} cannot be read: {error.strerror}", path=name) from error
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -21,23 +21,35 @@ class Config(BaseModel):
 
 
 KIND = "kind"
+Keys = tuple[str, ...]
+"""The keys that lead to a value inside mappings and lists; of an item of a list its number."""
 Parts = tuple[type[BaseModel], ...]
 ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class WrongValue(UsageError):
+    """A config or recipe holds what it may not, at `keys`."""
+
+    def __init__(self, message: str, keys: Keys = (), *, path: str | None = None, hint: str | None = None):
+        super().__init__(message, path=path, hint=hint)
+        self.keys = keys
 
 
 def parse_config(model: type[ModelT], values: Mapping[str, Any], *, where: str) -> ModelT:
     """Validate plain JSON values, laid over the model's defaults (see `merge`).
 
-    UsageError (exit code 2) names the place, what was found and what is expected.
+    WrongValue (exit code 2) names the place, what was found and what is expected.
     """
     try:
         text = json.dumps(merge(defaults(model, values), values), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{where} holds a value that is no plain number, text, list or mapping: {error}") from error
+        sentence = f"{where} holds a value that is no plain number, text, list or mapping: {error}"
+        raise WrongValue(sentence, _keys_of_odd(values)) from error
     try:
         return model.model_validate_json(text)
     except ValidationError as error:
-        raise UsageError(explain(error.errors(include_url=False)[0], model, where)) from error
+        first = error.errors(include_url=False)[0]
+        raise WrongValue(explain(first, model, where), tuple(setting_name(first["loc"], model))) from error
 
 
 def check_names(model: type[BaseModel], values: Mapping[str, Any], *, where: str) -> None:
@@ -149,6 +161,17 @@ def known_fields(location: Sequence[int | str], model: type[BaseModel]) -> list[
         return sorted({name for part in parts for name in part.model_json_schema().get("properties", {})})
     schema = model.model_json_schema()
     return sorted({name for part in [schema, *schema.get("$defs", {}).values()] for name in part.get("properties", {})})
+
+
+def _keys_of_odd(values: Any) -> Keys:
+    """Where the first value stands that JSON does not hold."""
+    items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in items:
+        try:
+            json.dumps({key: value}, allow_nan=False)
+        except (TypeError, ValueError):
+            return (str(key), *_keys_of_odd(value))
+    return ()
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,8 @@
       codebook:     {stage: kmeans, inputs: {features: features}, config: {clusters: 128}}
 
 A step names its stage, its inputs (other steps; a list where the stage takes many) and its config. Steps may stand in any
-order. `--set codebook.clusters=64` changes a value; the first word is a step or one of title, paths, steps.
+order. `base: other.yaml` takes everything from another recipe but what differs (`pipeline.recipe_text`).
+`--set codebook.clusters=64` changes a value of the result; the first word is a step or one of title, paths, steps.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field
 
-from pipeline.config import Config, parse_config, unknown_key
-from pipeline.errors import InputError, UsageError
+from pipeline.config import Config, Keys, WrongValue, parse_config, unknown_key
+from pipeline.errors import UsageError
 from pipeline.outside import FOLDER, KIND, OUTSIDE
+from pipeline.recipe_text import BASE, Written, parse_yaml, read_written
 from pipeline.settings import schema_of
 from pipeline.stage import Read, Stage, imply
 
@@ -36,36 +38,6 @@ VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 VARIABLE = re.compile(r"\{(.*?)\}")
 OUTSIDE_NAME = "{"  # no step's name holds it
 STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a part of a ref and of --set: no slash, no dot
-
-
-class StrictLoader(yaml.SafeLoader):
-    """YAML without its traps: a key that stands twice is refused, and 1e-3 is a number (YAML 1.1 reads a word)."""
-
-    def __init__(self, stream: Any):
-        super().__init__(stream)
-        self._seen: set[int] = set()
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Called for every mapping before its merge keys (<<) are dissolved into it, and for dissolved ones again."""
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice and id(node) not in self._seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
-        self._seen.add(id(node))
-        super().flatten_mapping(node)
-
-
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """A YAML document, read strictly; raises yaml.YAMLError."""
-    try:
-        return yaml.load(text, Loader=StrictLoader)
-    except RecursionError as error:
-        raise yaml.YAMLError("it is nested too deep") from error
 
 
 class StepText(Config):
@@ -87,6 +59,9 @@ class StepText(Config):
 class RecipeText(Config):
     """A recipe as written."""
 
+    base: str | None = Field(
+        default=None, description="a recipe, as a path from this one, from which all is taken but what differs"
+    )
     title: str = Field(description="what this is, and the published figure that it aims at")
     paths: dict[str, str | None] = Field(
         default_factory=dict, description="external data by name; null: to be given on the command line"
@@ -145,14 +120,22 @@ def load_recipe(
 
     Errors: InputError if the file cannot be read, UsageError (exit code 2) for everything that is written wrongly.
     """
-    document = _read(path)
+    written = read_written(path, stages)
     for setting in settings:
-        _apply(document, setting)
-    text = parse_config(RecipeText, document, where=path.name)
-    for name in paths or {}:
+        _apply(written, setting)
+    try:
+        return _validate(written.values, stages, paths or {}, path)
+    except WrongValue as error:
+        origin = written.origin(error.keys)
+        raise UsageError(f"{origin}: {error.message}" if origin else error.message) from error
+
+
+def _validate(values: Mapping[str, Any], stages: Mapping[str, Stage], paths: Mapping[str, str], path: Path) -> Recipe:
+    text = parse_config(RecipeText, values, where=path.name)
+    for name in paths:
         if name not in text.paths:
             raise UsageError(unknown_key(name, f"the paths of {path.name}", list(text.paths)))
-    variables = {**text.paths, **(paths or {})}
+    variables = {**text.paths, **paths}
     written = {name: _step(name, step, stages, text, variables, path.name) for name, step in text.steps.items()}
     steps = {**_outside(written, variables), **written}
     return Recipe(recipe_name(path), text.title, tuple(steps[name] for name in _order(steps, path.name)))
@@ -169,6 +152,7 @@ def recipe_schema(stages: Mapping[str, Stage]) -> dict[str, Any]:
     """JSON schema of recipes for editors: every stage's config with its help texts."""
     schema = RecipeText.model_json_schema()
     step = schema["$defs"].pop("StepText")
+    needed = schema.pop("required")
     variants = []
     for name, declared in sorted(stages.items()):
         schema["$defs"][f"{name}-config"] = _config_schema(declared, schema["$defs"])
@@ -181,9 +165,31 @@ def recipe_schema(stages: Mapping[str, Stage]) -> dict[str, Any]:
         variants.append(
             {"type": "object", "properties": properties, "required": ["stage"], "additionalProperties": False}
         )
-    schema["properties"]["steps"]["additionalProperties"] = {"oneOf": variants}
-    schema["properties"]["steps"]["propertyNames"] = {"pattern": f"^{STEP_NAME.pattern}$"}
-    return schema
+    steps = schema["properties"]["steps"]
+    steps["propertyNames"] = {"pattern": f"^{STEP_NAME.pattern}$"}
+    steps["additionalProperties"] = True
+    schema["$defs"] |= {"step": {"oneOf": variants}, "change-of-step": _change_schema(step["properties"])}
+    return {
+        **schema,
+        "if": {"required": [BASE], "properties": {BASE: {"type": "string"}}},
+        "then": _steps_schema("change-of-step"),
+        "else": _steps_schema("step") | {"required": needed},
+    }
+
+
+def _steps_schema(name: str) -> dict[str, Any]:
+    return {"properties": {"steps": {"additionalProperties": {"$ref": f"#/$defs/{name}"}}}}
+
+
+def _change_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a step over that of a base: a whole step, what differs of it, or null for none."""
+    changes = {}
+    for name in ("config", "inputs", "paths"):
+        values = properties[name]["additionalProperties"]
+        anything = {"anyOf": [values, {"type": "null"}]} if isinstance(values, dict) else True
+        changes[name] = {**properties[name], "additionalProperties": anything}
+    part = {"type": "object", "properties": changes, "additionalProperties": False}
+    return {"anyOf": [{"$ref": "#/$defs/step"}, part, {"type": "null"}]}
 
 
 def _config_schema(declared: Stage, definitions: dict[str, Any]) -> dict[str, Any]:
@@ -203,18 +209,6 @@ def _inputs_schema(declared: Stage) -> dict[str, Any]:
     many = {"type": "array", "items": one}
     properties = {name: {"anyOf": [one, many]} if item.many else one for name, item in declared.reads.items()}
     return {"type": "object", "properties": properties, "additionalProperties": False}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"the recipe {path} cannot be read: {error.strerror}", path=path) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}", path=path) from error
-    if not isinstance(document, dict):
-        raise UsageError(f"{path} holds no mapping with title and steps", path=path)
-    return document
 
 
 def parse_setting(setting: str) -> tuple[list[str], Any]:
@@ -237,20 +231,24 @@ def put_setting(values: dict[str, Any], keys: Sequence[str], value: Any) -> None
     values[keys[-1]] = value
 
 
-def _apply(document: dict[str, Any], setting: str) -> None:
+def _apply(written: Written, setting: str) -> None:
     keys, value = parse_setting(setting)
-    steps = document.get("steps")
-    if keys[0] not in RecipeText.model_fields:
+    steps = written.values.get("steps")
+    known = [name for name in RecipeText.model_fields if name != BASE]
+    if keys[0] not in known:
         if not isinstance(steps, dict) or keys[0] not in steps:
-            known = [*RecipeText.model_fields, *(steps if isinstance(steps, dict) else {})]
-            raise UsageError(unknown_key(keys[0], f"--set {setting}", known))
+            raise UsageError(unknown_key(keys[0], f"--set {setting}", [*known, *(steps or ())]))
         keys = [
             "steps",
             keys[0],
             *([] if keys[1:2] in (["config"], ["inputs"], ["paths"], ["stage"]) else ["config"]),
             *keys[1:],
         ]
-    put_setting(document, keys, value)
+    put_setting(written.values, keys, value)
+    place = tuple(keys)
+    for former in [former for former in written.origins if former[: len(place)] == place]:
+        del written.origins[former]
+    written.origins[place] = f"--set {setting}"
 
 
 def _step(
@@ -261,44 +259,48 @@ def _step(
     variables: Mapping[str, str | None],
     where: str,
 ) -> Step:
-    place = f"{where}: steps.{name}"
+    place, keys = f"{where}: steps.{name}", ("steps", name)
     if not STEP_NAME.fullmatch(name):
-        raise UsageError(f"{where}: {name!r} is no name for a step: expected letters, digits, - and _")
+        raise WrongValue(f"{where}: {name!r} is no name for a step: expected letters, digits, - and _", keys)
     if text.stage not in stages:
-        raise UsageError(unknown_key(text.stage, f"{place}.stage", list(stages)))
+        raise WrongValue(unknown_key(text.stage, f"{place}.stage", list(stages)), (*keys, "stage"))
     declared = stages[text.stage]
-    _check_inputs(declared, text, recipe, place)
-    config = parse_config(declared.config, imply(declared, text.config, text.paths), where=f"{place}.config")
-    paths, missing = _fill_paths(declared, config, text, variables, place)
+    _check_inputs(declared, text, recipe, place, (*keys, "inputs"))
+    try:
+        config = parse_config(declared.config, imply(declared, text.config, text.paths), where=f"{place}.config")
+    except WrongValue as error:
+        raise WrongValue(error.message, (*keys, "config", *error.keys)) from error
+    paths, missing = _fill_paths(declared, config, text, variables, place, (*keys, "paths"))
     parents = [parent for value in text.inputs.values() for parent in ([value] if isinstance(value, str) else value)]
     missing += tuple(lacking for parent in parents for lacking in _fill(parent, variables)[1])
     return Step(name, declared, config, dict(text.inputs), paths, tuple(dict.fromkeys(missing)), text.config)
 
 
-def _check_inputs(declared: Stage, text: StepText, recipe: RecipeText, place: str) -> None:
+def _check_inputs(declared: Stage, text: StepText, recipe: RecipeText, place: str, keys: Keys) -> None:
     for name, value in text.inputs.items():
+        at, there = f"{place}.inputs.{name}", (*keys, name)
         if name not in declared.reads:
-            raise UsageError(unknown_key(name, f"{place}.inputs", list(declared.reads)))
+            raise WrongValue(unknown_key(name, f"{place}.inputs", list(declared.reads)), there)
         if isinstance(value, list) and not declared.reads[name].many:
-            raise UsageError(f"{place}.inputs.{name} takes one step, found a list")
+            raise WrongValue(f"{at} takes one step, found a list", there)
         for parent in value if isinstance(value, list) else [value]:
             if OUTSIDE_NAME in parent:
-                _check_outside(declared.reads[name], parent, recipe, f"{place}.inputs.{name}")
+                _check_outside(declared.reads[name], parent, recipe, at, there)
             elif parent not in recipe.steps:
-                raise UsageError(unknown_key(parent, f"{place}.inputs.{name}", list(recipe.steps)))
+                raise WrongValue(unknown_key(parent, at, list(recipe.steps)), there)
     absent = [name for name, item in declared.reads.items() if not item.optional and name not in text.inputs]
     if absent:
-        raise UsageError(f"{place}.inputs lacks {', '.join(absent)} (stage {declared.name})")
+        raise WrongValue(f"{place}.inputs lacks {', '.join(absent)} (stage {declared.name})", keys)
 
 
 def _fill_paths(
-    declared: Stage, config: BaseModel, text: StepText, variables: Mapping[str, str | None], place: str
+    declared: Stage, config: BaseModel, text: StepText, variables: Mapping[str, str | None], place: str, keys: Keys
 ) -> tuple[dict[str, Path], tuple[str, ...]]:
     filled, missing = {}, []
     for name, template in text.paths.items():
         if name not in declared.externals:
-            raise UsageError(unknown_key(name, f"{place}.paths", list(declared.externals)))
-        _check_variables(template, variables, f"{place}.paths.{name}")
+            raise WrongValue(unknown_key(name, f"{place}.paths", list(declared.externals)), (*keys, name))
+        _check_variables(template, variables, f"{place}.paths.{name}", (*keys, name))
         path, absent = _fill(template, variables)
         missing += absent
         if path is not None:
@@ -306,21 +308,21 @@ def _fill_paths(
     given = {*filled, *(name for name in text.paths if name not in filled)}
     for name, external in declared.externals.items():
         if external.needed(config) and name not in given:
-            raise UsageError(f"{place}.paths lacks {name}: {external.help}")
+            raise WrongValue(f"{place}.paths lacks {name}: {external.help}", keys)
     return filled, tuple(missing)
 
 
-def _check_outside(wanted: Read, template: str, recipe: RecipeText, place: str) -> None:
-    """UsageError for a path in the place of an input that is not a token set, or with a name that the recipe lacks."""
-    _check_variables(template, recipe.paths, place)
+def _check_outside(wanted: Read, template: str, recipe: RecipeText, place: str, keys: Keys) -> None:
+    """WrongValue for a path in the place of an input that is not a token set, or with a name that the recipe lacks."""
+    _check_variables(template, recipe.paths, place, keys)
     if KIND not in wanted.kinds:
-        raise UsageError(f"{place} is {template!r}, but only a {KIND} may lie outside of the store: name a step")
+        raise WrongValue(f"{place} is {template!r}, but only a {KIND} may lie outside of the store: name a step", keys)
 
 
-def _check_variables(template: str, variables: Mapping[str, Any], place: str) -> None:
+def _check_variables(template: str, variables: Mapping[str, Any], place: str, keys: Keys) -> None:
     for variable in VARIABLE.findall(template):
         if variable not in variables:
-            raise UsageError(unknown_key(variable, f"{place} ({template})", list(variables)))
+            raise WrongValue(unknown_key(variable, f"{place} ({template})", list(variables)), keys)
 
 
 def _fill(template: str, variables: Mapping[str, str | None]) -> tuple[Path | None, list[str]]:
@@ -344,7 +346,10 @@ def _order(steps: Mapping[str, Step], where: str) -> list[str]:
     try:
         found = list(TopologicalSorter(graph).static_order())
     except CycleError as error:
-        raise UsageError(f"{where}: the steps {' -> '.join(error.args[1])} wait for each other") from error
+        names = error.args[1]
+        raise WrongValue(
+            f"{where}: the steps {' -> '.join(names)} wait for each other", ("steps", names[0], "inputs")
+        ) from error
     position = {name: index for index, name in enumerate(steps)}
     depth: dict[str, int] = {}
     for name in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from pipeline.recipe import Recipe, dump_schema, load_recipe, parse_yaml, recipe_name
+from pipeline.recipe import Recipe, dump_schema, load_recipe, recipe_name
+from pipeline.recipe_text import parse_yaml, read_written
 from pipeline.runner import plan
 from pipeline.store import Store
 from stages import stages
@@ -42,7 +44,7 @@ def test_the_schema_is_that_of_the_stages() -> None:
 @each_recipe
 def test_recipe_fits_the_schema(path: Path) -> None:
     text = path.read_text()
-    assert text.startswith("# yaml-language-server: $schema=../schema.json\ntitle: ")
+    assert re.match(r"# yaml-language-server: \$schema=\.\./schema\.json\n(base: \S+\n)?title: ", text)
     jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text())).validate(parse_yaml(text))
 
 
@@ -59,6 +61,16 @@ def test_the_schema_refuses_what_recipes_may_not_say() -> None:
         {"training": {"step": 3}},
     ):
         assert not validator.is_valid({"title": "t", "steps": {"g": {**step, "config": config}}})
+        assert not validator.is_valid({"base": "b.yaml", "steps": {"g": {**step, "config": config}}})
+
+
+def test_the_schema_takes_what_differs_from_a_base() -> None:
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+    for change in (None, {"config": {"training": {"steps": 3, "clip": None}}}, {"inputs": {"held-out": None}}):
+        assert validator.is_valid({"base": "b.yaml", "steps": {"g": change}})
+        assert not validator.is_valid({"title": "t", "steps": {"g": change}})
+    for wrong in ({"steps": {"g": {"inptus": {}}}}, {"steps": {"g": {"stage": "train-genrator"}}}, {"stpes": {}}):
+        assert not validator.is_valid({"base": "b.yaml", **wrong})
 
 
 @each_recipe
@@ -66,7 +78,7 @@ def test_recipe_plans_without_data(path: Path, tmp_path: Path) -> None:
     recipe = load(path)
     planned = plan(recipe, Store(tmp_path / "store"))
     assert len(planned) == len(recipe.steps) > 0
-    asked = parse_yaml(path.read_text()).get("paths", {})
+    asked = read_written(path, stages()).values.get("paths", {})
     for item in planned:
         if item.state == "missing":
             assert any(f"--{name} PATH" in item.reason or f"{name}=PATH" in item.reason for name in asked)

@@ -17,7 +17,8 @@ import cli.main
 from pipeline.config import parse_config
 from pipeline.errors import UsageError
 from pipeline.keys import config_value
-from pipeline.recipe import load_recipe, parse_yaml, put_setting, recipe_schema
+from pipeline.recipe import load_recipe, put_setting, recipe_schema
+from pipeline.recipe_text import parse_yaml
 from pipeline.settings import REQUIRED, settings_of, value_at
 from pipeline.store import Store
 from stages import stages

@@ -1,0 +1,198 @@
+"""The text of a recipe: YAML, read strictly, with the line of every value, laid over the recipe that it is based on.
+
+    base: rar-b.yaml                                # a path from this file's folder; a base may have a base
+    title: RAR-L ...
+    steps:
+      generator: {config: {model: {size: l}}}       # what differs; the rest is the base's
+      probe: null                                   # a step of the base that this recipe does not have
+
+Mappings are merged key by key, steps by name; lists and scalars are replaced. A mapping that names another `kind`, and a
+step that names another `stage`, replaces the base's. Null takes away what the base has, and is a value where null is one:
+in a setting that may be null, and for a path that is to be given.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from pipeline.config import KIND, Keys
+from pipeline.errors import InputError, UsageError
+from pipeline.settings import settings_of
+from pipeline.stage import Stage
+
+BASE = "base"
+TAGS = ("stage", KIND)
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML without its traps: a key that stands twice is refused, and 1e-3 is a number (YAML 1.1 reads a word)."""
+
+    def __init__(self, stream: Any):
+        super().__init__(stream)
+        self._seen: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Called for every mapping before its merge keys (<<) are dissolved into it, and for dissolved ones again."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice and id(node) not in self._seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        self._seen.add(id(node))
+        super().flatten_mapping(node)
+
+
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """The values of a recipe, and where each of them stands: keys that lead to it -> "FILE, line N"."""
+
+    values: dict[str, Any]
+    origins: dict[Keys, str]
+
+    def origin(self, keys: Keys) -> str:
+        """Where a value stands; for one that is not there, where the innermost mapping around it does."""
+        return next((self.origins[keys[:size]] for size in range(len(keys), 0, -1) if keys[:size] in self.origins), "")
+
+
+class _Null:
+    """Stands for a null that was laid over a value of the base, until it is known whether null is a value there."""
+
+
+_NULL = _Null()
+
+
+def read_written(path: Path, stages: Mapping[str, Stage]) -> Written:
+    """A recipe with all of its bases.
+
+    Errors: InputError if a file cannot be read; UsageError if it is not valid YAML, or is among its own bases.
+    """
+    written = _read_chain(path, [])
+    return Written(_settled(written.values, (), written.values, stages), written.origins)
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML document, read strictly; raises yaml.YAMLError."""
+    return _parse(text, "")[0]
+
+
+def _parse(text: str, file: str) -> tuple[Any, dict[Keys, str]]:
+    """A YAML document and the line of every value."""
+    loader = StrictLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}
+        return loader.construct_document(node), dict(_origins(node, file, ()))
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deep") from error
+    finally:
+        loader.dispose()
+
+
+def _origins(node: yaml.Node, file: str, keys: Keys) -> Iterator[tuple[Keys, str]]:
+    """Where every value inside a node stands: the line of its key, or of the item of a list."""
+    pairs: list[tuple[str, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        pairs = [(str(key.value), key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        pairs = [(str(number), item, item) for number, item in enumerate(node.value)]
+    for name, mark, value in pairs:
+        yield (*keys, name), f"{file}, line {mark.start_mark.line + 1}"
+        yield from _origins(value, file, (*keys, name))
+
+
+def _read_chain(path: Path, chain: list[Path]) -> Written:
+    """A recipe over its base. chain: the files that have led here, the first one in front."""
+    written = _read_file(path)
+    if written.values.get(BASE) is None:
+        return written
+    base, origin = written.values[BASE], written.origins[(BASE,)]
+    if not isinstance(base, str):
+        raise UsageError(f"{origin}: base is not a path of a recipe (found {base!r})", path=path)
+    following = Path(os.path.normpath(path.parent / base))
+    chain = [*chain, path]
+    if following.resolve() in [file.resolve() for file in chain]:
+        names = " -> ".join(map(str, [*chain, following]))
+        raise UsageError(f"{origin}: the recipe is among its own bases: {names}", path=path)
+    try:
+        under = _read_chain(following, chain)
+    except InputError as error:
+        raise InputError(f"{origin}: {error.message}", path=error.path) from error
+    values = _merged(under.values, written.values)
+    left = {keys: line for keys, line in under.origins.items() if _is_there(values, keys)}
+    return Written(values, left | written.origins)
+
+
+def _read_file(path: Path) -> Written:
+    try:
+        values, origins = _parse(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise InputError(f"the recipe {path} cannot be read: {error.strerror}", path=path) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}", path=path) from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no mapping with title and steps", path=path)
+    return Written(values, origins)
+
+
+def _merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` over those of the base; nulls over a value of the base are marked."""
+    merged = dict(base)
+    for name, value in values.items():
+        under = base.get(name)
+        if isinstance(value, dict) and isinstance(under, dict) and _is_change(under, value):
+            merged[name] = _merged(under, value)
+        else:
+            merged[name] = _NULL if value is None and name in base else value
+    return merged
+
+
+def _is_change(base: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether a mapping changes that of the base, instead of being one of another kind."""
+    return all(values[tag] == base.get(tag) for tag in TAGS if isinstance(values.get(tag), str))
+
+
+def _is_there(values: Any, keys: Keys) -> bool:
+    for key in keys:
+        if isinstance(values, list) and key.isdecimal() and int(key) < len(values):
+            values = values[int(key)]
+        elif isinstance(values, dict) and key in values:
+            values = values[key]
+        else:
+            return False
+    return True
+
+
+def _settled(value: Any, keys: Keys, recipe: Mapping[str, Any], stages: Mapping[str, Stage]) -> Any:
+    """A copy in which nulls over a base are null, where null is a value, or not there. Anchors are no longer shared."""
+    if isinstance(value, list):
+        return [_settled(item, (*keys, str(number)), recipe, stages) for number, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return None if value is _NULL else value
+    places = {name: (*keys, str(name)) for name in value}
+    kept = [name for name in value if value[name] is not _NULL or _takes_null(places[name], recipe, stages)]
+    return {name: _settled(value[name], places[name], recipe, stages) for name in kept}
+
+
+def _takes_null(keys: Keys, recipe: Mapping[str, Any], stages: Mapping[str, Stage]) -> bool:
+    """Whether null is a value at a place: a path that is to be given, or a setting that may be null."""
+    match keys:
+        case ("paths", _):
+            return True
+        case ("steps", step, "config", _, *_):
+            declared = stages.get(recipe["steps"][step].get("stage"))
+            name = ".".join(keys[3:])
+            settings = settings_of(declared.config, recipe["steps"][step]["config"]) if declared else ()
+            return any(type(None) in get_args(item.field.annotation) for item in settings if item.name == name)
+    return False
