@@ -18,8 +18,8 @@ from cli.pictures import generate_command, sample_command
 from cli.single import stage_command
 from pipeline import ranks
 from pipeline.errors import UsageError
-from pipeline.followers import ARRIVAL_SECONDS
 from pipeline.following import follow
+from pipeline.launch import ARRIVAL_SECONDS
 from smalti import __version__
 from stages import stages
 

@@ -16,8 +16,7 @@ import typer
 from cli.output import print_error
 from pipeline.cluster import Cluster, connect
 from pipeline.errors import UsageError
-from pipeline.followers import Followers
-from pipeline.launched import launched
+from pipeline.launch import Followers, launched
 from pipeline.progress import Progress
 from pipeline.runner import Options
 from pipeline.trees import Memory

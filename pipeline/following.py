@@ -6,32 +6,30 @@ writes in this process goes into a folder that is removed.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-from pydantic import BaseModel
-
-from pipeline import followers, link, proof, ranks
+from pipeline import launch, proof, ranks
 from pipeline.artifact import Artifact, check_data
-from pipeline.cluster import InProcess
+from pipeline.cluster import InProcess, silence_dask
 from pipeline.config import parse_config
 from pipeline.draft import Draft, Request
 from pipeline.errors import CorruptError, SmaltiError, StorageError
 from pipeline.externals import needs
-from pipeline.followers import CAUSE_SECONDS, LEAVE_SECONDS, Say
 from pipeline.kept import give_back
-from pipeline.launched import working_for
-from pipeline.link import Link, Message
+from pipeline.launch import AGAIN, CAUSE_SECONDS, GREETING_SECONDS, LEAVE_SECONDS, Link, Message, Say
 from pipeline.outside import open_input
 from pipeline.progress import Progress
 from pipeline.runner import make_request
@@ -40,9 +38,11 @@ from pipeline.stage import Inputs, Stage
 
 KNOCK_SECONDS = 0.5
 ANSWER_SECONDS = 1.0
-AGAIN = "run the same command again: it continues from what is saved"
+WORK_END_SECONDS = 2.0
 
 Explain = Callable[[Exception], SmaltiError]
+Train = Callable[[Path], None]
+"""A training of this process, given the folder of its draft."""
 
 
 class Dismissed(Exception):
@@ -50,11 +50,7 @@ class Dismissed(Exception):
 
 
 class Failed(Exception):
-    """The training failed in this process, and process 0 knows why."""
-
-    def __init__(self, code: int):
-        super().__init__(code)
-        self.code = code
+    """The training failed in this process, and process 0 knows why. args: the exit code."""
 
 
 def follow(stages: Mapping[str, Stage], *, explain: Explain, say: Say) -> int:
@@ -70,10 +66,10 @@ def follow(stages: Mapping[str, Stage], *, explain: Explain, say: Say) -> int:
     except Dismissed:
         return 0
     except Failed as failed:
-        return failed.code
+        return int(failed.args[0])
     except (KeyboardInterrupt, Terminated) as stop:
         code = 130 if isinstance(stop, KeyboardInterrupt) else 143
-        leader.answer({"is": "failed", "error": _as_json(SmaltiError("was stopped by a signal"), code)})
+        leader.fail(SmaltiError("was stopped by a signal"), code)
         return code
     finally:
         leader.close()
@@ -87,7 +83,7 @@ def _obey(leader: Leader, stages: Mapping[str, Stage], explain: Explain, work: E
         if order["do"] != "work":
             _take_part(leader, order, stages, explain)
         elif not works:  # it may be said twice to a process that comes at that moment
-            work.enter_context(working_for(f"tcp://{leader.address}:{order['port']}"))
+            work.enter_context(_working_for(f"tcp://{leader.address}:{order['port']}"))
             works = True
 
 
@@ -115,13 +111,18 @@ class Leader:
         with suppress(OSError):  # the listening thread notices
             self._link.send(message)
 
-    def train(self, function: Callable[[], None], explain: Explain) -> None:
+    def fail(self, error: SmaltiError, code: int) -> None:
+        told = {"code": code, "message": error.message, "path": error.path, "hint": error.hint}
+        self.answer({"is": "failed", "error": told})
+
+    def train(self, function: Train, explain: Explain) -> None:
         """Run one training and say how it ended. Failed, Dismissed, StorageError: there is nothing to be done any more."""
         self._trains = True
         try:
-            function()
+            with TemporaryDirectory() as folder:
+                function(Path(folder))
         except Exception as error:
-            self._fail(error, explain)
+            self._end_with(error, explain)
         finally:
             self._trains = False
         self.answer({"is": "done"})
@@ -129,13 +130,13 @@ class Leader:
     def close(self) -> None:
         self._link.close()
 
-    def _fail(self, error: Exception, explain: Explain) -> None:
+    def _end_with(self, error: Exception, explain: Explain) -> NoReturn:
         """Tell process 0 what went wrong, unless that came from the end of process 0."""
         if not isinstance(error, SmaltiError):  # an exchange may have broken because process 0 ends: wait for its word
             self._has_ended.wait(CAUSE_SECONDS)
         if not self._has_ended.is_set():
             explained = explain(error)
-            self.answer({"is": "failed", "error": _as_json(explained, explained.exit_code)})
+            self.fail(explained, explained.exit_code)
             if not self._has_ended.wait(ANSWER_SECONDS):
                 raise Failed(explained.exit_code) from error
         raise self._end from error
@@ -151,80 +152,75 @@ class Leader:
                     break
                 self._orders.put(message)
         except TimeoutError:
-            end = StorageError(
-                f"process 0 at {self.address} has been silent for {link.SILENCE_SECONDS:.0f} s", hint=AGAIN
-            )
+            silence = f"has been silent for {launch.SILENCE_SECONDS:.0f} s"
+            end = StorageError(f"process 0 at {self.address} {silence}", hint=AGAIN)
         except OSError:
             pass
         self._end = end
         self._has_ended.set()
         self._orders.put(None)
         time.sleep(LEAVE_SECONDS)
-        self._leave()
-
-    def _leave(self) -> None:
-        """End a training that hangs in an exchange with a process that is gone."""
-        if not self._trains:
-            return
-        if isinstance(self._end, SmaltiError):
-            self._say(self._end)
-            os._exit(self._end.exit_code)
-        os._exit(0)
+        if self._trains:  # it hangs in an exchange with a process that is gone
+            if isinstance(end, SmaltiError):
+                self._say(end)
+            os._exit(end.exit_code if isinstance(end, SmaltiError) else 0)
 
 
 def _reach() -> Link:
     """The connection to process 0, which may start later than this process."""
     meeting, host = ranks.meeting(), platform.node()
-    deadline = time.monotonic() + followers.ARRIVAL_SECONDS
+    deadline = time.monotonic() + launch.ARRIVAL_SECONDS
     while time.monotonic() < deadline:
         for port in meeting.ports:
             with suppress(OSError):
-                connection = socket.create_connection((meeting.host, port), timeout=link.GREETING_SECONDS)
-                if link.greet_first(connection, meeting.key, rank=ranks.rank(), host=host):
-                    return Link(connection)
-                connection.close()
+                found = socket.create_connection((meeting.host, port), timeout=GREETING_SECONDS)
+                link = Link(found, meeting.key, is_first=False)
+                link.send({"rank": ranks.rank(), "host": host})
+                return link
         time.sleep(KNOCK_SECONDS)
     raise StorageError(
         f"process {ranks.rank()} ({host}) did not reach process 0 at {meeting.host}, ports {meeting.ports[0]} to "
-        f"{meeting.ports[-1]}, within {followers.ARRIVAL_SECONDS:.0f} s",
+        f"{meeting.ports[-1]}, within {launch.ARRIVAL_SECONDS:.0f} s",
         hint="look whether it runs, and whether the machines reach each other on every port",
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Task:
-    """What a stage is called with in this process, but for the draft."""
-
-    declared: Stage
-    config: BaseModel
-    inputs: Inputs
-    request: Request
-    run: Runtime
-
-    def work(self, folder: Path) -> None:
-        draft = Draft.open(folder, self.request)
+@contextmanager
+def _working_for(scheduler: str) -> Iterator[None]:
+    """Within this block a thread of this process works for a dask scheduler; it ends with the scheduler."""
+    silence_dask()
+    with TemporaryDirectory() as folder:
+        thread = threading.Thread(target=lambda: asyncio.run(_work(scheduler, folder)), name="shards", daemon=True)
+        thread.start()
         try:
-            self.declared.function(self.config, self.inputs, draft, replace(self.run, log=draft.log))
+            yield
         finally:
-            give_back()
+            thread.join(WORK_END_SECONDS)
+
+
+async def _work(scheduler: str, folder: str) -> None:
+    from dask.distributed import Worker
+
+    worker: Any = Worker(scheduler, nthreads=1, memory_limit=0, local_directory=folder, dashboard=False)
+    async with worker:
+        await worker.finished()
 
 
 def _take_part(leader: Leader, order: Message, stages: Mapping[str, Stage], explain: Explain) -> None:
     """One training: check that everything is here, say so, and train when all have said so."""
     try:
-        task = _prepare(order, stages)
+        train = _prepare(order, stages)
     except Exception as error:
         refused = explain(error)
-        leader.answer({"is": "refused", "error": _as_json(refused, refused.exit_code)})
+        leader.fail(refused, refused.exit_code)
         return
     leader.answer({"is": "ready"})
     leader.next_order()
-    with TemporaryDirectory() as folder:
-        leader.train(lambda: task.work(Path(folder)), explain)
+    leader.train(train, explain)
 
 
-def _prepare(order: Message, stages: Mapping[str, Stage]) -> _Task:
-    """StorageError, CorruptError: this process does not find what process 0 has."""
+def _prepare(order: Message, stages: Mapping[str, Stage]) -> Train:
+    """The training that an order asks for. StorageError, CorruptError: this process does not find what process 0 has."""
     check_store(order)
     declared, wanted = stages[order["stage"]], Request(**order["request"])
     config = parse_config(declared.config, wanted.config, where=declared.name)
@@ -248,17 +244,25 @@ def _prepare(order: Message, stages: Mapping[str, Stage]) -> _Task:
         for artifact in inputs.flat():
             check_data(artifact)
     files = {need.external: need.get(Progress()) for need in needs(declared, config, paths)}
-    run = Runtime(
-        cluster=InProcess(),
-        progress=Progress(),
-        log=Path(order["draft"]),
+    run = partial(
+        Runtime,
+        InProcess(),
+        Progress(),
         device=order["device"],
         threads=order["threads"],
         checkpoint_seconds=order["checkpoint_seconds"],
         paths={**paths, **files},
         store=Path(order["store"]),
     )
-    return _Task(declared, config, inputs, request, run)
+
+    def train(folder: Path) -> None:
+        draft = Draft.open(folder, request)
+        try:
+            declared.function(config, inputs, draft, run(log=draft.log))
+        finally:
+            give_back()
+
+    return train
 
 
 def check_store(order: Message) -> None:
@@ -274,7 +278,3 @@ def check_store(order: Message) -> None:
 
 def _opened(paths: str | list[str]) -> Artifact | list[Artifact]:
     return [open_input(Path(path)) for path in paths] if isinstance(paths, list) else open_input(Path(paths))
-
-
-def _as_json(error: SmaltiError, code: int) -> dict[str, Any]:
-    return {"code": code, "message": error.message, "path": error.path, "hint": error.hint}

@@ -23,11 +23,11 @@ from pipeline.cores import usual_threads
 from pipeline.draft import Draft, Request
 from pipeline.errors import BadImages, CorruptError, InputError, SmaltiError
 from pipeline.externals import DigestUnknown, Need, check_caches, check_files, content_ids, get_all, needs, option
-from pipeline.followers import Followers
 from pipeline.foresight import foresee, look_ahead, settle, settled
 from pipeline.kept import give_back
 from pipeline.keys import artifact_key, canonical_bytes, config_value
 from pipeline.known import Known
+from pipeline.launch import Followers
 from pipeline.locks import steady
 from pipeline.outside import FOLDER, OUTSIDE, open_outside
 from pipeline.progress import Progress

@@ -15,9 +15,8 @@ import tiny_stages
 from dask.distributed import Scheduler
 
 from pipeline import ranks
-from pipeline.followers import ARRIVAL_SECONDS, Followers
 from pipeline.following import follow
-from pipeline.launched import launched
+from pipeline.launch import ARRIVAL_SECONDS, Followers, launched
 from pipeline.runner import Options
 
 schedulers: list[int] = []

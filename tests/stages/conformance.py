@@ -25,8 +25,8 @@ from pipeline.artifact import LOG, MANIFEST, Artifact, verify_artifact
 from pipeline.cluster import Cluster, InProcess, connect
 from pipeline.config import parse_config
 from pipeline.errors import SmaltiError, WorkerError
-from pipeline.followers import ARRIVAL_SECONDS, Followers
 from pipeline.following import follow
+from pipeline.launch import ARRIVAL_SECONDS, Followers
 from pipeline.runner import Options, make, make_request
 from pipeline.stage import Inputs, Stage
 from pipeline.store import Store

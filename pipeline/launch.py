@@ -1,26 +1,29 @@
-"""The other processes of a launch, as process 0 sees them: `torchrun` and `accelerate launch` start several.
+"""The other processes of a launch (`torchrun`, `accelerate launch`) as process 0 sees them, and the links between them.
 
-Process 0 alone runs the runner. It listens from its first moment on; the others come to it and wait for orders:
-to take part in a training, to work on the dask cluster of process 0, or to leave (`pipeline.following`). An order to train
+Process 0 alone runs the runner. It listens from its first moment on; the others come to it and wait for orders
+(`pipeline.following`): to take part in a training, to work on the dask cluster of process 0, or to leave. An order to train
 names every input by path and digest, and the training begins when all have found the same ones. An error of one process
 ends all of them, and process 0 says it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any
 
 from pipeline import proof, ranks
+from pipeline.cluster import Dask, Outcome, silence_dask
 from pipeline.errors import SmaltiError, StorageError
-from pipeline.link import Link, Message, greet_follower
 
 ARRIVAL_SECONDS = 120.0
 """How long the processes of a launch wait for each other at the start."""
@@ -28,10 +31,62 @@ CAUSE_SECONDS = 2.0
 """How long a process whose exchange broke waits for word of the cause."""
 LEAVE_SECONDS = 20.0
 """After so long a process that hangs in an exchange with a lost one is ended."""
-
+BEAT_SECONDS = 5.0
+SILENCE_SECONDS = 60.0
+"""After so much silence the other side counts as lost."""
+GREETING_SECONDS = 5.0
 STOPPED = 128  # exit codes from here on are signals
+AGAIN = "run the same command again: it continues from what is saved"
 
+Message = dict[str, Any]
 Say = Callable[[SmaltiError], None]
+
+
+class Link:
+    """A connection on which both sides have proved that they know the key: messages of JSON, and a heartbeat.
+
+    OSError: the other side does not know the key, or is gone.  TimeoutError: it does not answer.
+    """
+
+    def __init__(self, found: socket.socket, key: bytes, *, is_first: bool):
+        self.address = str(found.getpeername()[0])
+        found.settimeout(None)
+        self._socket, self._connection = found, Connection(found.fileno())
+        self._sending, self._closed = threading.Lock(), threading.Event()
+        try:
+            if not is_first and not self._connection.poll(GREETING_SECONDS):
+                raise TimeoutError("no greeting")
+            for prove in (deliver_challenge, answer_challenge) if is_first else (answer_challenge, deliver_challenge):
+                prove(self._connection, key)
+        except (OSError, EOFError, AuthenticationError, AssertionError) as error:
+            self.close()
+            raise OSError(f"{self.address} is not a process of this launch") from error
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def send(self, message: Message) -> None:
+        with self._sending:
+            self._connection.send_bytes(json.dumps(message).encode())
+
+    def messages(self) -> Iterator[Message]:
+        """What the other side says until it closes."""
+        with suppress(EOFError):
+            while self._connection.poll(SILENCE_SECONDS):
+                if message := json.loads(self._connection.recv_bytes()):
+                    yield message
+            raise TimeoutError("silence")
+
+    def close(self) -> None:
+        self._closed.set()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # also wakes a thread that waits for a message
+        self._socket.detach()
+        self._connection.close()
+
+    def _beat(self) -> None:
+        """An empty message now and then."""
+        with suppress(OSError):
+            while not self._closed.wait(BEAT_SECONDS):
+                self.send({})
 
 
 @dataclass
@@ -103,26 +158,29 @@ class Followers:
 
     def dismiss(self, *, patience: float) -> None:
         """Tell all to leave. patience: seconds to wait for those that have not come yet."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._present) == self.count or self._failure, patience)
-            self._dismissed = True
+        self._wait(lambda: len(self._present) == self.count, patience)
+        self._dismissed = True
         self._tell({"do": "leave"})
         with self._changed:
             self._changed.wait_for(lambda: all(follower.has_left for follower in self._present.values()), 1.0)
 
     def _gather(self) -> None:
         """Wait until all have come. StorageError: somebody has not, or has left."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._present) == self.count or self._failure, ARRIVAL_SECONDS)
-            missing = sorted({*range(1, self.count + 1)} - {*self._present})
+        self._wait(lambda: len(self._present) == self.count, ARRIVAL_SECONDS)
         if self._failure is not None:
             raise self._failure
+        missing = sorted({*range(1, self.count + 1)} - {*self._present})
         if missing:
             numbers = ", ".join(map(str, missing))
             raise StorageError(
                 f"of {self.count + 1} processes number {numbers} did not reach process 0 within {ARRIVAL_SECONDS:.0f} s",
                 hint="look whether they run, and whether the machines reach each other on every port",
             )
+
+    def _wait(self, is_over: Callable[[], bool], seconds: float | None = None) -> None:
+        """Wait for a condition, or for the first failure."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or is_over(), seconds)
 
     def _tell(self, message: Message) -> None:
         with self._changed:
@@ -135,44 +193,35 @@ class Followers:
 
     def _collect(self, word: str) -> None:
         """Wait until all have answered `word`; raises the first failure instead."""
-
-        def is_over() -> bool:
-            return self._failure is not None or all(one.answer.get("is") == word for one in self._present.values())
-
-        with self._changed:
-            self._changed.wait_for(is_over)
+        self._wait(lambda: all(follower.answer.get("is") == word for follower in self._present.values()))
         if self._failure is not None:
             raise self._failure
 
     def _cause(self, error: BaseException) -> BaseException:
         """What ended the training: this error, or the failure of another process, by which it came about."""
-        is_signal = not isinstance(error, Exception)
         if isinstance(error, SmaltiError):
             return error
-        with self._changed:
-            if not is_signal:
-                self._changed.wait_for(lambda: self._failure, CAUSE_SECONDS)
-            failure = self._failure
-        if failure is None or (is_signal and failure.exit_code >= STOPPED):
-            return error
-        return failure
+        is_signal = not isinstance(error, Exception)
+        if not is_signal:
+            self._wait(lambda: False, CAUSE_SECONDS)
+        failure = self._failure
+        return error if failure is None or (is_signal and failure.exit_code >= STOPPED) else failure
 
     def _receive(self, server: socket.socket, key: bytes) -> None:
         """Take everybody in, until the process ends: a thread each."""
         while True:
-            connection, _ = server.accept()
-            threading.Thread(target=self._welcome, args=(connection, key), daemon=True).start()
+            found, _ = server.accept()
+            threading.Thread(target=self._welcome, args=(found, key), daemon=True).start()
 
-    def _welcome(self, connection: socket.socket, key: bytes) -> None:
+    def _welcome(self, found: socket.socket, key: bytes) -> None:
         """Greet one process, and hear what it says for as long as it is there."""
         try:
-            about = greet_follower(connection, key)
-        except OSError:
-            about = None
-        if about is None:
-            connection.close()
+            link = Link(found, key, is_first=True)
+            messages = link.messages()
+            about = next(messages)
+        except (OSError, StopIteration):
             return
-        follower = Follower(f"process {about['rank']} ({about['host']})", Link(connection))
+        follower = Follower(f"process {about['rank']} ({about['host']})", link)
         with self._changed:
             self._present[int(about["rank"])] = follower
             late = {"do": "leave"} if self._dismissed else self._work
@@ -180,30 +229,29 @@ class Followers:
         ended = "is gone: it was killed, or its connection broke"
         try:
             if late is not None:
-                follower.link.send(late)
-            for message in follower.link.messages():
+                link.send(late)
+            for message in messages:
                 self._note(follower, message)
         except TimeoutError:
             ended = "is silent: its machine or the network has failed"
         except OSError:
             pass
-        self._note_end(follower, ended)
-
-    def _note(self, follower: Follower, message: Message) -> None:
-        if message["is"] in ("refused", "failed"):
-            self._fail(_error_of(follower, message["error"]))
-        else:
-            with self._changed:
-                follower.answer = message
-                self._changed.notify_all()
-
-    def _note_end(self, follower: Follower, ended: str) -> None:
-        follower.link.close()
+        link.close()
         if not self._dismissed:  # the first failure counts, so whoever has told one may go
-            hint = "run the same command again: it continues from what is saved"
-            self._fail(StorageError(f"{follower.name} {ended}", hint=hint))
+            self._fail(StorageError(f"{follower.name} {ended}", hint=AGAIN))
         with self._changed:
             follower.has_left = True
+            self._changed.notify_all()
+
+    def _note(self, follower: Follower, message: Message) -> None:
+        told = message.get("error")
+        if told is not None:
+            error = SmaltiError(f"{follower.name}: {told['message']}", path=told["path"], hint=told["hint"])
+            error.exit_code = int(told["code"])
+            self._fail(error)
+            return
+        with self._changed:
+            follower.answer = message
             self._changed.notify_all()
 
     def _fail(self, failure: SmaltiError) -> None:
@@ -237,7 +285,44 @@ def _serve(meeting: ranks.Meeting) -> socket.socket:
     )
 
 
-def _error_of(follower: Follower, told: dict[str, Any]) -> SmaltiError:
-    error = SmaltiError(f"{follower.name}: {told['message']}", path=told["path"], hint=told["hint"])
-    error.exit_code = int(told["code"])
-    return error
+class Launched:
+    """Shards on the processes of a launch: a dask cluster that starts with the first shards, of which process 0 is the client.
+
+    Every process works in a thread of its own, so that a device is used by the process to which the launcher gave it.
+    workers: local processes that work in the place of process 0, if any.
+    """
+
+    def __init__(self, followers: Followers, *, workers: int, around: ExitStack):
+        self._followers, self._workers, self._around = followers, workers, around
+        self._started: Dask | None = None
+
+    def map(
+        self, function: Callable[[int], Any], numbers: Iterable[int], *, folder: Path, say: Callable[[str], None]
+    ) -> Generator[Outcome, None, None]:
+        waiting = list(numbers)
+        if waiting and self._started is None:
+            self._started = Dask(self._around.enter_context(_scheduler(self._workers)))
+            self._followers.work_for(int(self._started.client.scheduler.address.rpartition(":")[2]))
+        if self._started is not None and waiting:
+            yield from self._started.map(function, waiting, folder=folder, say=say)
+
+
+@contextmanager
+def launched(followers: Followers, *, workers: int) -> Iterator[Launched]:
+    with ExitStack() as around:
+        yield Launched(followers, workers=workers, around=around)
+
+
+@contextmanager
+def _scheduler(workers: int) -> Iterator[Any]:
+    """A client of a scheduler that processes on other machines reach, with the workers of this process."""
+    from dask.distributed import Client, LocalCluster
+
+    silence_dask()
+    own: dict[str, Any] = {} if workers else {"processes": False, "memory_limit": 0}
+    own |= {"protocol": "tcp://", "host": "127.0.0.1" if ranks.meeting().is_one_host else "0.0.0.0"}
+    with (
+        LocalCluster(n_workers=workers or 1, **own, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client

@@ -17,13 +17,14 @@ import pytest
 import tiny_stages
 from pydantic import Field
 
-from pipeline import followers, following, link, ranks
+from pipeline import following, ranks
+from pipeline import launch as launching
 from pipeline.artifact import open_artifact
 from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.errors import NumericError, SmaltiError, StorageError, WorkerError
-from pipeline.followers import Followers
 from pipeline.following import follow
+from pipeline.launch import Followers, Link
 from pipeline.recipe import load_recipe
 from pipeline.runner import Options, run
 from pipeline.runtime import Runtime, Terminated
@@ -70,8 +71,8 @@ STAGES = {**tiny_stages.STAGES, "learn": learn}
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(followers, "ARRIVAL_SECONDS", 20.0)
-    monkeypatch.setattr(followers, "LEAVE_SECONDS", 0.5)
+    monkeypatch.setattr(launching, "ARRIVAL_SECONDS", 20.0)
+    monkeypatch.setattr(launching, "LEAVE_SECONDS", 0.5)
     monkeypatch.setattr(following, "LEAVE_SECONDS", 0.5)
     monkeypatch.setattr(following, "KNOCK_SECONDS", 0.05)
 
@@ -95,7 +96,7 @@ def lead(folder: Path, text: str = RECIPE, **options: Any) -> dict[str, Any]:
     except SmaltiError as error:
         return {"code": error.exit_code, "said": str(error)}
     finally:
-        others.dismiss(patience=followers.ARRIVAL_SECONDS)
+        others.dismiss(patience=launching.ARRIVAL_SECONDS)
 
 
 def take_part(folder: Path) -> dict[str, Any]:
@@ -271,9 +272,9 @@ def exit_code(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def wait_for(path: Path) -> None:
+def wait_until(is_so: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
-    while not path.exists():
+    while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -298,8 +299,8 @@ def test_the_other_leaves_when_process_0_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, said: str
 ) -> None:
     """Whether it waits for an order or hangs in a training."""
-    monkeypatch.setattr(link, "SILENCE_SECONDS", 1.0)
-    monkeypatch.setattr(link, "BEAT_SECONDS", 0.2)
+    monkeypatch.setattr(launching, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(launching, "BEAT_SECONDS", 0.2)
 
     def hang(rank: int) -> None:
         (tmp_path / f"hangs-{rank}").touch()
@@ -320,7 +321,7 @@ def test_the_other_leaves_when_process_0_is_lost(
     training = run_children(lambda: lead(tmp_path), lambda: (learning(hang)(1), take_part(tmp_path)))
     try:
         for name in ("idle", "hangs-0", "hangs-1"):
-            wait_for(tmp_path / name)
+            wait_until((tmp_path / name).exists)
         for first in (idle[0], training[0]):
             os.kill(first, number)
         assert exit_code(idle[1]) == 99
@@ -336,7 +337,7 @@ def test_the_other_leaves_when_process_0_is_lost(
 
 
 def test_a_process_that_never_comes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(followers, "ARRIVAL_SECONDS", 0.5)
+    monkeypatch.setattr(launching, "ARRIVAL_SECONDS", 0.5)
     report = tmp_path / "report"
     (child,) = run_children(lambda: report.write_text(json.dumps(lead(tmp_path))))
     exit_code(child)
@@ -346,7 +347,7 @@ def test_a_process_that_never_comes_is_named(tmp_path: Path, monkeypatch: pytest
 
 
 def test_without_process_0_the_other_says_where_it_looked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(followers, "ARRIVAL_SECONDS", 0.3)
+    monkeypatch.setattr(launching, "ARRIVAL_SECONDS", 0.3)
     for name, value in told(1, free_port()).items():
         monkeypatch.setenv(name, value)
     report = take_part(tmp_path)
@@ -360,11 +361,12 @@ def test_whoever_does_not_know_the_key_is_not_let_in(tmp_path: Path, monkeypatch
         monkeypatch.setenv(name, value)
     others = Followers.listen(say_into(tmp_path / "said"))
     meeting = ranks.meeting()
-    with socket.create_connection((meeting.host, meeting.ports[0])) as stranger, pytest.raises(OSError, match="closed"):
-        link.greet_first(stranger, b"guessed", rank=1, host="here")
+    address = meeting.host, meeting.ports[0]
+    with pytest.raises(OSError, match="not a process of this launch"):
+        Link(socket.create_connection(address), b"guessed", is_first=False)
     assert not others._present
-    with socket.create_connection((meeting.host, meeting.ports[0])) as known:
-        assert link.greet_first(known, meeting.key, rank=1, host="here")
+    Link(socket.create_connection(address), meeting.key, is_first=False).send({"rank": 1, "host": "here"})
+    wait_until(lambda: 1 in others._present)
 
 
 def test_a_launch_without_an_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
