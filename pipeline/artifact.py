@@ -11,7 +11,7 @@ Levels: `open_artifact` (milliseconds: manifest digest, names, sizes, array meta
 from __future__ import annotations
 
 import stat
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -50,8 +50,13 @@ class FileEntry:
     size: int
     sha256: str
 
+    @classmethod
+    def of(cls, root: Path, name: str) -> FileEntry:
+        """The entry of a file that is there."""
+        return cls(name, (root / name).stat().st_size, durable.hash_file(root / name))
+
     def as_json(self) -> dict[str, Any]:
-        return {"path": self.path, "size": self.size, "sha256": self.sha256}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -141,11 +146,14 @@ def manifest_bytes(manifest: dict[str, Any]) -> bytes:
 def open_artifact(path: Path) -> Artifact:
     """Open a finished artifact and check it at level *open*; CorruptError (exit code 4) says what does not fit."""
     artifact = read_manifest(path)
-    _check_folders(artifact)
+    folders = {path / parent for name in artifact.files for parent in PurePosixPath(name).parents} - {path}
+    for folder in sorted(folders):
+        if folder.is_symlink():  # the data of an artifact lies inside it
+            raise CorruptError(f"{folder} is a link, expected a folder", path=folder)
     for entry in artifact.files.values():
         _check_size(path, entry)
-    for folder in array_folders(artifact):
-        _check_metadata(artifact, folder)
+    for name in array_folders(artifact):
+        MappedArray(path / name, verify="index")
     return artifact
 
 
@@ -166,52 +174,40 @@ def verify_artifact(path: Path) -> Artifact:
         _check_hash(path, entry)
     surplus = sorted(set(list_files(path)) - set(artifact.files) - {MANIFEST, DIGEST})
     if surplus:
-        raise CorruptError(
-            f"{artifact.name} holds files that its manifest does not list: {', '.join(surplus[:5])}", path=path
-        )
+        found = f"holds files that its manifest does not list: {', '.join(surplus[:5])}"
+        raise CorruptError(f"{artifact.name} {found}", path=path)
     return artifact
 
 
 def read_manifest(path: Path) -> Artifact:
-    """Read and check the manifest alone: digest, format version, file names."""
+    """Read and check the manifest alone: digest, format version, fields, file names."""
     raw, want = _read_small(path / MANIFEST), _read_small(path / DIGEST).decode("ascii", "replace").strip()
     digest = sha256(raw)
     if digest != want:
-        raise CorruptError(
-            f"the manifest of {path} does not have the digest that {DIGEST} names",
-            path=path / MANIFEST,
-            hint=REPAIR,
-        )
+        found = f"the manifest of {path} does not have the digest that {DIGEST} names"
+        raise CorruptError(found, path=path / MANIFEST, hint=REPAIR)
     manifest = parse_json(raw, path / MANIFEST)
     _check_format(manifest, path)
-    _check_fields(manifest, path)
-    return Artifact(path=path, manifest=manifest, digest=digest)
-
-
-def _check_format(manifest: Any, path: Path) -> None:
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if isinstance(found, int) and found > FORMAT:
-        raise NewerFormat(
-            f"{path} has artifact format {found} and needs a newer version of smalti: this one knows formats up to {FORMAT}",
-            path=path,
-            hint="upgrade smalti; nothing was altered",
-        )
-    if found != FORMAT or isinstance(found, bool):
-        raise CorruptError(f"{path} has artifact format {found!r}, but the formats are 1 to {FORMAT}", path=path)
-
-
-def _check_fields(manifest: dict[str, Any], path: Path) -> None:
-    """Refuse a manifest that lacks a field, or whose files are no plain relative paths with size and SHA-256."""
     wrong = [name for name, kind in FIELDS.items() if type(manifest.get(name)) is not kind]
     if wrong:
         raise CorruptError(f"the manifest of {path} lacks a valid field {wrong[0]}", path=path / MANIFEST)
     kinds = {"path": str, "size": int, "sha256": str}
     for entry in manifest["files"]:
         if not isinstance(entry, dict) or {name: type(value) for name, value in entry.items()} != kinds:
-            raise CorruptError(
-                f"the manifest of {path} lists a file without path, size and sha256", path=path / MANIFEST
-            )
+            message = f"the manifest of {path} lists a file without path, size and sha256"
+            raise CorruptError(message, path=path / MANIFEST)
         check_name(entry["path"], path)
+    return Artifact(path=path, manifest=manifest, digest=digest)
+
+
+def _check_format(manifest: Any, path: Path) -> None:
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(found, int) and found > FORMAT:
+        needs = f"and needs a newer version of smalti: this one knows formats up to {FORMAT}"
+        hint = "upgrade smalti; nothing was altered"
+        raise NewerFormat(f"{path} has artifact format {found} {needs}", path=path, hint=hint)
+    if found != FORMAT or isinstance(found, bool):
+        raise CorruptError(f"{path} has artifact format {found!r}, but the formats are 1 to {FORMAT}", path=path)
 
 
 def check_name(name: str, path: Path) -> None:
@@ -229,58 +225,35 @@ def list_files(root: Path) -> list[str]:
 
 
 def array_folders(artifact: Artifact) -> list[str]:
-    """Folders of the zarr arrays in this artifact ("" for the artifact itself)."""
-    names = (PurePosixPath(name) for name in artifact.files)
-    folders = sorted(name.parent.as_posix() for name in names if name.name == "zarr.json")
-    return [folder for folder in folders if _is_array(artifact, folder)]
-
-
-def _is_array(artifact: Artifact, folder: str) -> bool:
-    path = artifact.path / folder / "zarr.json"
-    entry = artifact.files[(PurePosixPath(folder) / "zarr.json").as_posix()]
-    _check_hash(artifact.path, entry)
-    document = read_json(path)
-    return isinstance(document, dict) and document.get("node_type") == "array"
-
-
-def _check_metadata(artifact: Artifact, folder: str) -> None:
-    MappedArray(artifact.path / folder, verify="index")
-
-
-def _check_folders(artifact: Artifact) -> None:
-    """Refuse folders that are links: the data of an artifact lies inside it."""
-    folders = {parent for name in artifact.files for parent in PurePosixPath(name).parents}
-    for folder in sorted(folders - {PurePosixPath(".")}):
-        if (artifact.path / folder).is_symlink():
-            raise CorruptError(f"{artifact.path / folder} is a link, expected a folder", path=artifact.path / folder)
+    """Folders of the zarr arrays in this artifact ("." for the artifact itself); their zarr.json is checked by SHA-256."""
+    folders = []
+    for name, entry in artifact.files.items():
+        if PurePosixPath(name).name == "zarr.json":
+            _check_hash(artifact.path, entry)
+            document = read_json(artifact.path / name)
+            if isinstance(document, dict) and document.get("node_type") == "array":
+                folders.append(PurePosixPath(name).parent.as_posix())
+    return sorted(folders)
 
 
 def _check_size(root: Path, entry: FileEntry) -> None:
+    path = root / entry.path
     try:
-        status = (root / entry.path).lstat()
+        status = path.lstat()
     except OSError as error:
-        _check_absent(error, root / entry.path)
-        raise CorruptError(
-            f"{root} lacks the file {entry.path} that its manifest lists",
-            path=root / entry.path,
-            hint=REPAIR,
-        ) from error
+        _check_absent(error, path)
+        message = f"{root} lacks the file {entry.path} that its manifest lists"
+        raise CorruptError(message, path=path, hint=REPAIR) from error
     if not stat.S_ISREG(status.st_mode) or status.st_size != entry.size:
-        raise CorruptError(
-            f"{root / entry.path} has {status.st_size} bytes, but its manifest says {entry.size}",
-            path=root / entry.path,
-            hint=REPAIR,
-        )
+        message = f"{path} has {status.st_size} bytes, but its manifest says {entry.size}"
+        raise CorruptError(message, path=path, hint=REPAIR)
 
 
 def _check_hash(root: Path, entry: FileEntry) -> None:
     _check_size(root, entry)
     if durable.hash_file(root / entry.path) != entry.sha256:
-        raise CorruptError(
-            f"{root / entry.path} does not have the SHA-256 that its manifest lists",
-            path=root / entry.path,
-            hint=REPAIR,
-        )
+        message = f"{root / entry.path} does not have the SHA-256 that its manifest lists"
+        raise CorruptError(message, path=root / entry.path, hint=REPAIR)
 
 
 def _read_small(path: Path) -> bytes:
@@ -290,7 +263,7 @@ def _read_small(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         _check_absent(error, path)
-        raise CorruptError(f"{path.parent} is no artifact: it has no {path.name}", path=path) from error
+        raise CorruptError(f"{path.parent} is not an artifact: it has no {path.name}", path=path) from error
 
 
 def _check_absent(error: OSError, path: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,9 @@ class Draft:
 
     def entries(self) -> list[FileEntry]:
         """Every recorded data file with size and SHA-256, sorted by path; checkpoints under scratch/ are left out."""
-        entries = (entry for files in self._units.values() for entry in files if not _is_scratch(entry))
-        return sorted(entries, key=lambda entry: entry.path)
+        entries = (entry for files in self._units.values() for entry in files)
+        kept = (entry for entry in entries if not entry.path.startswith(f"{SCRATCH}/"))
+        return sorted(kept, key=lambda entry: entry.path)
 
     def put(self, unit: str, files: Mapping[str, bytes | memoryview]) -> None:
         """Write the files of one unit and record it."""
@@ -127,7 +128,7 @@ class Draft:
         check_name(name, self.path)
         with durable.writing(self.path / name) as temporary:
             yield temporary
-            entry = FileEntry(name, temporary.stat().st_size, durable.hash_file(temporary))
+            entry = replace(FileEntry.of(temporary.parent, temporary.name), path=name)
         self.record(unit, [entry])
 
     @contextmanager
@@ -157,13 +158,7 @@ class Draft:
         """Turn the draft into the artifact `final`."""
         manifest = {
             "format": FORMAT,
-            "stage": self.request.stage,
-            "kind": self.request.kind,
-            "version": self.request.version,
-            "key": self.request.key,
-            "config": self.request.config,
-            "inputs": self.request.inputs,
-            "externals": self.request.externals,
+            **{name: value for name, value in vars(self.request).items() if name != "former_inputs"},
             "facts": self.facts,
             "files": [entry.as_json() for entry in self.entries()],
         }
@@ -274,7 +269,3 @@ def _replay(units: dict[str, list[FileEntry]], line: bytes, root: Path) -> bool:
 def _is_whole(root: Path, entry: FileEntry) -> bool:
     path = root / entry.path
     return path.is_file() and path.stat().st_size == entry.size and durable.hash_file(path) == entry.sha256
-
-
-def _is_scratch(entry: FileEntry) -> bool:
-    return entry.path.startswith(f"{SCRATCH}/")

@@ -94,11 +94,3 @@ class BadImages(InputError):
         self.hint = (
             f"repair or remove what is bad, or have it left out when the images are indexed: {', or '.join(ways)}"
         )
-
-    def __reduce__(self) -> tuple[object, ...]:
-        rest = {name: getattr(self, name) for name in ("path", "command", "image_set", "setting", "listed")}
-        return (_rebuild_bad, (self.message, rest))
-
-
-def _rebuild_bad(message: str, rest: dict[str, str]) -> BadImages:
-    return BadImages(message, **rest)

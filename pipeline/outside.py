@@ -11,9 +11,8 @@ from typing import Any
 
 from pipeline.artifact import FORMAT, MANIFEST, Artifact, FileEntry, open_artifact
 from pipeline.config import Config
-from pipeline.durable import hash_file
 from pipeline.stage import External, Stage
-from smalti.tokens import TokenSet, content_digest, open_tokens, verify_tokens
+from smalti.tokens import content_digest, open_tokens, verify_tokens
 
 EXTERNAL = "external"
 KIND = "token-set"
@@ -32,7 +31,9 @@ def open_outside(path: Path) -> Artifact:
     InputError: there is none at `path`.  CorruptError: it is damaged.
     """
     token_set = open_tokens(path)
-    key = content_digest(token_set)
+    key, said = content_digest(token_set), token_set.attributes
+    arrays = ["tokens", "labels", "keys", *(["boxes"] if token_set.boxes is not None else [])]
+    metadata = sorted([METADATA, *(f"{name}/{METADATA}" for name in arrays)])  # shards have checksums of their own
     manifest = {
         "format": FORMAT,
         "stage": EXTERNAL,
@@ -42,8 +43,16 @@ def open_outside(path: Path) -> Artifact:
         "config": {},
         "inputs": {},
         "externals": {},
-        "facts": _facts(token_set),
-        "files": [_entry(path, name).as_json() for name in _metadata(token_set)],
+        "facts": {
+            "images": said.n_images,
+            "crops": said.n_crops,
+            "grid": list(said.grid),
+            "codes": said.codes,
+            "classes": said.classes,
+            "resolution": said.resolution,
+            "tokenizer": dict(said.tokenizer),
+        },
+        "files": [FileEntry.of(path, name).as_json() for name in metadata],
     }
     return Artifact(path.absolute(), manifest, digest=key)
 
@@ -59,44 +68,19 @@ def open_input(path: Path) -> Artifact:
     return open_outside(path) if is_token_folder(path) else open_artifact(path)
 
 
-def _facts(token_set: TokenSet) -> dict[str, Any]:
-    """What later stages compare, as of a token set of ours."""
-    said = token_set.attributes
-    return {
-        "images": said.n_images,
-        "crops": said.n_crops,
-        "grid": list(said.grid),
-        "codes": said.codes,
-        "classes": said.classes,
-        "resolution": said.resolution,
-        "tokenizer": dict(said.tokenizer),
-    }
-
-
-def _metadata(token_set: TokenSet) -> list[str]:
-    """The files that tell what the arrays are; the shards are checked by their own checksums."""
-    arrays = ["tokens", "labels", "keys", *(["boxes"] if token_set.boxes is not None else [])]
-    return sorted([METADATA, *(f"{name}/{METADATA}" for name in arrays)])
-
-
-def _entry(folder: Path, name: str) -> FileEntry:
-    path = folder / name
-    return FileEntry(name, path.stat().st_size, hash_file(path))
-
-
 def _is_opened(*given: Any) -> None:
     raise AssertionError("what lies outside is opened, never made")
 
 
 OUTSIDE = Stage(
-    EXTERNAL,
-    1,
-    Config,
-    {},
-    KIND,
-    _is_opened,
-    "A token set outside of the store.",
-    "",
-    {FOLDER: External("folder of the token set", lambda config, path: open_outside(path).key)},
+    name=EXTERNAL,
+    version=1,
+    config=Config,
+    reads={},
+    writes=KIND,
+    function=_is_opened,
+    help="A token set outside of the store.",
+    example="",
+    externals={FOLDER: External("folder of the token set", lambda config, path: open_outside(path).key)},
 )
 """What stands in a recipe's plan for a token set that lies outside."""

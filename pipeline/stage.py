@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from pydantic import BaseModel
 
@@ -27,7 +27,6 @@ from pipeline.settings import REQUIRED, Setting, settings_of, value_at
 from pipeline.trees import Tree
 
 Paths = Mapping[str, Path]
-ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -40,48 +39,36 @@ class Read:
     many: bool = False
 
 
-def read(*kinds: str, help: str = "", optional: bool = False, many: bool = False) -> Read:
-    return Read(kinds, help, optional, many)
+def read(*kinds: str, **options: Any) -> Read:
+    return Read(kinds, **options)
 
 
 class Place(Protocol):
-    """Where a file lies that others published, and how it gets onto this machine: into a cache, once."""
+    """Where a file lies that others published, and how it gets onto this machine: into a cache, once.
+
+    file: its name.  what: what it holds, in words.  label: how sentences call it.  url: where a person may fetch it.
+    sha256: the digest that it must have; None: any.  is_keyed: whether keys need its digest, because it may have another
+    content one day.  find: the file on this machine, if it is there; asks no server.  digest: SHA-256 of a found file.
+    check: CorruptError unless a found file is what it should be.  fetch: download it; StorageError where no server
+    answers within seconds.
+    """
 
     @property
-    def file(self) -> str:
-        """Its name."""
-
+    def file(self) -> str: ...
     @property
-    def what(self) -> str:
-        """What it holds, in words."""
-
+    def what(self) -> str: ...
     @property
-    def label(self) -> str:
-        """How sentences call it."""
-
+    def label(self) -> str: ...
     @property
-    def url(self) -> str:
-        """Where a person may fetch it."""
-
+    def url(self) -> str: ...
     @property
-    def sha256(self) -> str | None:
-        """The digest that it must have; None: any."""
-
+    def sha256(self) -> str | None: ...
     @property
-    def is_keyed(self) -> bool:
-        """Whether keys need its digest, because it may have another content one day."""
-
-    def find(self) -> Path | None:
-        """The file on this machine, if it is there. Asks no server."""
-
-    def digest(self, path: Path) -> str:
-        """SHA-256 of a file that was found."""
-
-    def check(self, path: Path) -> None:
-        """CorruptError unless a file that was found is what it should be."""
-
-    def fetch(self, progress: Progress) -> Path:
-        """Download it. StorageError where no server answers within seconds."""
+    def is_keyed(self) -> bool: ...
+    def find(self) -> Path | None: ...
+    def digest(self, path: Path) -> str: ...
+    def check(self, path: Path) -> None: ...
+    def fetch(self, progress: Progress) -> Path: ...
 
 
 @dataclass(frozen=True)
@@ -197,47 +184,11 @@ class Stage:
         return self.writes if isinstance(self.writes, str) else self.writes(config)
 
 
-def stage(
-    name: str,
-    *,
-    version: int,
-    config: type[ConfigT],
-    reads: Mapping[str, Read],
-    writes: str | Callable[[ConfigT], str],
-    example: str,
-    externals: Mapping[str, External] | None = None,
-    check: Callable[[Any, Mapping[str, Any]], None] | None = None,
-    trains: bool = False,
-    proposes: Mapping[str, Propose] | None = None,
-    names: Mapping[str, NamesOf] | None = None,
-    digits_defaults: tuple[str, ...] = (),
-    foresees: Foresee | None = None,
-    settles: Settle | None = None,
-) -> Callable[[Callable[[ConfigT, Inputs, Draft, Runtime], None]], Stage]:
-    """Declare a stage. Its help is the function's docstring; raise `version` when the same config gives other bytes."""
-
-    def declare(function: Callable[[ConfigT, Inputs, Draft, Runtime], None]) -> Stage:
-        text = function.__doc__ or ""
-        return Stage(
-            name,
-            version,
-            config,
-            reads,
-            writes,
-            function,
-            text,
-            example,
-            externals or {},
-            check,
-            trains,
-            proposes or {},
-            names or {},
-            digits_defaults,
-            foresees,
-            settles,
-        )
-
-    return declare
+def stage(name: str, **declared: Any) -> Callable[[StageFunction], Stage]:
+    """Declare a stage by the fields of `Stage`. Its help is the function's docstring; raise `version` when the same config
+    gives other bytes.
+    """
+    return lambda function: Stage(name=name, function=function, help=function.__doc__ or "", **declared)
 
 
 def imply(declared: Stage, settings: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
@@ -254,7 +205,5 @@ def check_kinds(declared: Stage, inputs: Inputs) -> None:
     for name, wanted in declared.reads.items():
         for artifact in inputs.all(name):
             if artifact.kind not in wanted.kinds:
-                raise CorruptError(
-                    f"{declared.name} reads a {' or '.join(wanted.kinds)} as {name}, but {artifact.name} is of kind {artifact.kind}",
-                    path=artifact.path,
-                )
+                expected = f"{declared.name} reads a {' or '.join(wanted.kinds)} as {name}"
+                raise CorruptError(f"{expected}, but {artifact.name} is of kind {artifact.kind}", path=artifact.path)

@@ -24,11 +24,13 @@ class SmaltiError(Exception):
         return self.message if self.hint is None else f"{self.message}; {self.hint}"
 
     def __reduce__(self) -> tuple[object, ...]:  # exceptions with keyword arguments must travel between dask processes
-        return (_rebuild, (type(self), self.message, self.path, self.hint))
+        return (_rebuild, (type(self), self.args, self.__dict__))
 
 
-def _rebuild(kind: type[SmaltiError], message: str, path: str | None, hint: str | None) -> SmaltiError:
-    return kind(message, path=path, hint=hint)
+def _rebuild(kind: type[SmaltiError], args: tuple[object, ...], state: dict[str, object]) -> SmaltiError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class UsageError(SmaltiError):

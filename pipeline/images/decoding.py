@@ -58,9 +58,6 @@ class CorruptImage(BadImages):
         super().__init__(f"image {path} {reason}", path=path, command=command, image_set=image_set)
         self.reason = reason
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (self.reason, self.path, self.command, self.image_set))
-
 
 class UnreadableImage(InputError):
     """An image file that cannot be read, or that is not the one that was indexed. `reason` names no path."""
@@ -68,9 +65,6 @@ class UnreadableImage(InputError):
     def __init__(self, reason: str, *, path: Path, hint: str | None = None):
         super().__init__(f"image {path} {reason}", path=path, hint=hint)
         self.reason = reason
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_unreadable, (self.reason, self.path, self.hint))
 
 
 def decode(source: bytes | Path, policy: DecodePolicy, *, name: str | None = None) -> NDArray[np.uint8]:
@@ -165,11 +159,3 @@ def high_bytes(grey_HW: NDArray[Any], transparent: int | None) -> NDArray[np.uin
 
 def _too_large(policy: DecodePolicy) -> str:
     return f"has more than {policy.max_pixels} pixels (decode.max_pixels)"
-
-
-def _rebuild(reason: str, path: str, command: str, image_set: str) -> CorruptImage:
-    return CorruptImage(reason, path=path, command=command, image_set=image_set)
-
-
-def _rebuild_unreadable(reason: str, path: str, hint: str | None) -> UnreadableImage:
-    return UnreadableImage(reason, path=Path(path), hint=hint)

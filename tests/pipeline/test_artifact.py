@@ -264,7 +264,7 @@ def test_forged_array_metadata_is_refused_within_a_second(numbers: Path, shape: 
 def test_what_is_no_artifact_is_said(tmp_path: Path, words: Path) -> None:
     (words / MANIFEST).unlink()
     for path in (words, tmp_path / "nothing"):
-        with pytest.raises(CorruptError, match="is no artifact"):
+        with pytest.raises(CorruptError, match="is not an artifact"):
             open_artifact(path)
 
 
