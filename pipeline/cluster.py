@@ -165,12 +165,9 @@ class _Distribution:
                 if not self.queue.waiting:
                     return
                 number = self.queue.waiting.popleft()
-                shard = partial(work_beside, self._tasks_beside(address), self.function)
+                beside = sum(threads for other, threads in self.threads.items() if _host(other) == _host(address))
+                shard = partial(work_beside, beside, self.function)
                 self.shards[self._submit(address, attempt, shard, number)] = number, address
-
-    def _tasks_beside(self, address: str) -> int:
-        """How many tasks may run at the same time on the machine of this worker."""
-        return sum(threads for other, threads in self.threads.items() if _host(other) == _host(address))
 
     def _check_service(self) -> None:
         """Say what is waited for; StorageError or WorkerError when waiting is in vain."""
@@ -183,18 +180,16 @@ class _Distribution:
             self.is_waiting_said = True
         if silent >= DESERTED_SECONDS and not self.proofs:
             raise WorkerError(
-                f"the dask scheduler at {self._address()} has had no worker that can be used for {silent:.0f} s",
+                f"the dask scheduler at {self.client.scheduler.address} has had no worker that can be used for {silent:.0f} s",
                 hint="start workers with `dask worker` and run the same command again: finished shards are kept",
             )
 
     def _waited_for(self) -> str:
+        address = self.client.scheduler.address
         if self.proofs:
-            return f"waits for an answer of the dask workers at {self._address()} ({len(self.proofs)} asked): they may be busy"
+            return f"waits for an answer of the dask workers at {address} ({len(self.proofs)} asked): they may be busy"
         limit = f"at most {DESERTED_SECONDS:.0f} s"
-        return f"waits for a worker of the dask scheduler at {self._address()} ({limit}): `dask worker` starts one"
-
-    def _address(self) -> str:
-        return str(self.client.scheduler.address)
+        return f"waits for a worker of the dask scheduler at {address} ({limit}): `dask worker` starts one"
 
     def _collect(self) -> Iterator[Outcome]:
         """Take what is done, once something is."""
@@ -266,25 +261,19 @@ def connect(*, workers: int = 0, scheduler: str | None = None, say: Say = lambda
     if not workers and not scheduler:
         yield InProcess()
         return
-    with _client(workers, scheduler, say) as client:
-        yield Dask(client)
-
-
-@contextmanager
-def _client(workers: int, scheduler: str | None, say: Say) -> Iterator[Any]:
     from dask.distributed import Client, LocalCluster
 
     silence_dask()
     if scheduler:
         with _reach(scheduler, say) as client:
-            yield client
+            yield Dask(client)
         return
     with (
         LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address="127.0.0.1:0") as local,
         Client(local) as client,
     ):
         client.register_plugin(_places(workers))
-        yield client
+        yield Dask(client)
 
 
 def _places(workers: int) -> Any:
@@ -304,15 +293,13 @@ def _reach(scheduler: str, say: Say) -> Any:
     from dask.distributed import Client
 
     try:
-        return Client(scheduler, timeout=SILENT_SECONDS)
-    except OSError:
+        with suppress(OSError):
+            return Client(scheduler, timeout=SILENT_SECONDS)
         say(f"waits for an answer of the dask scheduler at {scheduler} (at most {CONNECT_SECONDS:.0f} s)")
-    except ValueError as error:
-        raise _no_scheduler(scheduler) from error
-    try:
         return Client(scheduler, timeout=CONNECT_SECONDS - SILENT_SECONDS)
-    except OSError as error:
-        raise _no_scheduler(scheduler) from error
+    except (OSError, ValueError) as error:
+        message = f"no dask scheduler answers at {scheduler}"
+        raise StorageError(message, hint="start one with `dask scheduler`") from error
 
 
 def _introduce(nonce: Path, seconds: float) -> proof.Answer:
@@ -388,7 +375,3 @@ def _lost() -> StorageError:
         "the connection to the dask scheduler is lost",
         hint="start it again and run the same command: finished shards are kept",
     )
-
-
-def _no_scheduler(scheduler: str) -> StorageError:
-    return StorageError(f"no dask scheduler answers at {scheduler}", hint="start one with `dask scheduler`")

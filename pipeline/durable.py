@@ -100,7 +100,7 @@ def move(source: Path, target: Path) -> None:
     with refusals(target):
         _seen("move", target)
         source.rename(target)
-        sync_folder(target.parent)
+        _sync(target.parent)
         _seen("moved", target)
 
 
@@ -113,10 +113,6 @@ def remove(path: Path) -> None:
         elif path.exists() or path.is_symlink():
             _seen("remove", path)
             path.unlink()
-
-
-def sync_folder(path: Path) -> None:
-    _sync(path)
 
 
 def sync_tree(root: Path) -> None:
@@ -145,9 +141,8 @@ def refusals(path: Path) -> Iterator[None]:
             raise
         reason = REFUSALS.get(error.errno or 0)
         if reason is not None:
-            raise CannotWrite(
-                f"cannot write {path}: {reason}", path=path, hint="free space or choose another --store"
-            ) from error
+            hint = "free space or choose another --store"
+            raise CannotWrite(f"cannot write {path}: {reason}", path=path, hint=hint) from error
         raise StorageError(f"writing {path} failed: {error.strerror or error}", path=path) from error
 
 

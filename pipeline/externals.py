@@ -50,7 +50,13 @@ class Need:
 
     def get(self, progress: Progress) -> Path:
         """The checked file, downloaded if need be; errors say what to do, as this command spells it."""
-        return self.check(self.place.find() or self._fetch(progress))
+        found = self.place.find()
+        try:
+            return self.check(found or self.place.fetch(progress))
+        except (StorageError, InputError) as error:
+            if found is not None:
+                raise
+            raise with_hint(error, _instead([self])) from error
 
     def check(self, found: Path) -> Path:
         """The file; CorruptError where it is not what it should be."""
@@ -59,12 +65,6 @@ class Need:
         except CorruptError as error:
             raise with_hint(error, f"{error.hint}; or give another: {self.option}") from error
         return found
-
-    def _fetch(self, progress: Progress) -> Path:
-        try:
-            return self.place.fetch(progress)
-        except (StorageError, InputError) as error:
-            raise with_hint(error, _instead([self])) from error
 
 
 def needs(declared: Stage, config: BaseModel, paths: Paths, *, step: str = "") -> list[Need]:
@@ -103,15 +103,12 @@ def get_all(wanted: list[Need], progress: Progress) -> None:
 
 def absent_sentences(absent: list[Need]) -> list[str]:
     """What to know of each file that is not here, for all steps that read it."""
-    return [_absent_sentence(same) for same in _by_file(absent)]
-
-
-def _absent_sentence(same: list[Need]) -> str:
-    steps = ", ".join(need.step for need in same if need.step)
-    return (
-        f"{same[0].place.label} is not on this machine{f' ({steps})' if steps else ''}: "
-        f"it is downloaded before anything is computed; without network, {_instead(same)}"
-    )
+    sentences = []
+    for same in _by_file(absent):
+        steps = ", ".join(need.step for need in same if need.step)
+        missing = f"{same[0].place.label} is not on this machine{f' ({steps})' if steps else ''}"
+        sentences.append(f"{missing}: it is downloaded before anything is computed; without network, {_instead(same)}")
+    return sentences
 
 
 def _instead(same: list[Need]) -> str:
@@ -144,7 +141,10 @@ def content_ids(
     found = {name: _identify(declared, config, name, path, step, asked) for name, path in paths.items()}
     for need in needs(declared, config, paths, step=step):
         if need.place.is_keyed:
-            found[need.external] = _known_digest(need)
+            file = need.place.find()
+            if need.is_unknown:
+                raise DigestUnknown(f"digest unknown until {need.place.label} is downloaded", path=need.place.url)
+            found[need.external] = need.place.sha256 or need.place.digest(Path(str(file)))
     return found
 
 
@@ -161,15 +161,6 @@ def option(external: str, step: str) -> str:
 
 def with_hint(error: SmaltiError, hint: str) -> SmaltiError:
     return type(error)(error.message, path=error.path, hint=hint)
-
-
-def _known_digest(need: Need) -> str:
-    if need.place.sha256 is not None:
-        return need.place.sha256
-    found = need.place.find()
-    if found is None:
-        raise DigestUnknown(f"digest unknown until {need.place.label} is downloaded", path=need.place.url)
-    return need.place.digest(found)
 
 
 def _identify(declared: Stage, config: BaseModel, name: str, path: Path, step: str, memory: Memory) -> str:

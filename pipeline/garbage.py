@@ -54,9 +54,8 @@ def survey(store: Store, *, older_than: float = 0.0, drafts: bool = False) -> Su
     that are older count as garbage, too. CorruptError where it cannot be known what an artifact reads.
     """
     roots = _roots(store, older_than=older_than, drafts=drafts)
-    reads = cache(
-        lambda name: [*_reads(store.partial(*name)), *_reads(store.path(*name))]
-    )  # it may be committed just now
+    # A draft may be committed just now, so both places are looked at.
+    reads = cache(lambda name: [*_reads(store.partial(*name)), *_reads(store.path(*name))])
     reached = {reason: _closure(names, reads) for reason, names in roots.items()}
     garbage, kept = [], Counter[str]()
     for path in store.folders():
@@ -64,7 +63,7 @@ def survey(store: Store, *, older_than: float = 0.0, drafts: bool = False) -> Su
             continue  # a folder that is not ours
         reason = _reason_to_stay(path, store, roots, reached, older_than)
         if reason is None:
-            garbage.append(Garbage(path, _tree_bytes(path)))
+            garbage.append(Garbage(path, sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())))
         else:
             kept[reason] += 1
     return Survey(garbage, kept)
@@ -177,7 +176,3 @@ def _modified(path: Path) -> float | None:
         return path.stat().st_mtime
     except OSError:  # not there, or moved just now
         return None
-
-
-def _tree_bytes(path: Path) -> int:
-    return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())

@@ -40,14 +40,9 @@ class Holder:
     pid: int
     since: str
 
-    @classmethod
-    def here(cls) -> Holder:
-        return cls(platform.node(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
-
     def __str__(self) -> str:
-        if not self.pid:
-            return "a process that did not say which"
-        return f"process {self.pid} on {self.host} since {self.since}"
+        known = f"process {self.pid} on {self.host} since {self.since}"
+        return known if self.pid else "a process that did not say which"
 
 
 @contextmanager
@@ -61,7 +56,11 @@ def lock(path: Path, *, wait: bool, say: Say = silent) -> Iterator[None]:
     try:
         with suppress(OSError):  # a full disk: the lock holds without its note
             os.truncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(asdict(Holder.here())).encode(), 0)
+            os.pwrite(
+                descriptor,
+                json.dumps(asdict(Holder(platform.node(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")))).encode(),
+                0,
+            )
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -135,17 +134,14 @@ def _acquire(path: Path, *, wait: bool, say: Say) -> int:
 def _await(descriptor: int, path: Path, *, wait: bool, say: Say) -> None:
     what = f"{path.stem[:12]} ({path.parent.name})"
 
-    def refuse() -> None:
-        raise Busy(
-            f"another process is making {what}: {_read_holder(descriptor)}",
-            path=path,
-            hint="wait for it, or run without --no-wait",
-        )
+    def complain() -> None:
+        holder = _read_holder(descriptor)
+        if not wait:
+            hint = "wait for it, or run without --no-wait"
+            raise Busy(f"another process is making {what}: {holder}", path=path, hint=hint)
+        say(f"  waiting for {what}, which is being made by {holder}")
 
-    def tell() -> None:
-        say(f"  waiting for {what}, which is being made by {_read_holder(descriptor)}")
-
-    _patiently(descriptor, fcntl.LOCK_EX, tell if wait else refuse, seconds=PATIENCE if wait else GLANCE)
+    _patiently(descriptor, fcntl.LOCK_EX, complain, seconds=PATIENCE if wait else GLANCE)
 
 
 def _patiently(descriptor: int, how: int, complain: Callable[[], None], *, seconds: float) -> None:

@@ -68,8 +68,8 @@ class Progress:
         """A bar over `total` units; `advance` it."""
         bar = Bar(self, label, total, unit)
         if self.stream is not None and self.stream.isatty():
-            with RichProgress(*_columns(unit), console=Console(file=self.stream)) as rich:
-                bar.attach(rich, rich.add_task(label, total=total, rate=0.0, figures=""))
+            with RichProgress(*_columns(), console=Console(file=self.stream)) as rich:
+                bar.rich = (rich, rich.add_task(label, total=total, rate=0.0, unit=unit, figures=""))
                 self._above = rich.console
                 try:
                     yield bar
@@ -88,10 +88,8 @@ class Bar:
         self.done = self.skipped = self.told = 0
         self.figures = ""
         self.started = self.said = time.monotonic()
-        self._rich: tuple[RichProgress, TaskID] | None = None
-
-    def attach(self, rich: RichProgress, task: TaskID) -> None:
-        self._rich = (rich, task)
+        self.rich: tuple[RichProgress, TaskID] | None = None
+        """Where it is shown, on a terminal."""
 
     def skip(self, units: int) -> None:
         """Count units that an earlier attempt finished: they do not enter the rate."""
@@ -112,7 +110,7 @@ class Bar:
         self.progress.record(
             "done", label=self.label, units=self.done, seconds=round(seconds, 3), rate=round(self.rate, 3)
         )
-        if self._rich is None:
+        if self.rich is None:
             self._say()
 
     @property
@@ -121,8 +119,8 @@ class Bar:
         return (self.done - self.skipped) / max(time.monotonic() - self.started, 1e-9)
 
     def _show(self) -> None:
-        if self._rich is not None:
-            rich, task = self._rich
+        if self.rich is not None:
+            rich, task = self.rich
             rich.update(task, completed=self.done, rate=self.rate, figures=self.figures)
         elif time.monotonic() - self.said >= LINE_SECONDS:
             self._say()
@@ -141,12 +139,8 @@ class Bar:
 
 
 class _Rate(ProgressColumn):
-    def __init__(self, unit: str):
-        super().__init__()
-        self.unit = unit
-
     def render(self, task: Any) -> Text:
-        return Text(f"{task.fields['rate']:.1f} {self.unit}/s")
+        return Text(f"{task.fields['rate']:.1f} {task.fields['unit']}/s")
 
 
 def _is_until(step: float, line: bytes) -> bool:
@@ -157,12 +151,13 @@ def _is_until(step: float, line: bytes) -> bool:
         return False
 
 
-def _columns(unit: str) -> list[ProgressColumn]:
+def _columns() -> list[ProgressColumn]:
+    figures = TextColumn("{task.fields[figures]}")
     return [
         TextColumn("  {task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        _Rate(unit),
+        _Rate(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
+        figures,
     ]

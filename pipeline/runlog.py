@@ -18,7 +18,7 @@ from pipeline import durable
 from pipeline.errors import CannotWrite
 
 TAIL = 2**16  # bytes of metrics.jsonl that hold its last lines
-LIBRARIES = (
+LIBRARIES = [
     "smalti",
     "torch",
     "torchvision",
@@ -29,7 +29,7 @@ LIBRARIES = (
     "timm",
     "dask",
     "torch-fidelity",
-)
+]
 
 
 class Attempt:
@@ -107,25 +107,16 @@ def last_step(log: Path) -> int | None:
 def versions() -> dict[str, str]:
     found = {}
     for library in LIBRARIES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 @cache
 def git_revision() -> str | None:
     """Revision of the checkout this code stands in, or None outside one."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+    command, folder = ["git", "rev-parse", "HEAD"], Path(__file__).parent
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip()
+    return None

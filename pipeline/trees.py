@@ -110,11 +110,11 @@ class Memory:
         self._unsaved.clear()
 
     def _recall(self, name: str, folder: Path) -> str | None:
-        try:
+        with suppress(OSError):
             look = _decode(self._record(name).read_bytes()) if self.store is not None else None
-        except OSError:
-            return None
-        return look.content if look is not None and _is_unchanged(folder, look.folders) else None
+            if look is not None and all(_has(folder / path, before) for path, before in look.folders.items()):
+                return look.content
+        return None
 
     def _record(self, name: str) -> Path:
         assert self.store is not None
@@ -130,25 +130,15 @@ def mark(folder: str | Path) -> Mark:
 
 def digest_entries(folder: str | Path) -> str:
     """SHA-256 (hex) of names, sizes and modification times of the files in a folder, and of the names of its folders."""
+    lines = []
     with os.scandir(folder) as entries:
-        lines = sorted(_line(entry) for entry in entries)
-    return hashlib.sha256(b"".join(lines)).hexdigest()
-
-
-def _line(entry: os.DirEntry[str]) -> bytes:
-    facts = ""
-    with suppress(OSError):  # a link to nothing has a name alone
-        if not entry.is_dir():
-            status = entry.stat()
-            facts = f"{status.st_size} {status.st_mtime_ns}"
-    return b"%s\0%s\0" % (os.fsencode(entry.name), facts.encode())
-
-
-def _is_unchanged(tree: Path, folders: Mapping[str, Mark]) -> bool:
-    try:
-        return all(_has(tree / name, before) for name, before in folders.items())
-    except OSError:
-        return False
+        for entry in entries:
+            facts = ""
+            with suppress(OSError):  # a link to nothing has a name alone
+                status = None if entry.is_dir() else entry.stat()
+                facts = "" if status is None else f"{status.st_size} {status.st_mtime_ns}"
+            lines.append(b"%s\0%s\0" % (os.fsencode(entry.name), facts.encode()))
+    return hashlib.sha256(b"".join(sorted(lines))).hexdigest()
 
 
 def _has(folder: Path, before: Mark) -> bool:
