@@ -10,17 +10,27 @@ import numpy.typing as npt
 PLATEAU = 0.05
 
 
-def warmup_cosine(step: int, *, base: float, end: float, warmup: int, total: int) -> float:
-    """Learning rate: linear from 0 at step 0 to `base` at step `warmup`, then half a cosine to `end` at step `total`.
+def cosine_between(first: float, last: float, share: float) -> float:
+    """Half a cosine from `first` at share 0 to `last` at share 1 and beyond."""
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
-    Beyond `total` it stays at `end`. Step 0 of a warm-up has rate exactly 0, as in the published training.
+
+def warmup_cosine(
+    step: int, *, base: float, end: float, warmup: int, total: int, start: float = 0.0, floor: float = 0.0
+) -> float:
+    """Learning rate: linear from `start` at step 0 to `base` at step `warmup`, then half a cosine to `end` at step `total`.
+
+    Beyond `total` it stays at `end`; after the warm-up it is at least `floor`. With start 0, step 0 of a warm-up has rate
+    exactly 0, as in the published training of RAR.
     """
     if step < warmup:
-        return base * step / warmup
-    if step >= total:
-        return end
-    share = (step - warmup) / (total - warmup)
-    return end + (base - end) * 0.5 * (1 + math.cos(math.pi * share))
+        return start + (base - start) * step / warmup
+    return max(floor, end if step >= total else cosine_between(base, end, (step - warmup) / (total - warmup)))
+
+
+def inverse_sqrt(step: int, *, peak: float, start: float, warmup: int) -> float:
+    """Learning rate of DiGIT's generators: linear from `start` to the peak over `warmup` steps, then peak * sqrt(warmup / step)."""
+    return start + (peak - start) * step / warmup if step < warmup else peak * math.sqrt(warmup / step)
 
 
 def random_ratio(step: int, *, start: int, end: int) -> float:
@@ -54,12 +64,7 @@ def warmup_plateau_linear(step: int, *, peak: float, start: float, end: float, w
     """
     if step < warmup:
         return peak * (start + (1 - start) * step / warmup)
-    share = min(1.0, (step - warmup) / (total - 1 - warmup))
+    share = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
     if share < PLATEAU:
         return peak
     return peak * (end + (1 - end) * (1 - share) / (1 - PLATEAU))
-
-
-def cosine_between(step: int, *, first: float, last: float, total: int) -> float:
-    """Half a cosine from `first` at step 0 to `last` at step total - 1: the generators' weight decay."""
-    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / (total - 1))))

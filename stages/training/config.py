@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -20,7 +19,7 @@ from models.losses.config import (
 )
 from models.quantizers.config import VectorConfig
 from models.sampling.config import SamplingConfig
-from models.schedules import warmup_cosine
+from models.schedules import cosine_between, inverse_sqrt, warmup_cosine, warmup_plateau_linear
 from models.tokenizer_config import TokenizerConfig
 from pipeline.config import Config
 from pipeline.images import Views
@@ -60,8 +59,8 @@ class OneCycle(Config):
     def rate(self, step: int, *, base: float, steps: int) -> float:
         peak, last = max(self.rise * steps - 1, 0.0), steps - 1
         if step < peak:
-            return base * _cosine(self.start, 1.0, step / peak)
-        return base * _cosine(1.0, self.end, (step - peak) / max(last - peak, 1.0))
+            return base * cosine_between(self.start, 1.0, step / peak)
+        return base * cosine_between(1.0, self.end, (step - peak) / max(last - peak, 1.0))
 
 
 class WarmupCosine(Config):
@@ -69,13 +68,49 @@ class WarmupCosine(Config):
 
     kind: Literal["warmup-cosine"] = "warmup-cosine"
     warmup: int = Field(default=0, ge=0, description="steps of the linear rise")
+    start: Rate = Field(default=0.0, json_schema_extra=NEUTRAL, description="learning rate at step 0, if it rises")
     end: Rate = Field(default=0.0, description="learning rate at the end")
+    floor: Rate = Field(default=0.0, json_schema_extra=NEUTRAL, description="least learning rate after the rise")
+    period: int | None = Field(
+        default=None,
+        ge=1,
+        json_schema_extra=NEUTRAL,
+        description="step at which the end is reached; null: after the last",
+    )
 
     def rate(self, step: int, *, base: float, steps: int) -> float:
-        return warmup_cosine(step, base=base, end=self.end, warmup=self.warmup, total=steps)
+        total = steps if self.period is None else self.period
+        return warmup_cosine(
+            step, base=base, end=self.end, warmup=self.warmup, total=total, start=self.start, floor=self.floor
+        )
 
 
-Schedule = Annotated[Constant | OneCycle | WarmupCosine, Field(discriminator="kind")]
+class WarmupPlateauLinear(Config):
+    """Linear up, the learning rate for 5 % of the other steps, then linear down: generators of IBQ and Open-MAGVIT2."""
+
+    kind: Literal["warmup-plateau-linear"] = "warmup-plateau-linear"
+    warmup: int = Field(default=0, ge=0, description="steps of the linear rise")
+    start: float = Field(default=0.005, ge=0, le=1, description="rate at step 0, as a share of the learning rate")
+    end: float = Field(default=0.1, ge=0, le=1, description="rate at the last step, as a share of the learning rate")
+
+    def rate(self, step: int, *, base: float, steps: int) -> float:
+        return warmup_plateau_linear(step, peak=base, start=self.start, end=self.end, warmup=self.warmup, total=steps)
+
+
+class InverseSqrt(Config):
+    """Linear up, then down with the root of the steps, whatever their number: generators of DiGIT."""
+
+    kind: Literal["inverse-sqrt"] = "inverse-sqrt"
+    warmup: int = Field(default=6250, ge=1, description="steps of the linear rise")
+    start: Rate = Field(default=1e-7, description="learning rate at step 0")
+
+    def rate(self, step: int, *, base: float, steps: int) -> float:
+        return inverse_sqrt(step, peak=base, start=self.start, warmup=self.warmup)
+
+
+Schedule = Annotated[
+    Constant | OneCycle | WarmupCosine | WarmupPlateauLinear | InverseSqrt, Field(discriminator="kind")
+]
 
 
 class AdamW(Config):
@@ -87,7 +122,24 @@ class AdamW(Config):
         default=(0.9, 0.999), strict=False, description="decays of the two moments"
     )
     eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(default=0.0, ge=0, description="decay of the parameters that the network lets decay")
+    weight_decay: float = Field(default=0.0, ge=0, description="decay of the parameters that `decays` names")
+    weight_decay_end: float | None = Field(
+        default=None,
+        ge=0,
+        json_schema_extra=NEUTRAL,
+        description="weight decay at the last step, to which it goes by half a cosine; null: it is constant",
+    )
+    decays: Literal["matrices", "all"] = Field(
+        default="matrices",
+        json_schema_extra=NEUTRAL,
+        description="matrices: what the network lets decay, usually all but biases and norms; all: every parameter, as in "
+        "the published trainings of IBQ's, Open-MAGVIT2's and DiGIT's generators",
+    )
+
+    def decay(self, step: int, *, steps: int) -> float:
+        """Weight decay at a step."""
+        last = self.weight_decay if self.weight_decay_end is None else self.weight_decay_end
+        return cosine_between(self.weight_decay, last, step / max(1, steps - 1))
 
 
 Optimizer = AdamW  # a union tagged by `kind` as soon as there is a second one
@@ -411,7 +463,3 @@ class ProbeConfig(Config):
     )
     max_rows: int = Field(default=200_000, ge=2, description="training rows; of more, those of the smallest hash")
     seed: int = Field(default=0, ge=0, lt=2**53, description="seed of the choice of rows")
-
-
-def _cosine(start: float, end: float, share: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2

@@ -31,7 +31,6 @@ from stages.training.config import TrainingConfig
 from stages.training.draws import passes_of, torch_seed
 from stages.training.limits import memory_in_words, same_kernels
 from stages.training.metrics import Metrics
-from stages.training.optimizers import set_rate
 from stages.training.replicas import Replicas
 from stages.training.running import Running
 from stages.training.saver import Saver
@@ -165,8 +164,7 @@ class Trainer:
                 self._count_bad_step(running, losses, loss, norm)
                 put_buffers(buffers)
                 break
-            set_rate(running.optimizer, running.rate(self.step, self.config.steps))
-            running.optimizer.step()
+            running.update(self.step, self.config.steps)
             seen = Losses(seen.losses | losses.losses, seen.stats | losses.stats)
             if running is self.main:
                 self.loss = loss if math.isinf(self.loss) else SMOOTHING * self.loss + (1 - SMOOTHING) * loss

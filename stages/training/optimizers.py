@@ -7,28 +7,29 @@ from torch import nn
 
 from stages.training.task import Part
 
+DECAYS = "decays"  # of a group: whether weight decay applies to it
+
 
 def build_optimizer(part: Part) -> torch.optim.Optimizer:
     """AdamW over the part's trainable parameters: one group that decays, one that does not."""
-    named = [(name, one) for name, one in part.module.named_parameters() if one.requires_grad]
-    decayed = [one for name, one in named if part.is_decayed(name, one)]
-    others = [one for name, one in named if not part.is_decayed(name, one)]
-    groups = [
-        {"params": decayed, "weight_decay": part.optimizer.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=part.optimizer.learning_rate,
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in part.module.named_parameters():
+        if parameter.requires_grad:
+            groups[part.optimizer.decays == "all" or part.is_decayed(name, parameter)].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": found, DECAYS: decays} for decays, found in groups.items() if found],
         betas=part.optimizer.betas,
         eps=part.optimizer.eps,
         fused=True,
     )
+    set_step(optimizer, rate=part.optimizer.learning_rate, decay=part.optimizer.weight_decay)
+    return optimizer
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_step(optimizer: torch.optim.Optimizer, *, rate: float, decay: float) -> None:
+    """Set learning rate and weight decay of the next step."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"], group["weight_decay"] = rate, decay if group[DECAYS] else 0.0
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -7,7 +7,7 @@ from typing import Any
 from stages.training import checkpoints
 from stages.training.average import Average
 from stages.training.config import TrainingConfig
-from stages.training.optimizers import build_optimizer, parameters_of
+from stages.training.optimizers import build_optimizer, parameters_of, set_step
 from stages.training.replicas import Replicas
 from stages.training.task import Part
 
@@ -25,6 +25,11 @@ class Running:
 
     def rate(self, step: int, steps: int) -> float:
         return self.part.schedule.rate(step, base=self.part.optimizer.learning_rate, steps=steps)
+
+    def update(self, step: int, steps: int) -> None:
+        """Move the parameters by their gradients, with learning rate and weight decay of this step."""
+        set_step(self.optimizer, rate=self.rate(step, steps), decay=self.part.optimizer.decay(step, steps=steps))
+        self.optimizer.step()
 
     def state(self) -> checkpoints.State:
         name = self.part.name

@@ -24,6 +24,7 @@ from stages.training.task import Batch, Losses, Modules, Part, Task
 
 ROWS, INPUTS = 24, 6
 SCHEDULE = OneCycle()
+OPTIMIZER = AdamW(learning_rate=0.05, weight_decay=0.1, weight_decay_end=0.3)
 Poison = Callable[[int], float]
 
 
@@ -52,7 +53,7 @@ class SmallTask(Task):
         self.rows = self.judged_rows = ROWS
         self.poison = poison
         self.network, self.critic = Network(dropout), nn.Linear(1, 1)
-        self.parts = [Part("main", self.network, AdamW(learning_rate=0.05, weight_decay=0.1), SCHEDULE)]
+        self.parts = [Part("main", self.network, OPTIMIZER, SCHEDULE)]
         if parts == 2:
             self.parts.append(
                 Part("critic", self.critic, AdamW(learning_rate=0.02), SCHEDULE, first_step=3, goes_first=critic_first)

@@ -22,7 +22,9 @@ from pipeline.errors import CorruptError, MemoryExhausted, NumericError, UsageEr
 from pipeline.progress import Progress
 from pipeline.runtime import Terminated
 from stages.training import checkpoints
+from stages.training.config import AdamW, Constant
 from stages.training.draws import rows_of_step
+from tests.stages.training import small_task
 from tests.stages.training.small_task import Network, SmallTask, draft_in, first_gradients, tiny, train_in, weights_of
 from tests.two_processes import die, run_two
 
@@ -160,23 +162,18 @@ def test_a_skipped_step_leaves_no_trace_in_buffers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("warms_up", [False, True])
-def test_an_average_is_the_mean_of_the_past(tmp_path: Path, warms_up: bool) -> None:
+def test_an_average_is_the_mean_of_the_past(tmp_path: Path, warms_up: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def weights_after(steps: int, ema: float | None) -> torch.Tensor:
         config = tiny(steps=steps, ema=ema, ema_warmup=warms_up)
         task = train_in(tmp_path / f"{steps} {ema}", config, checkpoint_seconds=1e9).task
         return task.network.linear.weight.detach().clone()
 
-    from stages.training.config import Constant
-    from tests.stages.training import small_task
-
-    schedule, small_task.SCHEDULE = small_task.SCHEDULE, Constant()  # type: ignore[assignment]  # steps alone differ
-    try:
-        torch.manual_seed(0)
-        first, one, two = (weights_after(steps, None) for steps in (1, 2, 3))
-        averaged = weights_after(3, 0.75)
-        start = weights_after(1, 0.75)
-    finally:
-        small_task.SCHEDULE = schedule
+    monkeypatch.setattr(small_task, "SCHEDULE", Constant())  # steps alone differ
+    monkeypatch.setattr(small_task, "OPTIMIZER", AdamW(learning_rate=0.05, weight_decay=0.1))
+    torch.manual_seed(0)
+    first, one, two = (weights_after(steps, None) for steps in (1, 2, 3))
+    averaged = weights_after(3, 0.75)
+    start = weights_after(1, 0.75)
     second, third = (1 - 2 / 11, 1 - 3 / 12) if warms_up else (0.25, 0.25)
     expected = start.lerp(one, second).lerp(two, third)
     assert torch.allclose(averaged, expected, atol=1e-6)
