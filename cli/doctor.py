@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import filesize
+
 from cli import options
-from cli.output import guarded, print_json, print_table, readable_bytes, say
+from cli.output import guarded, print_json, print_table, say
 from pipeline.cores import core_count
 from pipeline.errors import CorruptError
 from pipeline.runlog import versions
@@ -91,7 +93,7 @@ def _disk(store: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     writable = os.access(folder, os.W_OK)
     return Finding(
-        f"disk at {store}", f"{readable_bytes(free)} free", "" if writable else "choose another --store", True
+        f"disk at {store}", f"{filesize.decimal(free)} free", "" if writable else "choose another --store", True
     )
 
 

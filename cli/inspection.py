@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import filesize
 
 from cli import options
-from cli.output import guarded, print_json, print_table, readable_bytes, say
+from cli.output import guarded, print_json, print_table, say
 from pipeline.artifact import LOG, read_manifest, verify_artifact
 from pipeline.draft import read_note, read_units
 from pipeline.errors import CorruptError, InputError, SmaltiError, UsageError
@@ -145,7 +146,7 @@ def gc(
         print_json({"deleted": yes, "bytes": _total(removed if yes else found.garbage), **rows, "kept": found.kept})
         return
     for item in removed if yes else found.garbage:
-        typer.echo(f"{readable_bytes(item.bytes)}\t{item.path}")
+        typer.echo(f"{filesize.decimal(item.bytes)}\t{item.path}")
     say(f"{_outcome(found.garbage, removed, yes)}; {_kept(found.kept, older_than)}")
 
 
@@ -161,9 +162,9 @@ def _outcome(garbage: list[Garbage], removed: list[Garbage], yes: bool) -> str:
     if not garbage:
         return "no garbage"
     if not yes:
-        return f"{counted(len(garbage), 'folder')}, {readable_bytes(_total(garbage))}: delete with --yes"
+        return f"{counted(len(garbage), 'folder')}, {filesize.decimal(_total(garbage))}: delete with --yes"
     left = "; others were taken up meanwhile" if len(removed) < len(garbage) else ""
-    return f"removed {counted(len(removed), 'folder')}, {readable_bytes(_total(removed))}{left}"
+    return f"removed {counted(len(removed), 'folder')}, {filesize.decimal(_total(removed))}{left}"
 
 
 def _kept(kept: Mapping[str, int], older_than: str) -> str:
@@ -237,5 +238,5 @@ def _row(path: Path, refs: list[str]) -> dict[str, Any]:
 def _text(row: dict[str, Any], column: str) -> str:
     value = row[column]
     if column == "bytes":
-        return readable_bytes(value)
+        return filesize.decimal(value)
     return " ".join(value) if isinstance(value, list) else str(value)

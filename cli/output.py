@@ -135,15 +135,6 @@ def say(text: str, *, quiet: bool = False) -> None:
         typer.echo(text, err=True)
 
 
-def readable_bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
 def _translate(error: OSError) -> SmaltiError:
     """Writing goes through `pipeline.durable`, which words what is refused: what else names a file was reading it."""
     if error.errno in ONLY_WRITING:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import filesize
 from typer.core import TyperCommand
 
 from cli import options
-from cli.output import guarded, pictures_of, print_json, print_table, readable_bytes, say
+from cli.output import guarded, pictures_of, print_json, print_table, say
 from pipeline.artifact import Artifact
 from pipeline.config import unknown_key
 from pipeline.errors import UsageError
@@ -184,11 +185,11 @@ def _show_results(recipe: Recipe, results: list[tuple[Step, Made]], seconds: flo
     total = sum(_tree_bytes(made.artifact) for _, made in results)
     if made_now:
         say(
-            f"{made_now} of {counted(len(results), 'step')} made in {seconds:.0f} s, {readable_bytes(total)} in all",
+            f"{made_now} of {counted(len(results), 'step')} made in {seconds:.0f} s, {filesize.decimal(total)} in all",
             quiet=quiet,
         )
     else:
-        say(f"{_all_done(len(results))} ({readable_bytes(total)})", quiet=quiet)
+        say(f"{_all_done(len(results))} ({filesize.decimal(total)})", quiet=quiet)
 
 
 def _all_done(steps: int) -> str:

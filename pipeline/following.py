@@ -252,7 +252,6 @@ def _prepare(order: Message, stages: Mapping[str, Stage]) -> Train:
         threads=order["threads"],
         checkpoint_seconds=order["checkpoint_seconds"],
         paths={**paths, **files},
-        store=Path(order["store"]),
     )
 
     def train(folder: Path) -> None:

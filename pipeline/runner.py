@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
+from rich import filesize
 
 from pipeline import durable
 from pipeline.artifact import LOG, Artifact, check_data
@@ -240,7 +241,7 @@ class _Job:
         inputs = list(self.inputs.flat())
         size = sum(entry.size for artifact in inputs for entry in artifact.files.values())
         if size >= CHECKED_IN_SILENCE:
-            progress.say(f"  checking {size / 1e9:.1f} GB of inputs")
+            progress.say(f"  checking {filesize.decimal(size)} of inputs")
         for artifact in inputs:
             _check_input(artifact)
 
@@ -273,7 +274,6 @@ class _Job:
             threads=options.threads,
             checkpoint_seconds=options.checkpoint_seconds,
             paths={**self.paths, **self.files},
-            store=self.store.root,
         )
 
 

@@ -49,7 +49,6 @@ class Runtime:
     threads: int = 1
     checkpoint_seconds: float = 30.0
     paths: dict[str, Path] = field(default_factory=dict)
-    store: Path = Path("store")
 
     @contextmanager
     def deferred(self) -> Iterator[Stop]:

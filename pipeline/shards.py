@@ -64,11 +64,6 @@ def map_shards(
         raise_failures(failures, len(sizes))
 
 
-def shard_sizes(rows: int, per_shard: int) -> list[int]:
-    """Rows of each shard: full ones and a rest."""
-    return [min(per_shard, rows - start) for start in range(0, rows, per_shard)]
-
-
 def unit_name(number: int) -> str:
     return f"shard-{number:06d}"
 

@@ -107,18 +107,6 @@ class TokenSet:
         check_fits_in_memory(int(np.prod(self.tokens.shape)) * self.tokens.dtype.itemsize, str(self.path))
         return replace(self, tokens=LoadedArray(self.tokens.read()))
 
-    def check_made_by(self, *, codes: int, grid: tuple[int, int], config_sha256: str, weights_sha256: str) -> None:
-        """CorruptError where another tokenizer made these codes: its digests decide, not its name."""
-        made_by = self.attributes.tokenizer
-        digests = {"config_sha256": config_sha256, "weights_sha256": weights_sha256}
-        pairs = {"codes": (self.codes, codes), "grid": (self.grid, grid)}
-        pairs |= {name: (made_by.get(name), expected) for name, expected in digests.items()}
-        for what, (ours, theirs) in pairs.items():
-            if ours != theirs:
-                hint = "take the tokenizer that made the token set, or tokenize again with this one"
-                message = f"was made by a tokenizer with {what} {ours}, expected {theirs}"
-                raise corrupt_error(self.path, message, hint=hint)
-
     def check_values(self) -> None:
         """Reads everything; CorruptError names the first row whose code or label is out of range."""
         check_labels(self.labels, self.attributes.classes, CorruptError, str(self.path / "labels"))

@@ -4,10 +4,10 @@ from pipeline.images.decoding import CorruptImage, DecodePolicy, UnreadableImage
 from pipeline.images.digits import DigitsSource
 from pipeline.images.exclusions import exclude, identify_exclusions, read_exclusions, write_exclusions
 from pipeline.images.folders import FolderSource
-from pipeline.images.imageset import ImageSet, Met, ignore, index_files, recall_root, remember_root
+from pipeline.images.imageset import ImageSet, Met, ignore, index_files, recall_root
 from pipeline.images.listing import Listing, Problem, describe_left_out, digest_listing, name_some
 from pipeline.images.sources import ImageSource, identify, list_images
-from pipeline.images.views import ViewPolicy, Views, view_ids
+from pipeline.images.views import ViewPolicy, Views
 
 __all__ = [
     "CorruptImage",
@@ -34,7 +34,5 @@ __all__ = [
     "name_some",
     "read_exclusions",
     "recall_root",
-    "remember_root",
-    "view_ids",
     "write_exclusions",
 ]

@@ -27,7 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.durable import write_file
 from pipeline.errors import CorruptError, InputError
 from pipeline.images.decoding import (
     CorruptImage,
@@ -252,12 +251,6 @@ def index_files(
         lines = [json.dumps({"key": one.key, "reason": one.reason}, ensure_ascii=False) + "\n" for one in skipped]
         files["skipped.jsonl"] = "".join(lines).encode()
     return files
-
-
-def remember_root(directory: Path, root: Path) -> None:
-    """Note beside the artifact where its images lie on this machine."""
-    file = directory / ROOT_FILE
-    write_file(file, f"{root.resolve()}\n".encode())
 
 
 def recall_root(directory: Path) -> Path | None:

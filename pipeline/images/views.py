@@ -8,7 +8,6 @@ class here and add it to `Views`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -251,11 +250,6 @@ Views = Annotated[
     CenterViews | TenCropViews | ShiftViews | EvalCropViews | RandomCropViews | ResizeViews | NoneViews,
     Field(discriminator="kind"),
 ]
-
-
-def view_ids(views: ViewPolicy) -> Sequence[str]:
-    """The names of the views, in order."""
-    return [description["id"] for description in views.describe()]
 
 
 def _description(kind: str, *, identifier: str | None = None, flip: bool = False, scale: float = 1.0) -> dict[str, Any]:

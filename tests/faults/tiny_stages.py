@@ -19,7 +19,7 @@ from pipeline.errors import InputError
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.runner import Options, run
 from pipeline.runtime import Runtime
-from pipeline.shards import map_shards, shard_sizes
+from pipeline.shards import map_shards
 from pipeline.stage import External, Inputs, read, stage
 from pipeline.store import Store
 from smalti.arrays import ArraySpec, encode_shard, metadata_bytes
@@ -105,7 +105,7 @@ def count(config: CountConfig, inputs: Inputs, out: Draft, run: Runtime) -> None
     More about it on a second line.
     """
     spec = ArraySpec(shape=(config.rows, 1), dtype="int32", chunk_rows=1, shard_rows=config.shard_rows)
-    sizes = shard_sizes(config.rows, config.shard_rows)
+    sizes = [min(config.shard_rows, config.rows - start) for start in range(0, config.rows, config.shard_rows)]
     map_shards(out, run, count_shard, CountSpec(spec, config), sizes, label="count", unit="numbers")
     if not out.is_done("metadata"):
         out.put("metadata", {"numbers/zarr.json": metadata_bytes(spec)})

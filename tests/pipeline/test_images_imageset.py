@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.durable import write_file
 from pipeline.errors import BadImages, CorruptError, InputError
 from pipeline.images import (
     CorruptImage,
@@ -20,7 +21,6 @@ from pipeline.images import (
     Problem,
     index_files,
     list_images,
-    remember_root,
 )
 from pipeline.images.views import CenterViews, ShiftViews
 
@@ -43,7 +43,7 @@ def index(directory: Path, source: FolderSource | DigitsSource, root: Path | Non
     for name, data in files.items():
         (directory / name).write_bytes(data)
     if root is not None:
-        remember_root(directory, root)
+        write_file(directory / "log" / "images-root.txt", f"{root}\n".encode())
     return directory
 
 
@@ -97,7 +97,7 @@ def test_moved_images_are_found_by_a_new_root(folder_set: Path, root: Path) -> N
     with pytest.raises(InputError, match="no such folder; give the folder of the images with --images"):
         images.image(0)
     assert ImageSet.open(folder_set, root=moved).image(0).shape == (20, 30, 3)
-    remember_root(folder_set, moved)
+    write_file(folder_set / "log" / "images-root.txt", f"{moved}\n".encode())
     assert ImageSet.open(folder_set).image(0).shape == (20, 30, 3)
 
 

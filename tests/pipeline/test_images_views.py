@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import InputError
 from pipeline.images import resampling
-from pipeline.images.views import RandomCropViews, ViewPolicy, Views, view_ids
+from pipeline.images.views import RandomCropViews, ViewPolicy, Views
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "rar" / "augment.npz", allow_pickle=False)
 SIZE = 32
@@ -74,7 +74,7 @@ class TestLaws:
         views = policy(**fields)
         assert views.apply_all(self.image(fields), index=4).shape == (views.count, SIZE, SIZE, 3)
         assert views.apply_all(self.image(fields), index=4).dtype == np.uint8
-        assert len(set(view_ids(views))) == views.count
+        assert len({view["id"] for view in views.describe()}) == views.count
         assert all({"id", "kind", "flip", "scale"} <= view.keys() for view in views.describe())
         assert not views.describe()[views.upright]["flip"]
 
@@ -122,7 +122,7 @@ def test_ten_crop_of_the_real_size_cuts_281_pixels() -> None:
     np.testing.assert_array_equal(crops[0], image[top : top + 256, :256])
     np.testing.assert_array_equal(crops[3], image[top + 25 : top + 281, 25:])
     np.testing.assert_array_equal(crops[4], image[top + 12 : top + 268, 12:268])
-    assert view_ids(policy("ten-crop"))[5] == "top-left+flip"
+    assert policy("ten-crop").describe()[5]["id"] == "top-left+flip"
     np.testing.assert_array_equal(crops[5], crops[1][:, ::-1])
 
 

@@ -60,7 +60,7 @@ class LearnConfig(Config):
 def learn(config: LearnConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Every process notes what it reads, beside the store."""
     note = {"digest": inputs["numbers"].digest, "out": str(out.path), "threads": run.threads}
-    with (run.store.parent / f"noted-{ranks.rank()}").open("a") as file:
+    with (inputs["numbers"].path.parents[2] / f"noted-{ranks.rank()}").open("a") as file:
         file.write(json.dumps(note) + "\n")
     learn_more()
     out.put("learned", {"learned.txt": inputs["numbers"].digest.encode()})

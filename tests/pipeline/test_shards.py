@@ -30,7 +30,7 @@ from pipeline.cores import core_count, own_cores
 from pipeline.errors import CannotWrite, InputError, MemoryExhausted, SmaltiError, StorageError, UsageError, WorkerError
 from pipeline.progress import Progress
 from pipeline.runner import Options
-from pipeline.shards import check_seen, raise_failures, shard_sizes, unit_name
+from pipeline.shards import check_seen, raise_failures, unit_name
 from pipeline.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -52,14 +52,6 @@ def numbers(folder: Path, options: Options, *settings: str, mark: Path | None = 
     """Run the sharded step; every file with its hash, without what the fault itself changes in the config."""
     found = tree_bytes(run_all(load(folder, "numbers.rows=9", *settings), folder / "store", options)["numbers"].path)
     return {name: value for name, value in found.items() if name.startswith("numbers/")}
-
-
-@pytest.mark.parametrize(("rows", "per_shard"), [(1, 1), (7, 2), (8, 2), (3, 10)])
-def test_sizes_add_up(rows: int, per_shard: int) -> None:
-    sizes = shard_sizes(rows, per_shard)
-    assert sum(sizes) == rows
-    assert set(sizes[:-1]) <= {per_shard}
-    assert 0 < sizes[-1] <= per_shard
 
 
 def test_two_local_workers_give_the_same_bytes(tmp_path: Path, two_workers: Cluster, want: dict[str, str]) -> None:
