@@ -94,7 +94,7 @@ def ssim_each(images_NHW3: NDArray[np.uint8], originals_NHW3: NDArray[np.uint8])
         from skimage.metrics import structural_similarity
     except ModuleNotFoundError as error:
         raise UsageError(
-            "SSIM needs the package scikit-image, which is not installed", hint="pip install 'smalti[metrics]'"
+            "SSIM needs the package scikit-image, which is not installed", hint="pip install scikit-image"
         ) from error
     pairs = zip(images_NHW3 / 255, originals_NHW3 / 255, strict=True)
     similarity: Any = structural_similarity  # without types

@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 from pipeline.config import Config
 from pipeline.errors import InputError, UsageError
 from pipeline.images import Views
-from pipeline.images.views import CenterViews
 from pipeline.keys import NEUTRAL
 from pipeline.known import Facts, Known, KnownInputs
 from pipeline.stage import Inputs
@@ -85,10 +84,6 @@ class ScoreConfig(Config):
     def of_pairs(self) -> list[Figure]:
         """The figures that are measured image by image beside PSNR."""
         return [figure for figure in OF_PAIRS if figure in self.figures]
-
-    def seen_at(self, size: int) -> Views:
-        """The views under which image sets are seen."""
-        return self.views or CenterViews(size=size)
 
 
 def foresee(config: ScoreConfig, inputs: KnownInputs) -> Facts:

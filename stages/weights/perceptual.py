@@ -54,5 +54,5 @@ def package_heads() -> dict[str, torch.Tensor]:
     """The five heads as the package `lpips` carries them (v0.1); UsageError if it is not installed."""
     found = find_spec("lpips")  # finds it without importing it, which takes seconds
     if found is None or not found.submodule_search_locations:
-        raise UsageError("LPIPS needs the package lpips, which is not installed", hint="pip install 'smalti[metrics]'")
+        raise UsageError("LPIPS needs the package lpips, which is not installed", hint="pip install lpips")
     return read_state(Path(found.submodule_search_locations[0]) / "weights" / "v0.1" / "vgg.pth")
