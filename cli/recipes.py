@@ -26,7 +26,7 @@ from pipeline.store import Store
 from pipeline.trees import Memory
 from smalti.counting import counted
 from stages import stages
-from stages.images.image_sizes import check_step_sizes
+from stages.images.checks import check_step_sizes
 
 ALL = "all"
 

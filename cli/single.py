@@ -37,8 +37,8 @@ from pipeline.stage import Inputs, Read, Stage, check_kinds, imply
 from pipeline.store import Store
 from pipeline.trees import Memory
 from stages import stages
-from stages.codes.class_names import numbers_of
-from stages.images.image_sizes import IMAGES, check_sizes, check_unmade_sizes
+from stages.codes.classes import numbers_of
+from stages.images.checks import IMAGES, check_sizes, check_unmade_sizes
 
 SCALARS = (int, float, str, bool)
 AUTO = "auto"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import ranks
 from pipeline.errors import UsageError
@@ -98,3 +99,28 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def deterministic_kernels(device: torch.device, *, is_deterministic: bool) -> Iterator[None]:
+    """Only kernels that give the same bits each time: always on the CPU, on CUDA where the config asks for it."""
+    import torch
+    import torch.utils.deterministic
+
+    if device.type != "cpu" and not is_deterministic:
+        yield
+        return
+    deterministic: Any = torch.utils.deterministic  # a module with properties, which type checkers do not see
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    was_strict, was_warning = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    did_fill = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
+    deterministic.fill_uninitialized_memory = False  # costs time and helps to find bugs alone
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_strict, warn_only=was_warning)
+        deterministic.fill_uninitialized_memory = did_fill

@@ -17,7 +17,7 @@ from models.generators.config import RarConfig
 from models.generators.rar.memory import parameters
 from pipeline.draft import Draft, Request
 from stages.training import checkpoints
-from stages.training.saver import pause_after
+from stages.training.checkpoints import pause_after
 
 SIZES = ("b", "l")
 CALCULATED = ("xl", "xxl")

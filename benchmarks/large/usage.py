@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from benchmarks.large import Measured, Row
 from benchmarks.large.synthetic import IMAGES
 from pipeline.draft import Draft, Request
+from stages.training.codebook import count_codes
 from stages.training.replicas import Replicas
-from stages.training.usage import count_codes
 
 CODES, ROWS, SIDE = 2**18, 64, 16
 

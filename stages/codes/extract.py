@@ -22,11 +22,10 @@ from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import External, Inputs, read, stage
 from smalti.arrays import ArraySpec, encode_shard, group_files
-from stages.codes.encoder_weights import default_place, published_weights
-from stages.codes.encoding import ENCODER, ENCODER_WEIGHTS, load_encoder
-from stages.codes.shard_sizes import ShardSizes
+from stages.codes.encoders import ENCODER, ENCODER_WEIGHTS, default_place, load_encoder, published_weights
+from stages.codes.token_files import ShardSizes
 from stages.devices import pick_device, threads
-from stages.images.known_images import check_rgb, check_seen
+from stages.images.checks import check_rgb, check_seen
 from stages.images.passes import ImagesAt, run_passes, to_images, view_passes
 from stages.weights.foreign import identify_file
 from stages.weights.places import HubWeights

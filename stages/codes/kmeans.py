@@ -22,7 +22,7 @@ from pipeline.stage import Inputs, read, stage
 from smalti.arrays import MappedArray
 from smalti.counting import counted
 from stages.codes.code_usage import CodeUsage
-from stages.codes.encoding import ENCODER, ENCODER_WEIGHTS
+from stages.codes.encoders import ENCODER, ENCODER_WEIGHTS
 from stages.codes.reservoir import hash_rows, smallest_rows
 from stages.codes.tokenizing import CENTROIDS, ENCODER_PREFIX
 from stages.devices import pick_device

@@ -23,11 +23,10 @@ from pipeline.stage import Inputs, read, stage
 from smalti.arrays import MappedArray
 from smalti.attributes import TokenAttributes
 from stages.codes.code_usage import CodeUsage
-from stages.codes.shard_sizes import ShardSizes
-from stages.codes.token_files import TokenLayout, write_labels_and_cards
+from stages.codes.token_files import ShardSizes, TokenLayout, write_labels_and_cards
 from stages.codes.tokenizing import code_count, code_grid, load_encodes, native_pixels
 from stages.devices import pick_device, threads
-from stages.images.known_images import check_codes_fit, check_seen
+from stages.images.checks import check_codes_fit, check_seen
 from stages.images.passes import ImagesAt, run_passes, view_passes
 from stages.weights.identity import tokenizer_identity
 from stages.weights.networks import NetworkFile

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field, model_validator
 
+from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError, InputError
 from pipeline.keys import sha256
@@ -108,3 +110,16 @@ def _cards(out: Draft, attributes: TokenAttributes) -> dict[str, bytes]:
 
 def _listed(name: str, data: bytes) -> ListedFile:
     return ListedFile(name, len(data), sha256(data))
+
+
+class ShardSizes(Config):
+    """Settings of the stages that write arrays in shards. The defaults suit codes."""
+
+    shard_images: int = Field(default=16_384, ge=1, description="images per file, a multiple of chunk_images")
+    chunk_images: int = Field(default=128, ge=1, description="images per chunk, the unit of checking")
+
+    @model_validator(mode="after")
+    def _chunks_fill_shards(self) -> ShardSizes:
+        if self.shard_images % self.chunk_images:
+            raise ValueError(f"shard_images {self.shard_images} must be a multiple of chunk_images {self.chunk_images}")
+        return self

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pipeline.artifact import Artifact
 from pipeline.errors import CorruptError, UsageError
 from pipeline.kept import kept
-from stages.codes.encoding import Encoder, build_encoder, parse_encoder
+from stages.codes.encoders import Encoder, build_encoder, parse_encoder
 from stages.weights.files import WEIGHTS, load_config, load_weights
 from stages.weights.networks import NetworkFile, load_tokenizer, read_tokenizer_config
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from models.sampling.config import SamplingConfig
 from pipeline.images import Views
 from pipeline.keys import NEUTRAL
-from stages.codes.shard_sizes import ShardSizes
+from stages.codes.token_files import ShardSizes
 from stages.devices import Precision
 
 

@@ -21,7 +21,7 @@ from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
 from smalti.counting import counted
-from stages.codes.class_names import names_of_generator
+from stages.codes.classes import names_of_generator
 from stages.codes.token_files import TokenLayout
 from stages.devices import pick_device, products, threads
 from stages.images.image_files import ImageLayout, Images_BHW3

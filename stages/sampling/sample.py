@@ -25,8 +25,7 @@ from pipeline.stage import Inputs, read, stage
 from smalti.attributes import TokenAttributes
 from smalti.counting import counted
 from smalti.tokens import open_tokens
-from stages.codes.class_names import names_of_generator
-from stages.codes.known_codes import check_guidance, check_labels
+from stages.codes.classes import check_guidance, check_labels, names_of_generator
 from stages.codes.token_files import TokenLayout, write_labels_and_cards
 from stages.devices import Precision, products, threads
 from stages.sampling.config import SampleConfig

@@ -1,9 +1,13 @@
-"""The batches of a training, in the order of its steps."""
+"""The batches of a training in the order of its steps, and the passes over one that all parts share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from stages.training.config import TrainingConfig
 from stages.training.draws import rows_of_step, share_of
@@ -34,3 +38,55 @@ def read_batches(task: Task, config: TrainingConfig, replicas: Replicas, first: 
                 yield batch
         finally:
             reader.shutdown(cancel_futures=True)
+
+
+Buffers = list[tuple[nn.Module, str, Tensor]]
+
+
+class SharedPasses:
+    """SharedPasses over the pieces of one batch.
+
+    Of a batch in one piece there is one pass, with gradient, which all parts see. Of several pieces only one graph may
+    exist at a time: parts that go first see passes without graph, the main part makes the same ones again, and parts
+    after it see what that left.
+
+    make: gives the pass over one piece.  begin_again: puts buffers back to where the step began; the caller
+    seeds random numbers before every pass.
+    """
+
+    def __init__(self, pieces: list[Batch], make: Callable[[Batch], Any], *, begin_again: Callable[[], None]):
+        self._pieces = pieces
+        self._make = make
+        self._begin_again = begin_again
+        self._kept: dict[int, Any] = {}
+        self._was_previewed = False
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def take(self, number: int, *, is_main: bool, is_kept: bool) -> Any:
+        """The pass over one piece, for the main part or another; is_kept: a later part needs it, too."""
+        if number in self._kept:
+            return self._kept[number]
+        if not is_main and len(self) > 1:
+            self._was_previewed = True
+            with torch.no_grad():
+                return self._make(self._pieces[number])
+        if self._was_previewed:
+            self._was_previewed = False
+            self._begin_again()
+        made = self._make(self._pieces[number])
+        if is_kept:
+            self._kept[number] = made
+        return made
+
+
+def copy_buffers(module: nn.Module) -> Buffers:
+    """All buffers of a module as they are now."""
+    return [(module, name, one.clone()) for name, one in module.named_buffers()]
+
+
+def put_buffers(buffers: Buffers) -> None:
+    """Set them back."""
+    for module, name, before in buffers:
+        module.get_buffer(name).copy_(before)

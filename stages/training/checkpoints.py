@@ -1,13 +1,20 @@
-"""Checkpoints: the whole state of a training as one safetensors file in the draft's scratch folder.
+"""Checkpoints: the whole state of a training as one safetensors file in the draft's scratch folder, and when it is written.
 
 Names in the file: `model.<part>.<tensor>`, `optimizer.<part>.<parameter>.<moment>`, `average.<part>.<parameter>`, and
 the engine's own numbers as `engine.<name>`. A checkpoint is a journaled unit of the draft, so half a one never counts.
+
+A thread writes while the training goes on, from a copy in the host's memory. Saves take a small share of the time: after
+one that took d seconds the next comes no sooner than 20 d later. Whoever is killed at any moment continues from the last
+whole checkpoint; what the thread cannot write is raised at the next step. One save at a time touches the draft.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -15,6 +22,7 @@ from torch import Tensor
 from models.adapters.layout import compare, how_many, shapes, table
 from pipeline.draft import SCRATCH, Draft
 from pipeline.errors import CorruptError, NumericError
+from stages.devices import free_bytes
 from stages.weights.files import write_tensors
 
 KEEP = 2  # the last ones; an older one helps nobody but costs disk
@@ -22,6 +30,9 @@ PREFIX = "checkpoint-"
 BEST = "best-"
 
 State = dict[str, Tensor]
+REST = 20.0  # times the duration of a save until the next one
+SMALL = 2**26  # bytes that are written in less time than a step is worth
+ROOM = 2.0  # times the size of a copy that has to be free for it
 
 
 def save_checkpoint(out: Draft, step: int, state: State) -> None:
@@ -98,3 +109,81 @@ def _file(unit: str) -> str:
 def _is_sound(name: str, tensor: Tensor) -> bool:
     """Whether a tensor may be saved; the engine's own numbers may be infinite ("none yet")."""
     return name.startswith("engine.") or not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+class Saver:
+    """The saves of one training. Within its block it is made sure of that the thread has ended; but not if a signal hurries.
+
+    duration: of the last save, in seconds.  last: the last whole checkpoint, in words.
+    """
+
+    def __init__(self, out: Draft):
+        self.out = out
+        self.duration = 0.0
+        self.last = "none yet"
+        self._ended = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.wait()
+        elif issubclass(kind, Exception):
+            self._join()
+
+    def is_due(self, seconds: float) -> bool:
+        """Whether it is time to save. seconds: at least so many after the last save; 0: after every step."""
+        is_writing = self._thread is not None and self._thread.is_alive()
+        return not is_writing and time.monotonic() - self._ended >= pause_after(self.duration, seconds)
+
+    def save(self, step: int, state: State, *, best_step: int, waits: bool) -> None:
+        """Save the state after `step` steps, in a thread if it may be and memory has room for a copy."""
+        self.wait()
+        size = sum(tensor.nbytes for tensor in state.values())
+        if waits or size < SMALL or free_bytes(torch.device("cpu")) < ROOM * size:
+            self._write(step, state, best_step)
+            return
+        copy = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+        self._thread = threading.Thread(target=self._try, args=(step, copy, best_step), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what a thread met that has ended."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the thread, and raise what it met."""
+        self._join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _try(self, step: int, state: State, best_step: int) -> None:
+        try:
+            self._write(step, state, best_step)
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, step: int, state: State, best_step: int) -> None:
+        began = time.monotonic()
+        save_checkpoint(self.out, step, state)
+        drop_worse(self.out, best_step)
+        self._ended = time.monotonic()
+        self.duration = self._ended - began
+        self.last = f"step {step}"
+
+
+def pause_after(duration: float, seconds: float) -> float:
+    """Seconds between a save that took `duration` and the next; 0 where every step is saved."""
+    return max(seconds, REST * duration) if seconds else 0.0

@@ -24,18 +24,17 @@ from pipeline.durable import write_file
 from pipeline.errors import NumericError
 from pipeline.progress import Progress
 from pipeline.runtime import Runtime, Terminated
-from stages.devices import products, threads
+from stages.devices import deterministic_kernels, products, threads
 from stages.training import checkpoints
-from stages.training.batches import read_batches
+from stages.training.batches import Buffers, SharedPasses, copy_buffers, put_buffers, read_batches
+from stages.training.checkpoints import Saver
 from stages.training.config import TrainingConfig
 from stages.training.draws import passes_of, torch_seed
-from stages.training.limits import memory_in_words, same_kernels
 from stages.training.metrics import Metrics
 from stages.training.replicas import Replicas
-from stages.training.running import Running
-from stages.training.saver import Saver
-from stages.training.sharing import Buffers, SharedPasses, copy_buffers, put_buffers
+from stages.training.rows import explain_out_of_memory
 from stages.training.task import Batch, Losses, Task
+from stages.training.trained_part import TrainedPart
 
 SMOOTHING = 0.98  # of the loss that is shown and reported
 
@@ -68,8 +67,8 @@ def train(
     with ExitStack() as around:
         around.enter_context(threads(run.threads))
         around.enter_context(products(config.precision))
-        around.enter_context(same_kernels(replicas.device, is_deterministic=config.is_deterministic))
-        around.enter_context(memory_in_words(config, replicas.world))
+        around.enter_context(deterministic_kernels(replicas.device, is_deterministic=config.is_deterministic))
+        around.enter_context(explain_out_of_memory(config, replicas.world))
         replicas.seed(torch_seed(config.seed, "first weights", 0))
         task = make_task(replicas.device)
         task.replicas = replicas
@@ -135,10 +134,10 @@ class Trainer:
 
     def __init__(self, task: Task, config: TrainingConfig, replicas: Replicas, out: Draft):
         self.task, self.config, self.replicas, self.out = task, config, replicas, out
-        self.parts = [Running(part, config, replicas) for part in task.parts]
-        self.modules = {running.part.name: running.wrapped for running in self.parts}
+        self.parts = [TrainedPart(part, config, replicas) for part in task.parts]
+        self.modules = {trained.part.name: trained.wrapped for trained in self.parts}
         self.main = self.parts[0]
-        self.turns = sorted(self.parts, key=lambda running: not running.part.goes_first)
+        self.turns = sorted(self.parts, key=lambda trained: not trained.part.goes_first)
         self.step = self.bad_steps = self.best_step = 0
         self.loss = self.best_loss = math.inf
         self.saver = Saver(out)
@@ -153,25 +152,25 @@ class Trainer:
     def advance(self, batch: Batch) -> Losses:
         """One step of every part on this process's share of the batch; counts a bad one, or raises NumericError."""
         self._seed(0)
-        turns = [running for running in self.turns if self.step >= running.part.first_step]
+        turns = [trained for trained in self.turns if self.step >= trained.part.first_step]
         buffers = self._copy_of_buffers(self.parts) if self.config.skip_bad_steps else []
         passes = self._passes(batch, turns)
         seen = Losses({}, {})
-        for running in turns:
-            losses = self._gradients(running, passes, is_last=running is turns[-1])
-            loss, norm = self._clip(running, losses)
+        for trained in turns:
+            losses = self._gradients(trained, passes, is_last=trained is turns[-1])
+            loss, norm = self._clip(trained, losses)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                self._count_bad_step(running, losses, loss, norm)
+                self._count_bad_step(trained, losses, loss, norm)
                 put_buffers(buffers)
                 break
-            running.update(self.step, self.config.steps)
+            trained.update(self.step, self.config.steps)
             seen = Losses(seen.losses | losses.losses, seen.stats | losses.stats)
-            if running is self.main:
+            if trained is self.main:
                 self.loss = loss if math.isinf(self.loss) else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
         else:
-            for running in self.parts:
-                if running.average is not None:
-                    running.average.update(self.step)
+            for trained in self.parts:
+                if trained.average is not None:
+                    trained.average.update(self.step)
         self.step += 1
         return seen
 
@@ -180,10 +179,10 @@ class Trainer:
         named = losses.losses | losses.stats
         values = self.replicas.mean(torch.stack([value.detach().float() for value in named.values()])) if named else []
         rates = {
-            "learning_rate" if place == 0 else f"learning_rate_{running.part.name}": running.rate(
+            "learning_rate" if place == 0 else f"learning_rate_{trained.part.name}": trained.rate(
                 self.step - 1, self.config.steps
             )
-            for place, running in enumerate(self.parts)
+            for place, trained in enumerate(self.parts)
         }
         return {"loss": self.loss, **dict(zip(named, values, strict=True)), **rates}
 
@@ -234,20 +233,20 @@ class Trainer:
         name = self.replicas.from_first(str(path or ""))
         if name:
             self._load(Path(name))
-        for running in self.parts:
-            running.part.module.train()
+        for trained in self.parts:
+            trained.part.module.train()
 
     def finish(self) -> dict[str, float]:
         """Leave the resulting weights in the parts' modules, ready for use, and evaluate them."""
         if self.config.select == "best" and self.best_step:
             self._load_best()
-        for running in self.parts:
-            self.replicas.unwrap(running.wrapped)
-            self.replicas.share_buffers(running.part.module)
-            if running.average is not None and not self.best_step:
-                running.average.put()
-            running.optimizer.zero_grad(set_to_none=True)
-            running.part.module.eval()
+        for trained in self.parts:
+            self.replicas.unwrap(trained.wrapped)
+            self.replicas.share_buffers(trained.part.module)
+            if trained.average is not None and not self.best_step:
+                trained.average.put()
+            trained.optimizer.zero_grad(set_to_none=True)
+            trained.part.module.eval()
         with torch.no_grad():
             return self.task.evaluate()
 
@@ -255,20 +254,20 @@ class Trainer:
     def _judging(self) -> Iterator[None]:
         """Within this block the modules are in evaluation mode, with the weights that would be the result."""
         with ExitStack() as averaged, torch.no_grad():
-            for running in self.parts:
-                self.replicas.share_buffers(running.part.module)
-                running.part.module.eval()
-                if running.average is not None:
-                    averaged.enter_context(running.average.in_place())
+            for trained in self.parts:
+                self.replicas.share_buffers(trained.part.module)
+                trained.part.module.eval()
+                if trained.average is not None:
+                    averaged.enter_context(trained.average.in_place())
             yield
-        for running in self.parts:
-            running.part.module.train()
+        for trained in self.parts:
+            trained.part.module.train()
 
     def _seed(self, piece: int) -> None:
         """Let what torch draws depend on the step and on the rows of a pass, whichever process makes it."""
         self.replicas.seed(torch_seed(self.config.seed, "step", self.step, self._part(piece).number))
 
-    def _passes(self, batch: Batch, turns: list[Running]) -> SharedPasses:
+    def _passes(self, batch: Batch, turns: list[TrainedPart]) -> SharedPasses:
         """The passes of this step over its batch, on the device."""
         batch = tuple(tensor.to(self.replicas.device, non_blocking=True) for tensor in batch)
         pieces: list[Batch] = list(zip(*(tensor.chunk(self.pieces) for tensor in batch), strict=True))
@@ -286,20 +285,20 @@ class Trainer:
     def _part(self, piece: int) -> BatchPart:
         return BatchPart(piece, self.pieces, self.replicas.rank, self.replicas.world)
 
-    def _gradients(self, running: Running, passes: SharedPasses, *, is_last: bool) -> Losses:
+    def _gradients(self, trained: TrainedPart, passes: SharedPasses, *, is_last: bool) -> Losses:
         """Fill the gradients of one part; losses and stats are the means over the pieces of the batch.
 
         is_last: no part comes after it in this step.
         """
-        self._let_train(running)
+        self._let_train(trained)
         found: list[Losses] = []
         for number in range(len(passes)):
             is_exchanged = number + 1 == len(passes)
             with nullcontext() if is_exchanged else self.replicas.without_exchange(list(self.modules.values())):
                 self.task.part = self._part(number)
                 self._seed(number)
-                seen = passes.take(number, is_main=running is self.main, is_kept=not is_last)
-                losses = self.task.losses(running.part.name, self.modules, seen, self.step)
+                seen = passes.take(number, is_main=trained is self.main, is_kept=not is_last)
+                losses = self.task.losses(trained.part.name, self.modules, seen, self.step)
                 total = torch.stack(list(losses.losses.values())).sum()
                 self.replicas.backward(total / len(passes))
             found.append(Losses(_detached(losses.losses), _detached(losses.stats)))
@@ -309,50 +308,50 @@ class Trainer:
             else Losses(_means([one.losses for one in found]), _means([one.stats for one in found]))
         )
 
-    def _let_train(self, running: Running) -> None:
+    def _let_train(self, trained: TrainedPart) -> None:
         """Clear the part's gradients; while the main part is trained, they go through the others but stay in none."""
-        running.optimizer.zero_grad(set_to_none=True)
+        trained.optimizer.zero_grad(set_to_none=True)
         for other in self.parts:
             if other is not self.main:
                 for parameter in other.parameters:
-                    parameter.requires_grad_(other is running)
+                    parameter.requires_grad_(other is trained)
 
-    def _clip(self, running: Running, losses: Losses) -> tuple[float, float]:
+    def _clip(self, trained: TrainedPart, losses: Losses) -> tuple[float, float]:
         """Loss and gradient norm, the same numbers in every process, after clipping."""
         limit = math.inf if self.config.clip is None else self.config.clip
-        norm = nn.utils.clip_grad_norm_(running.parameters, limit)
+        norm = nn.utils.clip_grad_norm_(trained.parameters, limit)
         total = torch.stack(list(losses.losses.values())).sum()
         loss, norm_value = self.replicas.mean(torch.stack([total.float(), norm.float()]))
         return loss, norm_value
 
-    def _count_bad_step(self, running: Running, losses: Losses, loss: float, norm: float) -> None:
+    def _count_bad_step(self, trained: TrainedPart, losses: Losses, loss: float, norm: float) -> None:
         self.bad_steps += 1
-        running.optimizer.zero_grad(set_to_none=True)
+        trained.optimizer.zero_grad(set_to_none=True)
         if self.bad_steps <= self.config.skip_bad_steps:
             return
         self.saver.wait()
         terms = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.losses.items())
         allowed = f" (step number {self.bad_steps} of this kind)" if self.config.skip_bad_steps else ""
         raise NumericError(
-            f"step {self.step} of {running.part.name} has loss {loss} ({terms}) and gradient norm {norm}{allowed}; "
+            f"step {self.step} of {trained.part.name} has loss {loss} ({terms}) and gradient norm {norm}{allowed}; "
             f"the last good checkpoint is {self.saver.last}",
             path=self.out.path,
             hint="lower training.optimizer.learning_rate or training.clip, or let training.skip_bad_steps pass some",
         )
 
-    def _copy_of_buffers(self, parts: list[Running]) -> Buffers:
-        return [one for running in parts for one in copy_buffers(running.part.module)]
+    def _copy_of_buffers(self, parts: list[TrainedPart]) -> Buffers:
+        return [one for trained in parts for one in copy_buffers(trained.part.module)]
 
     def _state(self) -> checkpoints.State:
-        return {name: tensor for running in self.parts for name, tensor in running.state().items()}
+        return {name: tensor for trained in self.parts for name, tensor in trained.state().items()}
 
     def _load(self, path: Path) -> None:
         state = checkpoints.read_state(path)
         own = {name: tensor for name, tensor in self._state().items() if not name.startswith("optimizer.")}
         found = {name: tensor for name, tensor in state.items() if not name.startswith(("optimizer.", "engine."))}
         checkpoints.check_fits(found, own, path)
-        for running in self.parts:
-            running.load(state)
+        for trained in self.parts:
+            trained.load(state)
         numbers = {name: float(tensor) for name, tensor in checkpoints.part_of(state, "engine.").items()}
         self.step, self.bad_steps = int(numbers["step"]), int(numbers["bad_steps"])
         self.best_step = int(numbers["best_step"])
@@ -370,8 +369,8 @@ class Trainer:
     def _load_best(self) -> None:
         path = self.replicas.from_first(str(checkpoints.best_file(self.out, self.best_step)))
         state = checkpoints.read_state(Path(path))
-        for running in self.parts:
-            running.part.module.load_state_dict(checkpoints.part_of(state, f"model.{running.part.name}."))
+        for trained in self.parts:
+            trained.part.module.load_state_dict(checkpoints.part_of(state, f"model.{trained.part.name}."))
 
 
 def warn(run: Runtime, step: int, sentence: str | None) -> None:

@@ -10,7 +10,7 @@ from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from stages.codes.tokenizing import code_grid
-from stages.images.known_images import check_codes_fit
+from stages.images.checks import check_codes_fit
 from stages.training.config import (
     FinetuneDecoderConfig,
 )

@@ -15,7 +15,7 @@ from models.registry import build
 from models.schedules import random_ratio
 from stages.training.config import TrainGeneratorConfig
 from stages.training.draws import rows_of_step, stream
-from stages.training.samples import draw_samples
+from stages.training.grids import draw_samples
 from stages.training.task import Batch, Losses, Modules, Part, Task, is_matrix
 from stages.training.tokens import TrainingTokens
 from stages.weights.networks import GeneratorCard, NetworkFile

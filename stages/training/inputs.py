@@ -13,10 +13,10 @@ from pipeline.keys import config_value
 from pipeline.known import Known, KnownInputs
 from pipeline.stage import External, Inputs, Read, read
 from smalti.counting import counted
-from stages.images.known_images import check_rgb, check_seen
+from stages.images.checks import check_rgb, check_seen
 from stages.training.config import ReconstructionTraining, TokenizerLearning, TrainingConfig
-from stages.weights.discriminators import DISCRIMINATOR
 from stages.weights.foreign import identify_file
+from stages.weights.networks import DISCRIMINATOR
 from stages.weights.perceptual import PERCEPTUAL, PERCEPTUAL_EXTERNAL
 from stages.weights.places import VGG16
 

@@ -20,9 +20,8 @@ from stages.training.engine import Outcome, train
 from stages.training.images import open_images
 from stages.training.inputs import given
 from stages.training.tokenizer import Learns, Players, TokenizerTask
-from stages.weights.discriminators import DISCRIMINATOR, build_adversary
 from stages.weights.files import fill, load_weights
-from stages.weights.networks import read_tokenizer_config
+from stages.weights.networks import DISCRIMINATOR, build_adversary, read_tokenizer_config
 from stages.weights.perceptual import PERCEPTUAL, load_lpips
 
 

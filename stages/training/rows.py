@@ -1,4 +1,4 @@
-"""How many rows of a batch a training of a generator computes together: by rule where it is asked to, refused where they cannot fit.
+"""How many rows of a batch a training computes together: by rule where it is asked to, refused where they cannot fit.
 
 No torch here: `auto` is settled before the key is made, by the network and the batch alone, so that plans, machines and
 resumed drafts agree.
@@ -6,6 +6,8 @@ resumed drafts agree.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +21,7 @@ from stages.training.draws import passes_of
 from stages.weights.networks import GeneratorCard
 
 PASS_BYTES = 16e9  # of activations: RAR-B, or L with half the rows, then trains on a device of 24 GB
+CPU_REFUSAL = "not enough memory: you tried to allocate"  # of torch's allocator, which has no error of its own
 SURE = 0.85  # of an estimate: what lies above free memory even so does not fit
 
 
@@ -87,6 +90,32 @@ def needed_bytes(config: TrainGeneratorConfig, rows: int, **sizes: Any) -> int:
         **sizes,
     )
     return estimate
+
+
+@contextmanager
+def explain_out_of_memory(config: TrainingConfig, world: int) -> Iterator[None]:
+    """A refused allocation becomes `MemoryExhausted` (exit code 71) that says what to lower."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _exhausted(config, world) from error
+    except RuntimeError as error:
+        if CPU_REFUSAL in str(error):
+            raise _exhausted(config, world) from error
+        raise
+
+
+def _exhausted(config: TrainingConfig, world: int) -> MemoryExhausted:
+    rows = rows_together(config, world)
+    smaller = next(fewer_rows for fewer_rows in fewer(config.batch) if fewer_rows <= max(1, rows // 2))
+    return MemoryExhausted(
+        f"the device has not enough memory for {counted(rows, 'row')} at a time (training.batch {config.batch} over "
+        f"{counted(world, 'process')})",
+        hint=(f"set training.rows_per_pass to {smaller}, or " if rows > 1 else "")
+        + "take training.precision bfloat16 or a smaller model",
+    )
 
 
 def _advice(config: TrainGeneratorConfig, fitting: int | None, free: float) -> str:

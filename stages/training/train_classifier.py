@@ -10,7 +10,7 @@ from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.counting import counted
-from stages.images.known_images import NOT_YET, check_rgb, check_seen, common_pixels
+from stages.images.checks import NOT_YET, check_rgb, check_seen, common_pixels
 from stages.training.config import TrainClassifierConfig
 from stages.training.inputs import check_batch
 from stages.weights.files import config_json, save_weights

@@ -12,15 +12,14 @@ from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from stages.codes.tokenizing import code_grid
-from stages.images.known_images import check_codes_fit
+from stages.images.checks import check_codes_fit
 from stages.training.config import (
     AdversaryConfig,
     TrainDiscriminatorConfig,
 )
 from stages.training.inputs import IMAGES, check_images
 from stages.training.train_tokenizer import where
-from stages.weights.discriminators import build_adversary, save_discriminator
-from stages.weights.networks import read_tokenizer_config
+from stages.weights.networks import build_adversary, read_tokenizer_config, save_discriminator
 
 
 def check_views(config: TrainDiscriminatorConfig, inputs: Mapping[str, Any]) -> None:

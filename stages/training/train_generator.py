@@ -16,8 +16,7 @@ from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.attributes import TokenAttributes
 from smalti.counting import counted
-from stages.codes.class_names import names_of_tokens
-from stages.codes.known_codes import can_be_guided, check_guidance, check_labels
+from stages.codes.classes import can_be_guided, check_guidance, check_labels, names_of_tokens
 from stages.training.config import TrainGeneratorConfig
 from stages.training.inputs import check_batch
 from stages.training.rows import refuse_rows, settle_rows

@@ -20,11 +20,10 @@ from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, read, stage
 from smalti.counting import counted
-from stages.weights.discriminators import DiscriminatorCard
 from stages.weights.files import save_weights
 from stages.weights.foreign import identify_file, read_state
 from stages.weights.identity import digest_of
-from stages.weights.networks import GeneratorCard, join_tokenizer
+from stages.weights.networks import DiscriminatorCard, GeneratorCard, join_tokenizer
 from stages.weights.places import HubWeights
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -17,14 +17,20 @@ from models.classifiers.config import ClassifierConfig
 from models.config import Config
 from models.generators.config import BUILDERS as GENERATORS
 from models.generators.config import GeneratorConfig
+from models.losses.config import AdversarialConfig, DiscriminatorConfig
 from models.registry import build
 from models.tokenizer_config import TokenizerConfig
 from pipeline.artifact import Artifact, read_manifest
+from pipeline.draft import Draft
 from pipeline.errors import CorruptError
 from pipeline.kept import kept
+from pipeline.keys import config_value
 from stages.devices import pick_device
-from stages.weights.files import fill, load_config, load_weights
+from stages.weights.files import fill, load_config, load_weights, save_weights
 from stages.weights.identity import check_same_tokenizer, tokenizer_identity
+
+if TYPE_CHECKING:
+    from models.losses.adversarial import Adversary
 
 MOST = 8  # networks in memory per process: a sweep over many does not keep them all
 
@@ -140,3 +146,50 @@ def _checked(artifact: Artifact, model: Any) -> Any:
         raise CorruptError(
             f"config.json of {artifact.name} does not fit this version: {place}: {complaint['msg']}", path=artifact.path
         ) from error
+
+
+DISCRIMINATOR = "discriminator"
+
+
+class DiscriminatorCard(Config):
+    """config.json of a discriminator artifact."""
+
+    discriminator: DiscriminatorConfig
+    channels: int = Field(ge=1)
+
+
+def save_discriminator(out: Draft, adversary: Adversary, *, channels: int) -> None:
+    card = DiscriminatorCard(discriminator=adversary.config.discriminator, channels=channels)
+    save_weights(out, adversary.state_dict(), config_value(card))
+
+
+def build_adversary(config: AdversarialConfig, *, channels: int, start: Artifact | None) -> Adversary:
+    """A discriminator with new weights, or with those that another training left in `start`.
+
+    CorruptError (exit code 4) where that is another network than the config's.
+    """
+    from models.losses.adversarial import Adversary
+
+    adversary = Adversary(config, channels=channels)
+    if start is not None:
+        check_same_network(DiscriminatorCard(discriminator=config.discriminator, channels=channels), start)
+        fill(adversary, load_weights(start), start)
+    return adversary
+
+
+def check_same_network(wanted: DiscriminatorCard, start: Artifact) -> None:
+    try:
+        found = TypeAdapter(DiscriminatorCard).validate_json(json.dumps(load_config(start)))
+    except ValidationError as error:
+        raise CorruptError(f"config.json of {start.name} does not fit this version", path=start.path) from error
+    if found != wanted:
+        raise CorruptError(
+            f"adversarial.discriminator is {_said(wanted)}, but {start.name} is {_said(found)}",
+            path=start.path,
+            hint=f"set adversarial.discriminator to {found.discriminator.model_dump_json()}",
+        )
+
+
+def _said(card: DiscriminatorCard) -> str:
+    settings = ", ".join(f"{name} {value}" for name, value in config_value(card.discriminator).items())
+    return f"of {settings} for {card.channels} channels"

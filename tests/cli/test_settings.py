@@ -22,7 +22,7 @@ from pipeline.recipe_text import parse_yaml
 from pipeline.settings import REQUIRED, settings_of, value_at
 from pipeline.store import Store
 from stages import stages
-from stages.images.image_sizes import check_step_sizes
+from stages.images.checks import check_step_sizes
 
 COMMANDS = typer.main.get_command(cli.main.app).commands  # type: ignore[attr-defined]
 SCHEMA = recipe_schema(stages())

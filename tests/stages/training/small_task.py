@@ -19,8 +19,8 @@ from pipeline.runtime import Runtime
 from stages.training.config import AdamW, OneCycle, TrainingConfig
 from stages.training.draws import stream
 from stages.training.engine import Outcome, Trainer, train
-from stages.training.running import Running
 from stages.training.task import Batch, Losses, Modules, Part, Task
+from stages.training.trained_part import TrainedPart
 
 ROWS, INPUTS = 24, 6
 SCHEDULE = OneCycle()
@@ -136,10 +136,10 @@ def first_gradients() -> Iterator[list[list[float]]]:
     found: list[list[float]] = []
     clip = Trainer._clip
 
-    def look_and_clip(self: Trainer, running: Running, losses: Losses) -> tuple[float, float]:
+    def look_and_clip(self: Trainer, trained: TrainedPart, losses: Losses) -> tuple[float, float]:
         if not found:
-            found.extend(one.grad.flatten().tolist() for one in running.parameters if one.grad is not None)
-        return clip(self, running, losses)
+            found.extend(one.grad.flatten().tolist() for one in trained.parameters if one.grad is not None)
+        return clip(self, trained, losses)
 
     Trainer._clip = look_and_clip  # type: ignore[method-assign]
     try:

@@ -28,9 +28,9 @@ from stages import stages
 from stages.training.config import TrainTokenizerConfig
 from stages.training.engine import Trainer
 from stages.training.replicas import Replicas
-from stages.training.running import Running
 from stages.training.task import Batch, Losses
 from stages.training.tokenizer import PART, Players, TokenizerTask
+from stages.training.trained_part import TrainedPart
 from tests.stages.training.small_task import draft_in
 
 ROOT = Path(__file__).parents[3]
@@ -89,12 +89,12 @@ class TraceTask(TokenizerTask):
 class TraceTrainer(Trainer):
     """Keeps the gradients of the first step, of both parts."""
 
-    def _clip(self, running: Running, losses: Losses) -> tuple[float, float]:
+    def _clip(self, trained: TrainedPart, losses: Losses) -> tuple[float, float]:
         if self.step == 0:
-            named = running.part.module.named_parameters()
+            named = trained.part.module.named_parameters()
             found = {name: one.grad.clone() for name, one in named if one.grad is not None}
             self.first = vars(self).get("first", {}) | found
-        return super()._clip(running, losses)
+        return super()._clip(trained, losses)
 
 
 class Trace:
@@ -130,13 +130,13 @@ class Trace:
 
     def tokenizer_after(self, values: str) -> Tokenizer:
         """With the raw weights, or with their averages, as `smalti` keeps them."""
-        (running,) = (one for one in self.trainer.parts if one.part.name == PART)
+        (trained,) = (one for one in self.trainer.parts if one.part.name == PART)
         tokenizer = Tokenizer(self.task.tokenizer.config).eval()
         if values == "after":
             tokenizer.load_state_dict(self.task.tokenizer.state_dict(), strict=True)
             return tokenizer
-        assert running.average is not None
-        with running.average.in_place():
+        assert trained.average is not None
+        with trained.average.in_place():
             tokenizer.load_state_dict(self.task.tokenizer.state_dict(), strict=True)
         return tokenizer
 

@@ -94,9 +94,9 @@ def test_rows_of_several_sets_are_one_table(tokens: Artifact) -> None:
 def test_the_published_split_of_weight_decay_is_used(tokens: Artifact) -> None:
     from stages.training.config import TrainGeneratorConfig
     from stages.training.generator import GeneratorTask
-    from stages.training.optimizers import build_optimizer
     from stages.training.tokens import TrainingTokens
     from stages.training.train_generator import make_card
+    from stages.training.trained_part import build_optimizer
 
     table = TrainingTokens([tokens], like=tokens)
     config = TrainGeneratorConfig()

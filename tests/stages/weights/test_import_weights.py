@@ -20,11 +20,10 @@ from pipeline.errors import CorruptError, InputError, StorageError, UsageError
 from smalti.tokens import open_tokens
 from stages import stages
 from stages.images.image_files import open_pictures
-from stages.weights.discriminators import build_adversary
 from stages.weights.files import load_config, load_weights
 from stages.weights.identity import tokenizer_identity
 from stages.weights.import_weights import LAYOUTS, ImportConfig
-from stages.weights.networks import NetworkFile, load_generator, load_tokenizer, read_card
+from stages.weights.networks import NetworkFile, build_adversary, load_generator, load_tokenizer, read_card
 from tests.hub import Hub
 from tests.stages.conformance import check_every_crash, draw_folder, index_folder, run_stage
 

@@ -11,15 +11,15 @@ from torch import nn
 
 from stages.training.config import AdamW, Constant, TrainingConfig
 from stages.training.replicas import Replicas
-from stages.training.running import Running
 from stages.training.task import Part
+from stages.training.trained_part import TrainedPart
 
 ROWS = json.loads((Path(__file__).parents[2] / "golden/ibq/schedules.json").read_text())["schedules"]["XXL"]
 
 
-def running_of(**optimizer: object) -> Running:
+def running_of(**optimizer: object) -> TrainedPart:
     part = Part("main", nn.Linear(3, 2), AdamW(learning_rate=0.1, **optimizer), Constant())  # type: ignore[arg-type]
-    return Running(part, TrainingConfig(), Replicas(device="cpu", precision="float32"))
+    return TrainedPart(part, TrainingConfig(), Replicas(device="cpu", precision="float32"))
 
 
 @pytest.mark.parametrize("decays", ["all", "matrices"])

@@ -1,4 +1,4 @@
-"""Encoders in artifacts: `encoder.json` says what to build, `encoder.safetensors` holds fitted or published weights."""
+"""Encoders: `encoder.json` says what to build, `encoder.safetensors` holds fitted or published weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from models.registry import build
 from pipeline.errors import CorruptError
 from pipeline.kept import kept
 from stages.devices import pick_device
+
+if TYPE_CHECKING:
+    import torch
+from typing import TYPE_CHECKING
+
+from stages.weights.foreign import read_state
+from stages.weights.places import HubWeights
 
 if TYPE_CHECKING:
     import torch
@@ -46,3 +53,23 @@ def load_encoder(folder: Path, digest: str, device: str) -> torch.nn.Module:
 
     config = parse_encoder(json.loads((folder / ENCODER).read_bytes()), path=folder)
     return build_encoder(config, load_file(folder / ENCODER_WEIGHTS), device)
+
+
+def published_weights(config: Dinov2Config, path: Path) -> dict[str, torch.Tensor]:
+    """A dinov2's weights as its network wants them; CorruptError if the file holds another network."""
+    from models.adapters.dinov2 import to_timm
+    from models.encoders.config import BUILDERS
+    from models.registry import build
+
+    encoder = build(config, BUILDERS)
+    try:
+        encoder.load_weights(to_timm(read_state(path)))
+    except (RuntimeError, KeyError) as error:
+        first = str(error).split("\n")[1].strip() if "\n" in str(error) else f"no tensor {error}"
+        raise CorruptError(f"{path} holds no weights of {config.timm_name}: {first}", path=path) from error
+    state: dict[str, torch.Tensor] = encoder.state_dict()
+    return state
+
+
+def default_place(config: Dinov2Config) -> HubWeights:
+    return HubWeights(repository=f"timm/{config.timm_name}.lvd142m")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pipeline.draft import Draft, Request
-from stages.training import usage
+from stages.training import codebook
+from stages.training.codebook import count_codes
 from stages.training.replicas import Replicas
-from stages.training.usage import count_codes
 from tests.two_processes import run_two
 
 CODES, IMAGES, ROWS, BLOCK = 50, 45, 4, 10
@@ -48,7 +48,7 @@ def draft(folder: Path) -> Draft:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(usage, "BLOCK", BLOCK)
+    monkeypatch.setattr(codebook, "BLOCK", BLOCK)
 
 
 def test_counts_are_exact_and_continue_where_they_were(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
-"""Classes by their names: what a command is told, as the numbers that token sets and generators know."""
+"""Classes and guidance by them: names as numbers, and what is refused before anything is sampled (no torch here)."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from models.sampling.config import SamplingConfig
 from pipeline.errors import UsageError
+from pipeline.known import KnownInputs
 from pipeline.stage import Inputs
 from smalti.tokens import open_tokens
 from stages.weights.networks import read_card
@@ -42,3 +44,25 @@ def _number(name: str, names: Sequence[str], where: str) -> int:
     raise UsageError(
         f"{where}: {name!r} is not the name of a class: {advice}{'' if nearest or len(names) <= 10 else ', ...'}"
     )
+
+
+def can_be_guided(model: Any) -> bool:
+    """Whether a generator also learns to do without a label: guidance compares the two."""
+    return getattr(model, "label_dropout", 1.0) > 0
+
+
+def check_labels(asked: Sequence[int] | None, classes: int | None, inputs: KnownInputs) -> None:
+    """A refusal of classes that are not among those of the generator."""
+    unknown = [label for label in asked or () if label < 0 or (classes is not None and label >= classes)]
+    if unknown:
+        raise inputs.refusal(f"asks for class {unknown[0]}, but there are {classes} classes")
+
+
+def check_guidance(sampling: SamplingConfig, generator: str, facts: Mapping[str, Any], inputs: KnownInputs) -> None:
+    """A refusal of guidance where the generator never learnt what to do without a label."""
+    if sampling.guided and facts.get("guidable") is False:
+        raise inputs.refusal(
+            f"has guidance_scale {sampling.guidance_scale:g}, but {generator} is trained with label_dropout 0, and "
+            "guidance needs a generator that also learnt without labels",
+            hint="set model.label_dropout of the generator, or guidance_scale 0",
+        )

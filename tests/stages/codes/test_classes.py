@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import UsageError
-from stages.codes.class_names import numbers_of
+from stages.codes.classes import numbers_of
 
 NAMES = ("otter", "crane", "Lesser Panda", "crane", "7")
 

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from pipeline import durable
 from pipeline.errors import CannotWrite, NumericError
-from stages.training import checkpoints, saver
-from stages.training.saver import Saver, pause_after
+from stages.training import checkpoints
+from stages.training.checkpoints import Saver, pause_after
 from tests.stages.training.small_task import draft_in, tiny, train_in, weights_of
 
 
 @pytest.fixture(autouse=True)
 def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """However small the state is."""
-    monkeypatch.setattr(saver, "SMALL", 0)
+    monkeypatch.setattr(checkpoints, "SMALL", 0)
 
 
 def state(value: float = 1.0) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ def test_a_save_in_a_thread_holds_the_state_as_it_was(tmp_path: Path) -> None:
 def test_no_thread_where_somebody_waits_or_memory_is_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool, free: int
 ) -> None:
-    monkeypatch.setattr(saver, "free_bytes", lambda device: free)
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda device: free)
     monkeypatch.setattr(threading, "Thread", lambda *args, **kwargs: pytest.fail("a thread"))
     Saver(draft_in(tmp_path)).save(3, state(), best_step=0, waits=waits)
     assert newest(tmp_path) == "checkpoint-00000003.safetensors"
