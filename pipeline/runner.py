@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -132,7 +132,8 @@ def run(recipe: Recipe, store: Store, options: Options, *, force: Collection[str
     step reads its data, what was made again is yielded once more.
     """
     _refuse_missing(recipe)
-    _find_digests(recipe, options.progress)
+    unknown = [need for step in recipe.steps for need in _needs(step) if need.is_unknown]
+    get_all(unknown, options.progress)  # without these files the keys cannot be known
     left = {step.name for step in recipe.steps if options.force or step.name in force}
     gather = cache(lambda: _gather_files(recipe, store, options, frozenset(left)))
     told: set[str] = set()
@@ -195,13 +196,13 @@ def make(
     if declared.check is not None:
         declared.check(config, dict(inputs.items()))
     options.before_work()
-    files = {need.external: need.get(options.progress) for need in wanted}
-    job = _Job(store, declared, config, inputs, paths, files, options, request)
+    found = {need.external: need.get(options.progress) for need in wanted}
     say = options.progress.say
     with store.draft(request, wait=options.wait, again=options.force, name=options.ref, say=say) as draft:
         options.memory.save()  # there is a store by now
         if draft is not None:
-            job.work(draft)
+            own = replace(options, threads=_threads(options, draft))
+            _Job(store, declared, config, inputs, paths, found, own, draft).work()
         return Made(_note(store, request, paths, options), reused=draft is None)
 
 
@@ -216,26 +217,33 @@ class _Job:
     paths: Mapping[str, Path]
     files: Mapping[str, Path]
     options: Options
-    request: Request
+    draft: Draft
 
-    def work(self, draft: Draft) -> None:
+    def work(self) -> None:
         """Check the inputs' data, run the stage into the draft, and commit it."""
-        replace(self, options=replace(self.options, threads=_threads(self.options, draft)))._work(draft)
-
-    def _work(self, draft: Draft) -> None:
-        runtime = self._runtime(draft)
-        runtime.progress.say(_heading(draft, self.options.title))
-        self._check_inputs(runtime.progress)
-        log, options = draft.log / "run.json", self.options
-        with (
-            Attempt(log, device=options.device, threads=options.threads, command=options.command),
-            self._together(draft),
-        ):
+        draft, options, declared = self.draft, self.options, self.declared
+        progress = options.progress.into(draft.log)
+        progress.say(_heading(draft, options.title))
+        self._check_inputs(progress)
+        together = options.followers.training(self._order()) if declared.trains else nullcontext()
+        attempt = Attempt(
+            draft.log / "run.json", device=options.device, threads=options.threads, command=options.command
+        )
+        with attempt, together:
+            runtime = Runtime(
+                cluster=options.cluster,
+                progress=progress,
+                log=draft.log,
+                device=options.device,
+                threads=options.threads,
+                checkpoint_seconds=options.checkpoint_seconds,
+                paths={**self.paths, **self.files},
+            )
             try:
-                self.declared.function(self.config, self.inputs, draft, runtime)
+                declared.function(self.config, self.inputs, draft, runtime)
             finally:
                 give_back()
-        draft.commit(self.store.path(self.declared.name, draft.request.key))
+        draft.commit(self.store.path(declared.name, draft.request.key))
 
     def _check_inputs(self, progress: Progress) -> None:
         inputs = list(self.inputs.flat())
@@ -243,38 +251,25 @@ class _Job:
         if size >= CHECKED_IN_SILENCE:
             progress.say(f"  checking {filesize.decimal(size)} of inputs")
         for artifact in inputs:
-            _check_input(artifact)
+            try:
+                check_data(artifact)
+            except CorruptError as error:
+                raise DamagedInput(artifact, error) from error
 
-    def _together(self, draft: Draft) -> AbstractContextManager[None]:
-        """Within this block the other processes of the launch do the same, if the stage trains."""
-        return self.options.followers.training(self._order(draft)) if self.declared.trains else nullcontext()
-
-    def _order(self, draft: Draft) -> dict[str, Any]:
+    def _order(self) -> dict[str, Any]:
         """What another process needs in order to take part, in plain values (`pipeline.following`)."""
         options = self.options
         return {
             "stage": self.declared.name,
-            "request": asdict(self.request),
+            "request": asdict(self.draft.request),
             "inputs": {name: _map(value, lambda artifact: str(artifact.path)) for name, value in self.inputs.items()},
             "paths": {name: str(path.absolute()) for name, path in self.paths.items()},
             "store": str(self.store.root),
-            "draft": str(draft.path),
+            "draft": str(self.draft.path),
             "device": options.device,
             "threads": options.threads,
             "checkpoint_seconds": options.checkpoint_seconds,
         }
-
-    def _runtime(self, draft: Draft) -> Runtime:
-        options = self.options
-        return Runtime(
-            cluster=options.cluster,
-            progress=options.progress.into(draft.log),
-            log=draft.log,
-            device=options.device,
-            threads=options.threads,
-            checkpoint_seconds=options.checkpoint_seconds,
-            paths={**self.paths, **self.files},
-        )
 
 
 def _threads(options: Options, draft: Draft) -> int:
@@ -300,29 +295,28 @@ def make_request(
     """
     externals = content_ids(declared, config, paths, step=step, memory=memory)
     values = config_value(config)
-    names: dict[str, Any] = {name: _map(value, lambda artifact: artifact.key) for name, value in inputs.items()}
-    records = {
-        name: _map(value, lambda artifact: _record(artifact, artifact.content)) for name, value in inputs.items()
-    }
-    former = {name: _map(value, lambda artifact: _record(artifact, artifact.digest)) for name, value in inputs.items()}
-    key = artifact_key(declared.name, declared.version, values, names, externals)
+
+    def of_inputs(what: Callable[[Artifact], Any]) -> dict[str, Any]:
+        return {name: _map(value, what) for name, value in inputs.items()}
+
+    key = artifact_key(declared.name, declared.version, values, of_inputs(lambda one: one.key), externals)
+    records = of_inputs(lambda one: {"stage": one.stage, "key": one.key, "digest": one.content})
+    former = of_inputs(lambda one: {"stage": one.stage, "key": one.key, "digest": one.digest})
     return Request(declared.name, declared.kind(config), declared.version, key, values, records, externals, former)
 
 
 def _note(store: Store, request: Request, paths: Mapping[str, Path], options: Options) -> Artifact:
-    """The finished artifact, with its ref; nobody takes it for garbage before it has one."""
-    artifact = _remember_paths(store.open(request.stage, request.key), paths)
-    if options.ref:
-        store.set_ref(options.ref, artifact)
-    return artifact
+    """The finished artifact, with its ref; nobody takes it for garbage before it has one.
 
-
-def _remember_paths(artifact: Artifact, paths: Mapping[str, Path]) -> Artifact:
-    """Note in the log where external data lies on this machine (log/images-root.txt), for the stages that read it later."""
+    Its log notes where external data lies on this machine (log/images-root.txt), for the stages that read it later.
+    """
+    artifact = store.open(request.stage, request.key)
     for name, path in paths.items():
         note, text = artifact.path / LOG / f"{name}-root.txt", f"{path.absolute()}\n"
         if not note.exists() or note.read_text() != text:
             durable.write_file(note, text.encode())
+    if options.ref:
+        store.set_ref(options.ref, artifact)
     return artifact
 
 
@@ -340,11 +334,6 @@ def _refuse_missing(recipe: Recipe) -> None:
                 said.append(f"step {step.name}: there is no {path}; give another: {option(name, step.name)}")
     if said:
         raise InputError("; ".join(dict.fromkeys(said)))
-
-
-def _find_digests(recipe: Recipe, progress: Progress) -> None:
-    """Download the files without which the keys of the recipe cannot be known."""
-    get_all([need for step in recipe.steps for need in _needs(step) if need.is_unknown], progress)
 
 
 def _gather_files(recipe: Recipe, store: Store, options: Options, force: Collection[str]) -> None:
@@ -365,20 +354,17 @@ def _heading(draft: Draft, title: str) -> str:
     return f"{f'{title} ({stage})' if title else stage}{again}"
 
 
-def _check_input(artifact: Artifact) -> None:
-    try:
-        check_data(artifact)
-    except CorruptError as error:
-        raise DamagedInput(artifact, error) from error
-
-
 def _plan_step(
     recipe: Recipe, step: Step, planned: Mapping[str, Planned], store: Store, memory: Memory, *, is_forced: bool
 ) -> Planned:
     if step.missing:
         return Planned(step, None, "missing", missing_sentence(step))
-    if step.stage is OUTSIDE:
-        return _plan_outside(step)
+    if step.stage is OUTSIDE:  # a token set: done if it is there, since nobody makes it
+        try:
+            artifact = open_outside(step.paths[FOLDER])
+        except (InputError, CorruptError) as error:
+            return Planned(step, None, "missing" if isinstance(error, InputError) else "damaged", str(error))
+        return Planned(step, artifact.key, "done", "", artifact)
     found = _plan_known(recipe, step, planned, store, memory, is_forced=is_forced)
     if found.state in ("done", "missing"):
         return found
@@ -420,60 +406,41 @@ def _plan_known(
     parts = [parent for value in parents.values() for parent in _flat(value)]
     absent = list(dict.fromkeys(parent.step.name for parent in parts if parent.artifact is None))
     if absent:
-        said = "is made first, and may differ from the one used"
-        said = said if len(absent) == 1 else "are made first, and may differ from those used"
-        return Planned(step, key, "run", f"{', '.join(absent)} {said}")
+        said = (
+            "are made first, and may differ from those" if absent[1:] else "is made first, and may differ from the one"
+        )
+        return Planned(step, key, "run", f"{', '.join(absent)} {said} used")
     stale = [name for name, value in parents.items() if not _fits(artifact, name, value)]
     if stale:
         return Planned(step, key, "run", f"input {', '.join(stale)} was made again and differs from the one used")
     return Planned(step, key, "done", "", artifact)
 
 
-def _plan_outside(step: Step) -> Planned:
-    """A token set that lies outside of the store: done if it is there, since nobody makes it."""
-    try:
-        artifact = open_outside(step.paths[FOLDER])
-    except InputError as error:
-        return Planned(step, None, "missing", str(error))
-    except CorruptError as error:
-        return Planned(step, None, "damaged", str(error))
-    return Planned(step, artifact.key, "done", "", artifact)
-
-
 def _fits(artifact: Artifact, name: str, value: Planned | list[Planned]) -> bool:
-    records = artifact.inputs.get(name)
-    pairs = zip(_flat(records), _flat(value), strict=True)
-    return all(record["digest"] in _digests(parent.artifact) for record, parent in pairs)
-
-
-def _digests(artifact: Artifact | None) -> tuple[str, ...]:
-    """What a later step may have recorded of this input: the digest of its content, or formerly of its manifest."""
-    return () if artifact is None else (artifact.content, artifact.digest)
+    """Whether what is recorded of an input is the content, or formerly the manifest, of the artifact that is there."""
+    pairs = zip(_flat(artifact.inputs.get(name)), [parent.artifact for parent in _flat(value)], strict=True)
+    return all(one is not None and record["digest"] in (one.content, one.digest) for record, one in pairs)
 
 
 def _reason(
     recipe: Recipe, step: Step, key: str, keys: Mapping[str, Any], externals: Mapping[str, str], store: Store
 ) -> str:
     """Why a step runs: what differs from the artifact that the recipe's ref names."""
-    partial = store.partial(step.stage.name, key)
-    if partial.exists():
+    if store.partial(step.stage.name, key).exists():
         return "continues an interrupted run"
     names = (f"{recipe.name}/{step.name}", f"{recipe.base}/{step.name}")
     ref = next((name for name in names if store.ref_path(name).is_file()), None)
     if ref is None:
         return "was never made"
     try:
-        named = store.read_ref(ref)
-        before = store.open(*named)
+        before = store.open(*store.read_ref(ref))
     except SmaltiError:
         return "its artifact is gone"
     if before.stage != step.stage.name:
         return f"stage {before.stage} became {step.stage.name}"
     changes = [f"version {before.version} became {step.stage.version}"] if before.version != step.stage.version else []
-    changes += [
-        f"config {change}"
-        for change in differences(before.config, json.loads(canonical_bytes(config_value(step.config))))
-    ]
+    config = json.loads(canonical_bytes(config_value(step.config)))
+    changes += [f"config {change}" for change in differences(before.config, config)]
     old = {name: _map(value, lambda record: record["key"]) for name, value in before.inputs.items()}
     changes += [f"input {name} changed" for name in sorted({*old, *keys}) if old.get(name) != keys.get(name)]
     changes += [f"external {name} changed" for name in externals if before.externals.get(name) != externals[name]]
@@ -490,10 +457,6 @@ def differences(before: Any, after: Any, place: str = "") -> list[str]:
             for text in differences(before.get(name), after.get(name), f"{place}.{name}" if place else str(name))
         ]
     return [] if before == after else [f"{place}: {before} -> {after}"]
-
-
-def _record(artifact: Artifact, digest: str) -> dict[str, str]:
-    return {"stage": artifact.stage, "key": artifact.key, "digest": digest}
 
 
 def _pick(value: str | list[str], made: Mapping[str, Any]) -> Any:
