@@ -13,10 +13,10 @@ from typer.core import TyperCommand
 from cli import options
 from cli.output import guarded, pictures_of, print_json, print_table, say
 from pipeline.artifact import Artifact
+from pipeline.compatibility import check_recipe
 from pipeline.config import unknown_key
 from pipeline.errors import UsageError
 from pipeline.externals import absent_sentences
-from pipeline.foresight import check_recipe
 from pipeline.recipe import STEP_NAME, Recipe, Step, dump_schema, load_recipe
 from pipeline.runlog import total_seconds
 from pipeline.runner import Made, Planned

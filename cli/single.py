@@ -24,11 +24,11 @@ from cli.output import guarded, pictures_of, plain_yaml, print_json, say
 from cli.sources import Unmade, bring, find_made
 from pipeline import ranks
 from pipeline.artifact import Artifact
+from pipeline.compatibility import settle
 from pipeline.config import KIND, parse_config
 from pipeline.draft import Request
 from pipeline.errors import InputError, UsageError
 from pipeline.externals import DigestUnknown, Need, absent_sentences, needs
-from pipeline.foresight import settle
 from pipeline.recipe import parse_setting, put_setting
 from pipeline.recipe_text import parse_yaml, read_written
 from pipeline.runner import Made, Options, make, make_request

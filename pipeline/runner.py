@@ -20,14 +20,13 @@ from rich import filesize
 from pipeline import durable
 from pipeline.artifact import LOG, Artifact, check_data
 from pipeline.cluster import Cluster, InProcess
+from pipeline.compatibility import Known, foresee, look_ahead, settle, settled
 from pipeline.cores import usual_threads
 from pipeline.draft import Draft, Request
 from pipeline.errors import BadImages, CorruptError, InputError, SmaltiError
 from pipeline.externals import DigestUnknown, Need, check_caches, check_files, content_ids, get_all, needs, option
-from pipeline.foresight import foresee, look_ahead, settle, settled
 from pipeline.kept import give_back
 from pipeline.keys import artifact_key, canonical_bytes, config_value
-from pipeline.known import Known
 from pipeline.launch import Followers
 from pipeline.locks import steady
 from pipeline.outside import FOLDER, OUTSIDE, open_outside

@@ -20,7 +20,6 @@ from pipeline.artifact import Artifact
 from pipeline.config import defaults, merge
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError
-from pipeline.known import Foresee, Settle
 from pipeline.progress import Progress
 from pipeline.runtime import Runtime
 from pipeline.settings import REQUIRED, Setting, settings_of, value_at
@@ -160,9 +159,9 @@ class Stage:
     digits_defaults: tuple[str, ...] = ()
     """Dotted settings whose default suits the embedded digits alone: other images need them to be given."""
 
-    foresees: Foresee | None = None
-    """What follows for the output from the config and what is known of the inputs; refuses what does not fit together."""
-    settles: Settle | None = None
+    foresees: Callable[[Any, Any], dict[str, Any]] | None = None
+    """(config, KnownInputs) -> facts of the output; refuses what does not fit together (`pipeline.compatibility`)."""
+    settles: Callable[[Any, Any], Any] | None = None
     """The config with what the inputs decide of it; its `is_settled` says whether they told everything already."""
 
     def settings(self, given: Mapping[str, Any] | None = None) -> list[Setting]:

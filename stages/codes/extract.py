@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from models.encoders.config import Dinov2Config, EncoderConfig, WhitenedPatchesConfig
+from pipeline.compatibility import Facts, KnownInputs
 from pipeline.draft import Draft
 from pipeline.durable import hash_file
 from pipeline.errors import NumericError, UsageError
 from pipeline.images import ImageSet, Views
 from pipeline.images.views import CenterViews
 from pipeline.keys import canonical_bytes, config_value
-from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import External, Inputs, read, stage

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from pipeline.artifact import Artifact
+from pipeline.compatibility import Facts, KnownInputs
 from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.errors import InputError, NumericError
-from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.arrays import MappedArray

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from pipeline.artifact import Artifact
+from pipeline.compatibility import Facts, KnownInputs
 from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.errors import UsageError
 from pipeline.images import ImageSet, Views, digest_listing
 from pipeline.images.views import CenterViews, RandomCropViews
-from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage

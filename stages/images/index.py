@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline import durable
+from pipeline.compatibility import Facts, KnownInputs, Origin
 from pipeline.config import Config
 from pipeline.cores import own_cores
 from pipeline.draft import Draft
@@ -40,7 +41,6 @@ from pipeline.images import (
 )
 from pipeline.images.digits import CLASSES
 from pipeline.keys import NEUTRAL
-from pipeline.known import Facts, KnownInputs, Origin
 from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, stage
 from pipeline.trees import Tree

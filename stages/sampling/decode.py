@@ -9,9 +9,9 @@ import numpy as np
 
 from models.tokenizer_config import TokenizerConfig
 from pipeline.artifact import Artifact
+from pipeline.compatibility import Facts, Known, KnownInputs
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError, InputError
-from pipeline.known import Facts, Known, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage

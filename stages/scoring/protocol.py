@@ -9,11 +9,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from pipeline.compatibility import Facts, Known, KnownInputs
 from pipeline.config import Config
 from pipeline.errors import InputError, UsageError
 from pipeline.images import Views
 from pipeline.keys import NEUTRAL
-from pipeline.known import Facts, Known, KnownInputs
 from pipeline.stage import Inputs
 from smalti.counting import counted
 from stages.images.image_files import Pictures

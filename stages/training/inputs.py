@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import Artifact
+from pipeline.compatibility import Known, KnownInputs
 from pipeline.errors import UsageError
 from pipeline.keys import config_value
-from pipeline.known import Known, KnownInputs
 from pipeline.stage import External, Inputs, Read, read
 from smalti.counting import counted
 from stages.images.checks import check_rgb, check_seen

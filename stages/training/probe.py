@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.artifact import Artifact
+from pipeline.compatibility import Facts, KnownInputs
 from pipeline.draft import SCRATCH, Draft
 from pipeline.errors import CorruptError, InputError, UsageError
 from pipeline.keys import canonical_bytes
-from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.attributes import TokenAttributes

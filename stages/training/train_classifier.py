@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pipeline.artifact import Artifact
+from pipeline.compatibility import Facts, KnownInputs
 from pipeline.draft import Draft
 from pipeline.errors import UsageError
 from pipeline.images import ImageSet
-from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.counting import counted

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.losses.config import ReconstructionConfig
+from pipeline.compatibility import Facts, KnownInputs
 from pipeline.draft import Draft
 from pipeline.keys import config_value
-from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from stages.codes.tokenizing import code_grid

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from models.generators.config import BUILDERS
 from models.registry import build
 from pipeline.artifact import Artifact
+from pipeline.compatibility import Facts, KnownInputs
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError, InputError, UsageError
 from pipeline.keys import config_value
-from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.attributes import TokenAttributes

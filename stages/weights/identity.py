@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import Artifact
+from pipeline.compatibility import made_by
 from pipeline.errors import CorruptError
 from pipeline.keys import canonical_bytes, sha256
-from pipeline.known import made_by
 from stages.weights.files import CONFIG, WEIGHTS, load_config
 
 COMPARED = ("config_sha256", "weights_sha256")
@@ -34,7 +34,7 @@ def tokenizer_identity(artifact: Artifact) -> dict[str, str]:
 
 
 def digest_of(made: Artifact | None) -> str | None:
-    """What tells a finished tokenizer from others in `pipeline.known`; None of one that is not made."""
+    """What tells a finished tokenizer from others in `pipeline.compatibility`; None of one that is not made."""
     if made is None:
         return None
     origin = made_by(tokenizer_identity(made), made.name)

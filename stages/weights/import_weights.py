@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from pipeline.compatibility import Facts, KnownInputs
 from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.durable import hash_file
 from pipeline.errors import CorruptError, UsageError
 from pipeline.keys import config_value
-from pipeline.known import Facts, KnownInputs
 from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, read, stage
 from smalti.counting import counted

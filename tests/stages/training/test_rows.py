@@ -134,7 +134,7 @@ def test_rows_that_cannot_fit_are_refused_with_those_that_do(monkeypatch: pytest
 
 
 def test_auto_waits_for_the_codes(tmp_path: Path) -> None:
-    from pipeline.known import Known, KnownInputs
+    from pipeline.compatibility import Known, KnownInputs
 
     asked = config(training={"rows_per_pass": "auto"})
     unknown = KnownInputs("generator", {"tokens": [Known("tokens", "token-set", {"classes": 1000})]})

@@ -13,8 +13,8 @@ import yaml
 from typer.testing import CliRunner
 
 from cli.main import app
+from pipeline.compatibility import check_recipe
 from pipeline.errors import UsageError
-from pipeline.foresight import check_recipe
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.runner import Options, plan, run
 from pipeline.store import Store
@@ -173,7 +173,7 @@ def test_planning_says_it_with_exit_code_2(tmp_path: Path) -> None:
 
 
 def test_no_torch_is_needed() -> None:
-    code = "import sys; import pipeline.foresight, stages; stages.stages(); sys.exit('torch' in sys.modules)"
+    code = "import sys; import pipeline.compatibility, stages; stages.stages(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -1,7 +1,8 @@
-"""What is known of an artifact before it is made: facts that follow from configs, and from artifacts that are there.
+"""What is known of an artifact before it is made, and whether the steps of a recipe fit together.
 
-A stage declares a function `foresees(config, inputs)`: it refuses what cannot fit together, and gives the facts of what
-the stage will write. Facts have one name, whatever kind of artifact they are about:
+A stage declares `foresees(config, inputs)`: it refuses what cannot fit together, and gives the facts of what the stage
+will write. Where an artifact is there already, its facts are taken from it: the classes of a folder, the codebook in a
+published file. Facts have one name, whatever kind of artifact they are about:
 
 | fact | meaning |
 |---|---|
@@ -19,12 +20,17 @@ A fact that is None is known to be missing. A fact that is left out is not known
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
+
+from pydantic import BaseModel
 
 from pipeline.artifact import Artifact
 from pipeline.errors import UsageError
+from pipeline.keys import canonical_bytes, config_value, sha256
+from pipeline.recipe import Recipe, Step
+from pipeline.stage import Inputs, Stage
 
 Facts = dict[str, Any]
 FORMER_NAMES = {"codebook_size": "codes", "image_size": "pixels", "resolution": "pixels", "size": "pixels"}
@@ -132,10 +138,6 @@ class KnownInputs:
         return common
 
 
-Foresee = Callable[[Any, KnownInputs], Facts]
-Settle = Callable[[Any, KnownInputs], Any]
-
-
 def contradicts(one: Any, other: Any) -> bool:
     return one.differs(other) if isinstance(one, Origin) else bool(one != other)
 
@@ -164,3 +166,67 @@ def _said(fact: Any) -> str:
         parts = [str(part) for part in fact]
         return "x".join(parts) if all(isinstance(part, int) for part in fact) else ", ".join(parts)[:80]
     return str(fact)
+
+
+def check_recipe(recipe: Recipe) -> Recipe:
+    """The recipe; UsageError (exit code 2) where two steps cannot fit together."""
+    foresee(recipe, {})
+    return recipe
+
+
+def foresee(recipe: Recipe, made: Mapping[str, Artifact]) -> None:
+    """UsageError where a step contradicts what is known of its inputs. made: artifacts that are there, by step."""
+    known: dict[str, Known] = {}
+    for step in recipe.steps:
+        known[step.name] = look_ahead(settled(step, known), known, made.get(step.name))
+
+
+def settled(step: Step, known: Mapping[str, Known]) -> Step:
+    """The step with what its inputs decide of its config, as far as they are known."""
+    if step.stage.settles is None:
+        return step
+    return replace(step, config=step.stage.settles(step.config, inputs_of(step, known, None)))
+
+
+def settle(declared: Stage, config: BaseModel, inputs: Inputs) -> BaseModel:
+    """The config with what finished inputs decide of it."""
+    if declared.settles is None:
+        return config
+    found = {
+        name: [Known(one.name, one.kind, facts_of(one), one) for one in inputs.all(name)] for name, _ in inputs.items()
+    }
+    settled_config: BaseModel = declared.settles(config, KnownInputs(declared.name, found))
+    return settled_config
+
+
+def look_ahead(step: Step, known: Mapping[str, Known], made: Artifact | None) -> Known:
+    """What is known of a step's output; UsageError where the step does not fit to its inputs."""
+    inputs = inputs_of(step, known, made)
+    for name, wanted in step.stage.reads.items():
+        for one in inputs.all(name):
+            if one.kind not in wanted.kinds:
+                expected = f"step {step.name} reads a {' or '.join(wanted.kinds)} as {name}"
+                raise UsageError(f"{expected}, but {one.name} makes a {one.kind}")
+    foreseen = step.stage.foresees(step.config, inputs) if step.stage.foresees else {}
+    origins = {name: fact for name, fact in foreseen.items() if isinstance(fact, Origin)}
+    facts = foreseen if made is None else {**foreseen, **facts_of(made), **origins}
+    return Known(step.name, step.stage.kind(step.config), facts, made, inputs.step)
+
+
+def inputs_of(step: Step, known: Mapping[str, Known], made: Artifact | None) -> KnownInputs:
+    inputs = {
+        name: [known[parent] for parent in ([value] if isinstance(value, str) else value)]
+        for name, value in step.inputs.items()
+    }
+    return KnownInputs(step.name, inputs, _identity(step, inputs), made)
+
+
+def _identity(step: Step, inputs: Mapping[str, list[Known]]) -> str:
+    """Equal for two steps that do the same."""
+    asked = {
+        "stage": step.stage.name,
+        "config": config_value(step.config),
+        "inputs": {name: [known.step or known.name for known in all_known] for name, all_known in inputs.items()},
+        "paths": {name: str(path) for name, path in step.paths.items()},
+    }
+    return sha256(canonical_bytes(asked))
