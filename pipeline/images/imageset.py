@@ -28,14 +28,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import CorruptError, InputError
-from pipeline.images.decoding import (
-    CorruptImage,
-    DecodePolicy,
-    UnreadableImage,
-    check_header,
-    decode,
-    read_file,
-)
+from pipeline.images.decoding import CorruptImage, DecodePolicy, UnreadableImage, check_header, decode, read_file
 from pipeline.images.digits import DigitsSource, draw_digits
 from pipeline.images.folders import FolderSource
 from pipeline.images.listing import Listing, Problem, digest_listing
@@ -76,6 +69,7 @@ class ImageSet:
         key: str = "",
     ):
         self.listing = listing
+        self.keys, self.labels, self.classes = listing.keys, listing.labels, listing.classes
         self.source = source
         self.decode_policy = decode
         self.root = root
@@ -93,25 +87,12 @@ class ImageSet:
             source = TypeAdapter[DigitsSource | FolderSource](ImageSource).validate_python(description["source"])
             policy = DecodePolicy.model_validate(description["decode"])
         except ValidationError as cause:
-            raise CorruptError(
-                f"image set {directory}: images.json does not fit this version", path=directory
-            ) from cause
+            message = f"image set {directory}: images.json does not fit this version"
+            raise CorruptError(message, path=directory) from cause
         return cls(listing, source=source, decode=policy, root=root or recall_root(directory), key=directory.name)
 
     def __len__(self) -> int:
         return len(self.listing)
-
-    @property
-    def keys(self) -> list[str]:
-        return self.listing.keys
-
-    @property
-    def labels(self) -> NDArray[np.int32]:
-        return self.listing.labels
-
-    @property
-    def classes(self) -> list[str]:
-        return self.listing.classes
 
     @cached_property
     def folder(self) -> Path:
@@ -282,15 +263,11 @@ def _read_description(directory: Path) -> dict[str, Any]:
         description = json.loads((directory / "images.json").read_bytes())
         known = description["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as cause:
-        raise CorruptError(
-            f"{directory} is not an image set: images.json is missing or damaged", path=directory
-        ) from cause
+        message = f"{directory} is not an image set: images.json is missing or damaged"
+        raise CorruptError(message, path=directory) from cause
     if known != FORMAT:
-        raise CorruptError(
-            f"image set {directory} has format {known}, this version knows {FORMAT}",
-            path=directory,
-            hint="install a newer smalti",
-        )
+        message = f"image set {directory} has format {known}, this version knows {FORMAT}"
+        raise CorruptError(message, path=directory, hint="install a newer smalti")
     if not {"source", "decode", "classes", "images", "list_digest"} <= description.keys():
         raise CorruptError(f"image set {directory}: images.json lacks fields", path=directory)
     return dict(description)

@@ -25,8 +25,9 @@ Box = NDArray[np.float32]
 
 
 class ViewPolicy(Config, ABC):
-    """What all policies can do."""
+    """What all policies can do; by default there is one view, called by the policy's kind."""
 
+    kind: str
     size: Size
 
     @property
@@ -35,21 +36,22 @@ class ViewPolicy(Config, ABC):
         return 0
 
     @property
-    @abstractmethod
     def count(self) -> int:
         """Views per image."""
+        return 1
 
-    @abstractmethod
     def describe(self) -> list[dict[str, Any]]:
         """One {id, kind, flip, scale, ...} per view, in order, for the attributes of a token set."""
+        return [_description(self.kind)]
 
-    @abstractmethod
     def apply(self, image_HW3: NDArray[np.uint8], view: int, *, index: int) -> NDArray[np.uint8]:
         """View `view` of image `index` (its row in the image set): uint8 (size, size, 3)."""
+        view_HW3: NDArray[np.uint8] = self.apply_all(image_HW3, index=index)[view]
+        return view_HW3
 
+    @abstractmethod
     def apply_all(self, image_HW3: NDArray[np.uint8], *, index: int) -> NDArray[np.uint8]:
-        """All views of image `index`: uint8 (count, size, size, 3), the same as `apply` one by one."""
-        return np.stack([self.apply(image_HW3, view, index=index) for view in range(self.count)])
+        """All views of image `index`: uint8 (count, size, size, 3)."""
 
 
 class NoneViews(ViewPolicy):
@@ -57,21 +59,14 @@ class NoneViews(ViewPolicy):
 
     kind: Literal["none"] = "none"
 
-    @property
-    def count(self) -> int:
-        return 1
-
-    def describe(self) -> list[dict[str, Any]]:
-        return [_description("none")]
-
-    def apply(self, image_HW3: NDArray[np.uint8], view: int, *, index: int) -> NDArray[np.uint8]:
+    def apply_all(self, image_HW3: NDArray[np.uint8], *, index: int) -> NDArray[np.uint8]:
         height, width = image_HW3.shape[:2]
         if (height, width) != (self.size, self.size):
             raise InputError(
                 f"image {index} has {width}x{height} pixels, but views of kind none need {self.size}x{self.size}",
                 hint="use views of kind center",
             )
-        return image_HW3
+        return image_HW3[None]
 
 
 class ResizeViews(ViewPolicy):
@@ -80,15 +75,8 @@ class ResizeViews(ViewPolicy):
     kind: Literal["resize"] = "resize"
     filter: resampling.Filter = Field("bicubic", description="resampling filter")
 
-    @property
-    def count(self) -> int:
-        return 1
-
-    def describe(self) -> list[dict[str, Any]]:
-        return [_description("resize")]
-
-    def apply(self, image_HW3: NDArray[np.uint8], view: int, *, index: int) -> NDArray[np.uint8]:
-        return resampling.resize(image_HW3, self.size, self.size, self.filter)
+    def apply_all(self, image_HW3: NDArray[np.uint8], *, index: int) -> NDArray[np.uint8]:
+        return resampling.resize(image_HW3, self.size, self.size, self.filter)[None]
 
 
 class CenterViews(ViewPolicy):
@@ -103,10 +91,6 @@ class CenterViews(ViewPolicy):
     def describe(self) -> list[dict[str, Any]]:
         return [_description("center"), _description("center", flip=True)][: self.count]
 
-    def apply(self, image_HW3: NDArray[np.uint8], view: int, *, index: int) -> NDArray[np.uint8]:
-        view_HW3: NDArray[np.uint8] = self.apply_all(image_HW3, index=index)[view]
-        return view_HW3
-
     def apply_all(self, image_HW3: NDArray[np.uint8], *, index: int) -> NDArray[np.uint8]:
         cropped = resampling.adm_crop(image_HW3, self.size)
         return np.stack([cropped, resampling.flip(cropped)][: self.count])
@@ -118,15 +102,8 @@ class EvalCropViews(ViewPolicy):
     kind: Literal["eval-crop"] = "eval-crop"
     filter: resampling.Filter = Field("bicubic", description="resampling filter")
 
-    @property
-    def count(self) -> int:
-        return 1
-
-    def describe(self) -> list[dict[str, Any]]:
-        return [_description("eval-crop")]
-
-    def apply(self, image_HW3: NDArray[np.uint8], view: int, *, index: int) -> NDArray[np.uint8]:
-        return resampling.short_side_crop(image_HW3, self.size, self.filter)
+    def apply_all(self, image_HW3: NDArray[np.uint8], *, index: int) -> NDArray[np.uint8]:
+        return resampling.short_side_crop(image_HW3, self.size, self.filter)[None]
 
 
 class TenCropViews(ViewPolicy):
@@ -148,10 +125,6 @@ class TenCropViews(ViewPolicy):
 
     def describe(self) -> list[dict[str, Any]]:
         return [_description(corner, flip=flip, scale=self.scale) for flip in (False, True) for corner in CORNERS]
-
-    def apply(self, image_HW3: NDArray[np.uint8], view: int, *, index: int) -> NDArray[np.uint8]:
-        view_HW3: NDArray[np.uint8] = self.apply_all(image_HW3, index=index)[view]
-        return view_HW3
 
     def apply_all(self, image_HW3: NDArray[np.uint8], *, index: int) -> NDArray[np.uint8]:
         large = resampling.adm_crop(image_HW3, int(self.scale * self.size))
@@ -175,7 +148,7 @@ class ShiftViews(ViewPolicy):
 
     @property
     def count(self) -> int:
-        return (2 * self.pixels + 1) ** 2
+        return len(self.shifts)
 
     @property
     def shifts(self) -> list[tuple[int, int]]:
@@ -192,6 +165,10 @@ class ShiftViews(ViewPolicy):
     def apply(self, image_HW3: NDArray[np.uint8], view: int, *, index: int) -> NDArray[np.uint8]:
         down, right = self.shifts[view]
         return resampling.shift(resampling.adm_crop(image_HW3, self.size), down, right, self.fill)
+
+    def apply_all(self, image_HW3: NDArray[np.uint8], *, index: int) -> NDArray[np.uint8]:
+        cropped = resampling.adm_crop(image_HW3, self.size)
+        return np.stack([resampling.shift(cropped, down, right, self.fill) for down, right in self.shifts])
 
 
 class RandomCropViews(ViewPolicy):
