@@ -117,12 +117,10 @@ def _reason_to_stay(
 def _closure(names: Iterable[Name], reads: Callable[[Name], list[Name]]) -> set[Name]:
     """These and all that they were made from."""
     reached: set[Name] = set()
-    todo = list(names)
+    todo = set(names)
     while todo:
-        name = todo.pop()
-        if name not in reached:
-            reached.add(name)
-            todo += reads(name)
+        reached |= todo
+        todo = {name for parent in todo for name in reads(parent)} - reached
     return reached
 
 
@@ -172,7 +170,6 @@ def _age(path: Path) -> float:
 
 
 def _modified(path: Path) -> float | None:
-    try:
+    with suppress(OSError):  # not there, or moved just now
         return path.stat().st_mtime
-    except OSError:  # not there, or moved just now
-        return None
+    return None

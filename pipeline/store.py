@@ -65,17 +65,14 @@ class Store:
         """The folder that `name` means: a path of an artifact, a ref (<recipe>/<step>), or a key or its beginning."""
         if (Path(name) / MANIFEST).exists():
             return Path(name).absolute()
-        if self._is_ref(name):
+        if _is_plain(name) and (self.root / REFS / name).is_file():
             return self.path(*self.read_ref(name))
-        stage, slash, start = name.rpartition("/")
-        matches = [path for path in self.artifacts() if path.name.startswith(start) and (path / MANIFEST).exists()]
-        matches = [path for path in matches if start and (not slash or path.parent.name == stage)]
+        matches = [path for path in self.artifacts() if _means(name, path) and (path / MANIFEST).exists()]
         if len(matches) == 1:
             return matches[0]
         what = "names no artifact" if not matches else f"is the beginning of {len(matches)} keys"
-        raise InputError(
-            f"{name!r} {what} in {self.root}", path=self.root, hint="see `smalti status` for what there is"
-        )
+        hint = "see `smalti status` for what there is"
+        raise InputError(f"{name!r} {what} in {self.root}", path=self.root, hint=hint)
 
     @contextmanager
     def draft(
@@ -105,26 +102,21 @@ class Store:
 
     def is_current(self, request: Request) -> bool:
         """True if the artifact is there, opens, and was made from exactly these inputs."""
-        try:
-            return self.has(request.stage, request.key) and request.is_made_from(
-                self.open(request.stage, request.key).inputs
-            )
-        except NewerFormat:
-            raise
-        except CorruptError:
-            return False
+        found = self._try(request.stage, request.key)
+        return isinstance(found, Artifact) and request.is_made_from(found.inputs)
 
     def damage(self, stage: str, key: str) -> CorruptError | None:
         """Why the artifact does not open; None if it does, or is not there. One of a newer format raises NewerFormat."""
-        if not self.path(stage, key).exists():
-            return None
+        found = self._try(stage, key)
+        return found if isinstance(found, CorruptError) else None
+
+    def _try(self, stage: str, key: str) -> Artifact | CorruptError | None:
         try:
-            self.open(stage, key)
+            return self.open(stage, key) if self.path(stage, key).exists() else None
         except NewerFormat:
             raise
         except CorruptError as error:
             return error
-        return None
 
     def set_aside(self, artifact: Artifact, say: Say) -> None:
         """Move an artifact aside whose data is damaged; one that somebody made again meanwhile stays."""
@@ -179,13 +171,8 @@ class Store:
 
     def find_drafts(self, name: str) -> list[Path]:
         """Drafts that `name` means: what they were called, or a key or its beginning."""
-        stage, slash, start = name.rpartition("/")
-        return [
-            path
-            for path in self.drafts()
-            if read_note(path).get("name") == name
-            or (start and named_key(path)[1].startswith(start) and (not slash or path.parent.name == stage))
-        ]
+        drafts = self.drafts()
+        return [path for path in drafts if read_note(path).get("name") == name or _means(name, path)]
 
     def folders(self) -> list[Path]:
         """Artifacts, drafts, and what was replaced or moved aside."""
@@ -198,15 +185,11 @@ class Store:
         stages = [path for path in self.root.iterdir() if path.is_dir() and path.name not in (REFS, RECORDS)]
         return sorted(entry for stage in stages for entry in stage.iterdir())
 
-    def _is_ref(self, name: str) -> bool:
-        return _is_plain(name) and (self.root / REFS / name).is_file()
-
     def ref_path(self, name: str) -> Path:
         """The file of a ref; UsageError for what is no name."""
         if not _is_plain(name):
-            raise UsageError(
-                f"{name!r} is no ref name: expected words separated by slashes, such as digits/rar/features"
-            )
+            expected = "expected words separated by slashes, such as digits/rar/features"
+            raise UsageError(f"{name!r} is not a valid ref name: {expected}")
         return self.root / REFS / name
 
 
@@ -222,6 +205,12 @@ def _manifest_identity(path: Path) -> tuple[int, int] | None:
 def named_key(path: Path) -> tuple[str, str]:
     """(stage, key) of an artifact, a draft, or what was replaced."""
     return path.parent.name, path.name.removeprefix(".").partition(".")[0]
+
+
+def _means(name: str, path: Path) -> bool:
+    """Whether a name is the key of a folder or its beginning, alone or behind the name of its stage."""
+    stage, slash, start = name.rpartition("/")
+    return bool(start) and named_key(path)[1].startswith(start) and (not slash or path.parent.name == stage)
 
 
 def _is_plain(name: str) -> bool:

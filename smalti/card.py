@@ -91,7 +91,6 @@ def sums_bytes(files: Iterable[FileEntry]) -> bytes:
 
 def _header(attributes: TokenAttributes) -> str:
     rows = attributes.rows
-    bounds = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
     names = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B")
     lines = [
         "---",
@@ -104,7 +103,7 @@ def _header(attributes: TokenAttributes) -> str:
         "- image-tokens",
         "- zarr",
         "size_categories:",
-        f"- {names[sum(rows >= bound for bound in bounds)]}",
+        f"- {names[sum(rows >= 10**power for power in range(3, 9))]}",
         "---",
     ]
     return "\n".join(lines) + "\n"

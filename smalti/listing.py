@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,10 +62,11 @@ class Listing:
         """Hashes everything."""
         self._check_digests(self.entries)
 
-    def _check_digests(self, entries: list[FileEntry] | tuple[FileEntry, ...]) -> None:
+    def _check_digests(self, entries: Iterable[FileEntry]) -> None:
         for entry in entries:
             path = self.source.parent / entry.path
-            found = file_sha256(path)
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != entry.sha256:
                 expected = f"{entry.sha256[:12]}... ({self.source.name})"
                 raise corrupt_error(path, f"has SHA-256 {found[:12]}..., expected {expected}")
@@ -75,15 +77,6 @@ def read_listing(folder: Path) -> Listing | None:
     if (folder / MANIFEST).exists() or (folder / MANIFEST_DIGEST).exists():
         return _read_manifest(folder)
     return _read_sums(folder / SUMS) if (folder / SUMS).exists() else None
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file in hex; CorruptError where it is missing."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as cause:
-        raise corrupt_error(path, "is missing") from cause
 
 
 def _read_manifest(folder: Path) -> Listing:

@@ -62,7 +62,9 @@ def list_folder(source: FolderSource, root: Path) -> Listing:
     """
     folder = root / source.split
     walk = walk_folder(folder)
-    classes = sorted({key.partition("/")[0] for key in [*walk.images, *walk.problem_keys] if "/" in key})
+    classes = sorted(
+        {key.partition("/")[0] for key in [*walk.images, *(problem.key for problem in walk.problems)] if "/" in key}
+    )
     if any("/" in key for key in walk.images):
         refuse_splits(classes, list(walk.images), folder)
         beside = {key for key in walk.images if "/" not in key}
@@ -97,10 +99,6 @@ class Walk:
     problems: list[Problem] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     folders: dict[str, Mark] = field(default_factory=dict)
-
-    @property
-    def problem_keys(self) -> list[str]:
-        return [problem.key for problem in self.problems]
 
     def take_all(self, folder: str | Path, prefix: str, above: frozenset[Place]) -> None:
         """Everything in a folder. above: the folder itself and those that it lies in."""
@@ -147,12 +145,10 @@ class Walk:
 def walk_folder(folder: Path) -> Walk:
     """Everything below a folder. Raises InputError if there is none or it cannot be read."""
     if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
-        raise InputError(
-            f"image folder {folder} should hold images, or one folder per class, but there is {found}",
-            path=folder,
-            hint="give the folder of the images with --images",
-        )
+        found = f"but there is {'a file' if folder.exists() else 'nothing'}"
+        hint = "give the folder of the images with --images"
+        message = f"image folder {folder} should hold images, or one folder per class, {found}"
+        raise InputError(message, path=folder, hint=hint)
     walk = Walk()
     try:
         walk.take_all(folder, "", frozenset({_place(folder.stat())}))

@@ -71,14 +71,11 @@ def digest_listing(listing: Listing) -> str:
     """
     digest = hashlib.sha256(HEADER)
     labels, sizes = listing.labels.tolist(), listing.sizes.tolist()
-    if listing.digests is None:
-        lines = [f"{key}\t{size}\t{label}\n" for key, size, label in zip(listing.keys, sizes, labels, strict=True)]
-    else:
-        hexes = [row.tobytes().hex() for row in listing.digests]
-        lines = [
-            f"{key}\t{size}\t{label}\t{sha256}\n"
-            for key, size, label, sha256 in zip(listing.keys, sizes, labels, hexes, strict=True)
-        ]
+    ends = [""] * len(listing)
+    if listing.digests is not None:
+        ends = [f"\t{row.tobytes().hex()}" for row in listing.digests]
+    rows = zip(listing.keys, sizes, labels, ends, strict=True)
+    lines = [f"{key}\t{size}\t{label}{end}\n" for key, size, label, end in rows]
     lines += [f"{key}\t{reason}\n" for key, reason, _ in listing.problems]
     digest.update("".join(lines).encode())
     return digest.hexdigest()

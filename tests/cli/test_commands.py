@@ -341,7 +341,7 @@ NONSENSE = [
     ("count --rows 0", 2, "greater than or equal to 1"),
     ("count --set row=3", 2, "did you mean 'rows'?"),
     ("count --set rows", 2, "expected dotted.key=value"),
-    ("count --ref ../x", 2, "is no ref name"),
+    ("count --ref ../x", 2, "is not a valid ref name"),
     ("count --config none.yaml", 3, "cannot be read"),
     ("count --config recipes/tiny.yaml:nothing", 2, "holds no settings"),
     ("count --fault crash", 2, "'none', 'raise'"),

@@ -80,7 +80,7 @@ def test_a_beginning_of_two_keys_is_refused(store: Store) -> None:
 @pytest.mark.parametrize("name", ["", "..", "../x", "/x", "a//b", "a/./b", "a/../b", "a/"])
 def test_names_that_leave_the_refs_are_refused(store: Store, name: str) -> None:
     make(store)
-    with pytest.raises(UsageError, match="is no ref name"):
+    with pytest.raises(UsageError, match="is not a valid ref name"):
         store.set_ref(name, store.open("make", request().key))
 
 
