@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.sampling.config import SamplingConfig
+from pipeline.compatibility import KnownInputs
 from pipeline.errors import UsageError
-from pipeline.known import KnownInputs
 from pipeline.stage import Inputs
 from smalti.tokens import open_tokens
 from stages.weights.networks import read_card

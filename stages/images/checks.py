@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.artifact import Artifact
+from pipeline.compatibility import Known, KnownInputs
 from pipeline.errors import SmaltiError, UsageError
 from pipeline.images import ImageSet, ViewPolicy
 from pipeline.images.views import NoneViews
-from pipeline.known import Known, KnownInputs
 from pipeline.recipe import Recipe, Step
 from pipeline.stage import Inputs, Stage
 
