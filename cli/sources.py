@@ -20,7 +20,7 @@ from pipeline.stage import Inputs, Read, Stage
 from pipeline.store import Store
 from pipeline.trees import Memory
 from stages import stages
-from stages.weights.foreign import SUFFIXES
+from stages.weights.checkpoint_reader import SUFFIXES
 from stages.weights.import_weights import config_of
 from stages.weights.places import HubWeights, place_of
 

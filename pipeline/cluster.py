@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 from pipeline import proof, ranks
 from pipeline.cores import work_beside
 from pipeline.errors import CannotWrite, MemoryExhausted, SmaltiError, StorageError, UsageError, WorkerError
-from pipeline.kept import give_back
+from pipeline.stage_cache import give_back
 
 TRIES = 3
 POLL_SECONDS = 1.0

@@ -28,13 +28,13 @@ from pipeline.config import parse_config
 from pipeline.draft import Draft, Request
 from pipeline.errors import CorruptError, SmaltiError, StorageError
 from pipeline.externals import needs
-from pipeline.kept import give_back
 from pipeline.launch import AGAIN, CAUSE_SECONDS, GREETING_SECONDS, LEAVE_SECONDS, Link, Message, Say
 from pipeline.outside import open_input
 from pipeline.progress import Progress
 from pipeline.runner import make_request
 from pipeline.runtime import Runtime, Terminated
 from pipeline.stage import Inputs, Stage
+from pipeline.stage_cache import give_back
 
 KNOCK_SECONDS = 0.5
 ANSWER_SECONDS = 1.0

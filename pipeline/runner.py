@@ -25,7 +25,6 @@ from pipeline.cores import usual_threads
 from pipeline.draft import Draft, Request
 from pipeline.errors import BadImages, CorruptError, InputError, SmaltiError
 from pipeline.externals import DigestUnknown, Need, check_caches, check_files, content_ids, get_all, needs, option
-from pipeline.kept import give_back
 from pipeline.keys import artifact_key, canonical_bytes, config_value
 from pipeline.launch import Followers
 from pipeline.locks import steady
@@ -35,6 +34,7 @@ from pipeline.recipe import Recipe, Step
 from pipeline.runlog import Attempt, last_threads
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, Stage, check_kinds
+from pipeline.stage_cache import give_back
 from pipeline.store import Store
 from pipeline.trees import Memory
 from smalti.counting import counted

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import ranks
 from pipeline.errors import UsageError
-from pipeline.kept import after_giving_back
+from pipeline.stage_cache import after_giving_back
 
 if TYPE_CHECKING:
     import torch

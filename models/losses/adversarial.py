@@ -25,7 +25,7 @@ from models.registry import build
 LARGEST_WEIGHT = 1e4
 
 
-class Opinion(NamedTuple):
+class GanLosses(NamedTuple):
     """losses: weighted, named scalars whose sum is minimised by one side.  stats: scalars for the log."""
 
     losses: dict[str, Tensor]
@@ -49,7 +49,7 @@ class Adversary(nn.Module):
         self.register_buffer("fake_mean", torch.zeros(()))
         self.part = BatchPart()
 
-    def forward(self, pixels_BCHW: Tensor, output_BCHW: Tensor, *, step: int) -> Opinion:
+    def forward(self, pixels_BCHW: Tensor, output_BCHW: Tensor, *, step: int) -> GanLosses:
         """The discriminator's side: images and reconstructions, both without gradient, in the network's range."""
         real_B1hw = at_least_float32(self.discriminator(pixels_BCHW.detach()))
         fake_B1hw = at_least_float32(self.discriminator(output_BCHW.detach()))
@@ -62,7 +62,7 @@ class Adversary(nn.Module):
             lecam = above_fake.square().mean() + below_real.square().mean()
             losses["lecam"] = factor * self.config.lecam * lecam
             stats["lecam_unweighted"] = lecam.detach()
-        return Opinion(losses, stats)
+        return GanLosses(losses, stats)
 
     def telling_apart(self, real_B1hw: Tensor, fake_B1hw: Tensor) -> Tensor:
         if self.config.loss == "hinge":
@@ -92,13 +92,13 @@ class Adversary(nn.Module):
 
     def generator_side(
         self, output_BCHW: Tensor, *, reconstruction_loss: Tensor, last_weight: Tensor, step: int
-    ) -> Opinion:
+    ) -> GanLosses:
         """The tokenizer's side: its outputs with their gradient; the discriminator gets none.
 
         reconstruction_loss, last_weight: what an adaptive weight compares the adversarial gradient with, and where.
         """
         if step < self.config.start:
-            return Opinion({}, {"adversarial_weight": output_BCHW.new_zeros(())})
+            return GanLosses({}, {"adversarial_weight": output_BCHW.new_zeros(())})
         with frozen(self.discriminator):
             logits_B1hw = at_least_float32(self.discriminator(output_BCHW))
         unweighted = F.softplus(-image_means(logits_B1hw)).mean()
@@ -107,7 +107,7 @@ class Adversary(nn.Module):
         else:
             weight = output_BCHW.new_tensor(self.config.weight)
         stats = {"adversarial_weight": weight, "adversarial_unweighted": unweighted.detach()}
-        return Opinion({"adversarial": weight * unweighted}, stats)
+        return GanLosses({"adversarial": weight * unweighted}, stats)
 
 
 def spread_statistics(module: nn.Module, pieces: int) -> None:

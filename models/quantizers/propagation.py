@@ -27,7 +27,7 @@ from models.quantizers.tempered import (
     entropy_slopes,
     find_peaks,
     row_dot,
-    temper,
+    tempered_softmax,
 )
 
 # Shapes: N tokens, n tokens of one chunk, D latent channels, K codes
@@ -85,7 +85,7 @@ def tempered_mass(z_ND: Tensor, codebook_KD: Tensor, temperature: float) -> Tens
     """The sum of Q over all tokens, (K,)."""
     mass_K = z_ND.new_zeros(len(codebook_KD))
     for logits_nK in logit_tiles(z_ND, codebook_KD):
-        temper(logits_nK, find_peaks(logits_nK), temperature, mass_K)
+        tempered_softmax(logits_nK, find_peaks(logits_nK), temperature, mass_K)
     return mass_K
 
 
@@ -107,7 +107,7 @@ class _Propagation(torch.autograd.Function):
                 tops.append(peaks.top_n)
                 codes.append(peaks.codes_n)
                 if temperature is not None:
-                    tempered.append(temper(logits_nK, peaks, temperature, mass_K))
+                    tempered.append(tempered_softmax(logits_nK, peaks, temperature, mass_K))
             means.append((mass_K if group.mass_K is None else group.mass_K) / group.tokens)
         top_N, codes_N, mean_GK = torch.cat(tops), torch.cat(codes), torch.stack(means)
         chosen_ND = codebook_KD[codes_N]

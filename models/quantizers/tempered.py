@@ -92,17 +92,17 @@ class Diffuse(NamedTuple):
         return log_q_nK.mul_(-slopes.sample).add_(slopes.codebook_K).sub_(constant_n1).mul_(q_nK)
 
 
-def temper(logits_nK: Tensor, peaks: Peaks, temperature: float, mass_K: Tensor) -> Windowed | Diffuse:
+def tempered_softmax(logits_nK: Tensor, peaks: Peaks, temperature: float, mass_K: Tensor) -> Windowed | Diffuse:
     """Q of a chunk, whose column sums are added to `mass_K`. May overwrite the logits."""
     floor_n = peaks.top_n - temperature * underflow(logits_nK.dtype)
     is_hot_nG = peaks.groups_nG > floor_n[:, None]
     if int(is_hot_nG.sum()) * 4 > is_hot_nG.numel():
-        return temper_diffuse(logits_nK, peaks.top_n, temperature, mass_K)
+        return tempered_diffuse(logits_nK, peaks.top_n, temperature, mass_K)
     rows_H, groups_H = is_hot_nG.nonzero(as_tuple=True)
     logits_HC = logits_nK.unflatten(1, (-1, GROUP))[rows_H, groups_H]
     is_inside_HC = logits_HC > floor_n[rows_H, None]
     if int(is_inside_HC.sum()) * SPARSE_SHARE > logits_nK.numel():
-        return temper_diffuse(logits_nK, peaks.top_n, temperature, mass_K)
+        return tempered_diffuse(logits_nK, peaks.top_n, temperature, mass_K)
     pairs_W, within_W = is_inside_HC.nonzero(as_tuple=True)
     rows_W, codes_W = rows_H[pairs_W], groups_H[pairs_W] * GROUP + within_W
     scaled_W = (logits_HC[pairs_W, within_W] - peaks.top_n[rows_W]) / temperature
@@ -114,7 +114,7 @@ def temper(logits_nK: Tensor, peaks: Peaks, temperature: float, mass_K: Tensor) 
     return Windowed(entropy_n, rows_W, codes_W, log_q_W)
 
 
-def temper_diffuse(logits_nK: Tensor, top_n: Tensor, temperature: float, mass_K: Tensor) -> Diffuse:
+def tempered_diffuse(logits_nK: Tensor, top_n: Tensor, temperature: float, mass_K: Tensor) -> Diffuse:
     scaled_nK = logits_nK[:, : len(mass_K)].sub_(top_n[:, None]).div_(temperature)
     unnormalised_nK = floored(scaled_nK).exp()
     sum_n = unnormalised_nK.sum(1)

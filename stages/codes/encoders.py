@@ -11,14 +11,14 @@ from pydantic import TypeAdapter, ValidationError
 from models.encoders.config import BUILDERS, Dinov2Config, EncoderConfig, WhitenedPatchesConfig
 from models.registry import build
 from pipeline.errors import CorruptError
-from pipeline.kept import kept
+from pipeline.stage_cache import cached
 from stages.devices import pick_device
 
 if TYPE_CHECKING:
     import torch
 from typing import TYPE_CHECKING
 
-from stages.weights.foreign import read_state
+from stages.weights.checkpoint_reader import read_state
 from stages.weights.places import HubWeights
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def build_encoder(config: Encoder, state: dict[str, torch.Tensor], device: str) 
     return encoder.eval().requires_grad_(False).to(pick_device(device))
 
 
-@kept(2)
+@cached(2)
 def load_encoder(folder: Path, digest: str, device: str) -> torch.nn.Module:
     """The encoder of a features artifact or its draft; once per process. digest: SHA-256 of its weight file."""
     from safetensors.torch import load_file

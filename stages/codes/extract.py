@@ -27,7 +27,7 @@ from stages.codes.token_files import ShardSizes
 from stages.devices import pick_device, threads
 from stages.images.checks import check_rgb, check_seen
 from stages.images.passes import ImagesAt, run_passes, to_images, view_passes
-from stages.weights.foreign import identify_file
+from stages.weights.checkpoint_reader import identify_file
 from stages.weights.places import HubWeights
 
 if TYPE_CHECKING:

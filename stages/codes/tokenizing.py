@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.artifact import Artifact
 from pipeline.errors import CorruptError, UsageError
-from pipeline.kept import kept
+from pipeline.stage_cache import cached
 from stages.codes.encoders import Encoder, build_encoder, parse_encoder
 from stages.weights.files import WEIGHTS, load_config, load_weights
 from stages.weights.networks import NetworkFile, load_tokenizer, read_tokenizer_config
@@ -46,7 +46,7 @@ class FeatureTokenizer:
         return nearest(features_BhwD.flatten(0, 2), self.centroids_KD).reshape(features_BhwD.shape[:3])
 
 
-@kept(4)
+@cached(4)
 def load_encodes(file: NetworkFile) -> Encodes:
     """The network of a tokenizer or codebook artifact, in evaluation mode; once per process."""
     artifact = file.open()

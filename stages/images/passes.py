@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.artifact import Artifact
 from pipeline.cores import own_cores
 from pipeline.images import ImageSet, Met, ViewPolicy, ignore
-from pipeline.kept import kept
+from pipeline.stage_cache import cached
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,7 @@ def to_images(rows_RSS3: NDArray[np.uint8], device: torch.device) -> torch.Tenso
     return torch.from_numpy(rows_RSS3).to(device).permute(0, 3, 1, 2).contiguous().float().div_(255)
 
 
-@kept(4)
+@cached(4)
 def _open(path: Path, digest: str) -> ImageSet:
     return ImageSet.open(path)
 

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.draft import Draft
-from pipeline.kept import kept
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
+from pipeline.stage_cache import cached
 from smalti.counting import counted
 from stages.codes.classes import names_of_generator
 from stages.codes.token_files import TokenLayout
@@ -137,7 +137,7 @@ def decode_meanwhile(spec: GenerateSpec, passes: Iterator[NDArray[np.int64]]) ->
     return np.concatenate(codes), np.concatenate(images)
 
 
-@kept(2)
+@cached(2)
 def decoding_thread(tokenizer: NetworkFile, grid: tuple[int, int], rows: int) -> ThreadPoolExecutor:
     """The thread of this process that decodes such passes; on CUDA whatever it does is in a stream of its own.
 

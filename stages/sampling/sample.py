@@ -17,11 +17,11 @@ from pipeline.artifact import Artifact
 from pipeline.compatibility import Facts, KnownInputs
 from pipeline.draft import Draft
 from pipeline.errors import NumericError, UsageError
-from pipeline.kept import kept
 from pipeline.keys import config_value
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
+from pipeline.stage_cache import cached
 from smalti.attributes import TokenAttributes
 from smalti.counting import counted
 from smalti.tokens import open_tokens
@@ -230,7 +230,7 @@ def sampled_passes(
         yield codes_BT[: stop - first].cpu().numpy()
 
 
-@kept(2)
+@cached(2)
 def _decoder(file: NetworkFile, rows: int, guided: bool, order: tuple[int, ...] | None, precision: Precision) -> Any:
     """The static cache of this process, made once and used by every pass."""
     import torch

@@ -18,10 +18,10 @@ from pipeline.artifact import Artifact, read_manifest
 from pipeline.draft import SCRATCH, Draft
 from pipeline.errors import NumericError
 from pipeline.images import Views
-from pipeline.kept import kept
 from pipeline.runtime import Runtime
 from pipeline.shards import unit_name
 from pipeline.stage import Inputs
+from pipeline.stage_cache import cached
 from stages.devices import pick_device, threads
 from stages.images.image_files import Pictures, open_pictures
 from stages.scoring.protocol import CLASSIFIER, INCEPTION, PYTORCH_FID, ExtractorFile, ScoreConfig
@@ -212,14 +212,14 @@ def gather_nearness(spec: ExtractionSpec, out: Draft) -> dict[str, float]:
     return nearness(distances[: spec.counts[0]], distances[spec.counts[0] :])
 
 
-@kept(1)
+@cached(1)
 def _thumbnails(spec: ExtractionSpec) -> NDArray[np.uint8]:
     """Those of images and reference (N + M, P), written by earlier shards; read once per process."""
     files = [spec.folder / _scratch_file(number, "thumbnails") for number in spec.shards_of(spec.nearness, 0, 1)]
     return np.concatenate([np.load(file, allow_pickle=False) for file in files])
 
 
-@kept(3)
+@cached(3)
 def _open(source: Source, size: int, views: Views | None) -> Pictures:
     """The images of a source; opened once per process."""
     return open_pictures(read_manifest(source.path), size=size, views=views)

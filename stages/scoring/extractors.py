@@ -17,8 +17,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
-from pipeline.kept import kept
 from pipeline.keys import sha256
+from pipeline.stage_cache import cached
 from stages.devices import pick_device
 from stages.scoring.protocol import CLASSIFIER, INCEPTION, PYTORCH_FID, ExtractorFile
 from stages.weights.networks import NetworkFile, load_classifier
@@ -78,7 +78,7 @@ for name, extractor in ((CLASSIFIER, ClassifierExtractor), (PYTORCH_FID, Pytorch
         register_feature_extractor(name, extractor)
 
 
-@kept(4)
+@cached(4)
 def load_extractor(file: ExtractorFile) -> Any:
     """The extractor on its device; once per process."""
     parts = {"classifier": file.classifier} if file.weights is None else _checked_weights(file.weights)

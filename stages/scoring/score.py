@@ -48,7 +48,7 @@ from stages.scoring.protocol import (
     input_suffix,
     protocol_of,
 )
-from stages.weights.foreign import identify_file
+from stages.weights.checkpoint_reader import identify_file
 from stages.weights.identity import is_same_tokenizer
 from stages.weights.perceptual import PERCEPTUAL, PERCEPTUAL_EXTERNAL
 from stages.weights.places import INCEPTION, VGG16

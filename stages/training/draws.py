@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from pipeline.kept import kept
+from pipeline.stage_cache import cached
 from smalti.counting import counted
 from smalti.epoch import exact_order
 
@@ -61,7 +61,7 @@ def passes_of(share: int, rows_per_pass: int | None) -> int:
     return next(passes for passes in range(fewest, share + 1) if share % passes == 0)
 
 
-@kept(2)
+@cached(2)
 def _order(rows: int, seed: int, epoch: int) -> Rows_B:
     return exact_order(rows, seed=seed, epoch=epoch)
 

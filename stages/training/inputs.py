@@ -15,7 +15,7 @@ from pipeline.stage import External, Inputs, Read, read
 from smalti.counting import counted
 from stages.images.checks import check_rgb, check_seen
 from stages.training.config import ReconstructionTraining, TokenizerLearning, TrainingConfig
-from stages.weights.foreign import identify_file
+from stages.weights.checkpoint_reader import identify_file
 from stages.weights.networks import DISCRIMINATOR
 from stages.weights.perceptual import PERCEPTUAL, PERCEPTUAL_EXTERNAL
 from stages.weights.places import VGG16

@@ -19,7 +19,7 @@ from stages.training.config import AdversaryConfig, ReconstructionTraining, Toke
 from stages.training.engine import Outcome, train
 from stages.training.images import open_images
 from stages.training.inputs import given
-from stages.training.tokenizer import Learns, Players, TokenizerTask
+from stages.training.tokenizer import Learns, TokenizerTask, TrainedNetworks
 from stages.weights.files import fill, load_weights
 from stages.weights.networks import DISCRIMINATOR, build_adversary, read_tokenizer_config
 from stages.weights.perceptual import PERCEPTUAL, load_lpips
@@ -37,29 +37,29 @@ def train_with_loss(
 ) -> Outcome[TokenizerTask]:
     """Train the tokenizer that `make` gives, or its decoder, by the config's loss and beside its discriminator, if any."""
 
-    def players() -> Players:
+    def networks() -> TrainedNetworks:
         tokenizer, game = make(), config.adversarial
         network = tokenizer.config.autoencoder
         start = given(inputs, DISCRIMINATOR)
-        return Players(
+        return TrainedNetworks(
             tokenizer,
             build_loss(config.loss, network.pixel_range, run),
             build_adversary(game, channels=network.channels, start=start) if game else None,
         )
 
-    return train_players(
-        config, inputs, out, run, learns=learns, make=players, adversarial=config.adversarial, label=label
+    return train_networks(
+        config, inputs, out, run, learns=learns, make=networks, adversarial=config.adversarial, label=label
     )
 
 
-def train_players(
+def train_networks(
     config: ReconstructionTraining,
     inputs: Inputs,
     out: Draft,
     run: Runtime,
     *,
     learns: Learns,
-    make: Callable[[], Players],
+    make: Callable[[], TrainedNetworks],
     adversarial: AdversaryConfig | None,
     label: str,
 ) -> Outcome[TokenizerTask]:

@@ -39,7 +39,7 @@ PASSES: dict[Learns, type[TokenizerPass]] = {
 }
 
 
-class Players(NamedTuple):
+class TrainedNetworks(NamedTuple):
     """The networks of a training: a tokenizer, what its reconstructions are compared by, and perhaps a discriminator."""
 
     tokenizer: Tokenizer
@@ -59,7 +59,7 @@ class TokenizerTask(Task):
     def __init__(
         self,
         config: ReconstructionTraining,
-        players: Players,
+        networks: TrainedNetworks,
         images: TrainingImages,
         judged: TrainingImages,
         device: torch.device,
@@ -68,7 +68,7 @@ class TokenizerTask(Task):
         adversarial: AdversaryConfig | None = None,
     ):
         self.config, self.images, self.judged, self.device, self.learns = config, images, judged, device, learns
-        self.tokenizer, loss, self.adversary = players
+        self.tokenizer, loss, self.adversary = networks
         self.seeing = PASSES[learns](self.tokenizer, loss)
         self.parts = []
         if learns != "discriminator":

@@ -53,19 +53,19 @@ def train_discriminator(config: TrainDiscriminatorConfig, inputs: Inputs, out: D
     Writes config.json and weights.safetensors, from which train-tokenizer and finetune-decoder may start.
     An interrupted training continues from its last checkpoint.
     """
-    from stages.training.reconstruction import build_loss, open_tokenizer, train_players
-    from stages.training.tokenizer import Players
+    from stages.training.reconstruction import build_loss, open_tokenizer, train_networks
+    from stages.training.tokenizer import TrainedNetworks
 
     parent = inputs["tokenizer"]
     network = read_tokenizer_config(parent).autoencoder
     game = AdversaryConfig(**config.adversarial.model_dump())
-    outcome = train_players(
+    outcome = train_networks(
         config,
         inputs,
         out,
         run,
         learns="discriminator",
-        make=lambda: Players(
+        make=lambda: TrainedNetworks(
             open_tokenizer(parent),
             build_loss(ReconstructionConfig(), network.pixel_range, run),  # for the log alone
             build_adversary(game, channels=network.channels, start=None),

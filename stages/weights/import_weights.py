@@ -20,8 +20,8 @@ from pipeline.keys import config_value
 from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, read, stage
 from smalti.counting import counted
+from stages.weights.checkpoint_reader import identify_file, read_state
 from stages.weights.files import save_weights
-from stages.weights.foreign import identify_file, read_state
 from stages.weights.identity import digest_of
 from stages.weights.networks import DiscriminatorCard, GeneratorCard, join_tokenizer
 from stages.weights.places import HubWeights

@@ -23,8 +23,8 @@ from models.tokenizer_config import TokenizerConfig
 from pipeline.artifact import Artifact, read_manifest
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError
-from pipeline.kept import kept
 from pipeline.keys import config_value
+from pipeline.stage_cache import cached
 from stages.devices import pick_device
 from stages.weights.files import fill, load_config, load_weights, save_weights
 from stages.weights.identity import check_same_tokenizer, tokenizer_identity
@@ -106,7 +106,7 @@ def join_tokenizer(card: GeneratorCard, tokenizer: Artifact, *, what: str, path:
     return card.model_copy(update={"tokenizer": identity, "resolution": card.grid[0] * config.downsample})
 
 
-@kept(MOST)
+@cached(MOST)
 def load_generator(file: NetworkFile) -> Any:
     """The generator, in evaluation mode, on its device."""
     artifact = file.open()
@@ -115,7 +115,7 @@ def load_generator(file: NetworkFile) -> Any:
     return _ready(network, artifact, file.device)
 
 
-@kept(MOST)
+@cached(MOST)
 def load_tokenizer(file: NetworkFile) -> Any:
     """The tokenizer (models.tokenizer.Tokenizer), in evaluation mode, on its device."""
     from models.tokenizer import Tokenizer
@@ -124,7 +124,7 @@ def load_tokenizer(file: NetworkFile) -> Any:
     return _ready(Tokenizer(read_tokenizer_config(artifact)), artifact, file.device)
 
 
-@kept(MOST)
+@cached(MOST)
 def load_classifier(file: NetworkFile) -> Any:
     """The classifier, in evaluation mode, on its device."""
     artifact = file.open()

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import CorruptError, UsageError
-from pipeline.kept import kept
 from pipeline.stage import External
+from pipeline.stage_cache import cached
 from stages.devices import pick_device
-from stages.weights.foreign import identify_file, read_state
+from stages.weights.checkpoint_reader import identify_file, read_state
 from stages.weights.places import VGG16
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ PERCEPTUAL_EXTERNAL = External(
 """The declaration that stages complete with `place` and `otherwise`."""
 
 
-@kept(2)
+@cached(2)
 def load_lpips(path: Path, device: str, pixel_range: PixelRange = "0..1") -> Lpips:
     """LPIPS for images in this range; once per process. CorruptError if the file holds no VGG16."""
     from models.adapters.layout import LayoutError

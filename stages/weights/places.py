@@ -25,7 +25,7 @@ from pipeline.config import Config
 from pipeline.durable import hash_file, writing
 from pipeline.errors import CorruptError, InputError, SmaltiError, StorageError
 from pipeline.progress import Progress
-from stages.weights.foreign import SUFFIXES
+from stages.weights.checkpoint_reader import SUFFIXES
 
 NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)/(?P<file>[\w./-]+)(@(?P<revision>[\w./-]+))?")
 DIGEST = re.compile("[0-9a-f]{64}")

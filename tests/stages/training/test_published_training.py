@@ -29,7 +29,7 @@ from stages.training.config import TrainTokenizerConfig
 from stages.training.engine import Trainer
 from stages.training.replicas import Replicas
 from stages.training.task import Batch, Losses
-from stages.training.tokenizer import PART, Players, TokenizerTask
+from stages.training.tokenizer import PART, TokenizerTask, TrainedNetworks
 from stages.training.trained_part import TrainedPart
 from tests.stages.training.small_task import draft_in
 
@@ -109,10 +109,10 @@ class Trace:
         adversary = Adversary(config.adversarial, channels=3)
         adversary.discriminator.load_state_dict(discriminator_weights(PLAIN, averaged=False), strict=True)
         images: Any = TraceImages()
-        players = Players(tokenizer, build(config.loss, BUILDERS), adversary)
+        networks = TrainedNetworks(tokenizer, build(config.loss, BUILDERS), adversary)
         self.task = TraceTask(
             config,
-            players,
+            networks,
             images,
             images,
             torch.device("cpu"),

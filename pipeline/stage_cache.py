@@ -1,6 +1,6 @@
 """What a process makes once for all shards of a stage, and gives back when the stage ends: networks, caches, opened data.
 
-`kept` remembers results; `give_back` forgets those of the whole process. The runner calls it when a stage ends, in its
+`cached` remembers results; `give_back` forgets those of the whole process. The runner calls it when a stage ends, in its
 own process and in those that train beside it; a dask worker calls it when a map begins there and when it ends.
 """
 
@@ -16,7 +16,7 @@ _forgets: list[Callable[[], None]] = []
 _afterwards: list[Callable[[], None]] = []
 
 
-def kept(most: int) -> Callable[[Function], Function]:
+def cached(most: int) -> Callable[[Function], Function]:
     """Remember the last `most` results of a function, by its arguments, until the stage ends."""
 
     def keep(function: Function) -> Function:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline import kept
-from pipeline.kept import after_giving_back, give_back
+from pipeline import stage_cache
+from pipeline.stage_cache import after_giving_back, give_back
 
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test declares leaves with it."""
-    monkeypatch.setattr(kept, "_forgets", list(kept._forgets))
-    monkeypatch.setattr(kept, "_afterwards", list(kept._afterwards))
+    monkeypatch.setattr(stage_cache, "_forgets", list(stage_cache._forgets))
+    monkeypatch.setattr(stage_cache, "_afterwards", list(stage_cache._afterwards))
 
 
 @pytest.mark.usefixtures("alone")
 def test_made_once_until_it_is_given_back() -> None:
     calls: list[int] = []
 
-    @kept.kept(2)
+    @stage_cache.cached(2)
     def load(number: int) -> list[int]:
         calls.append(number)
         return [number]
@@ -38,7 +38,7 @@ def test_a_device_is_asked_after_everything_was_forgotten() -> None:
         def __del__(self) -> None:
             seen.append("freed")
 
-    @kept.kept(1)
+    @stage_cache.cached(1)
     def hold() -> Held:
         return Held()
 

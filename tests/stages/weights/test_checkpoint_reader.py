@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.errors import CorruptError, InputError
-from stages.weights.foreign import find_format, read_state
+from stages.weights.checkpoint_reader import find_format, read_state
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(1, dtype=torch.bfloat16)}
 
