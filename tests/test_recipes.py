@@ -109,6 +109,32 @@ def test_planning_imports_no_torch(tmp_path: Path) -> None:
     assert "lacks external data: give --images PATH" in done.stdout
 
 
+# Rows of the published tables of tokenizers, on 50,000 validation images: recipe, and figures of its title.
+TOKENIZERS = {
+    "imagenet256/ibq-tokenizer-1024": "rFID 2.24, LPIPS 0.2580, 99 %",
+    "imagenet256/ibq-tokenizer-8192": "rFID 1.87, LPIPS 0.2437, 98 %",
+    "imagenet256/ibq-tokenizer-16384": "rFID 1.37, LPIPS 0.2235, 96 %",
+    "imagenet256/ibq-tokenizer-262144": "rFID 1.00, LPIPS 0.2030, 84 %",
+    "imagenet256/ibq-tokenizer-16384-pretrained": "rFID 2.06, PSNR 22.01, SSIM 0.61",
+    "imagenet256/ibq-tokenizer-262144-pretrained": "rFID 1.53, PSNR 22.69, SSIM 0.64",
+    "imagenet256/open-magvit2-tokenizer": "rFID 1.17, PSNR 21.90, 100 %",
+    "imagenet128/open-magvit2-tokenizer": "rFID 1.18, PSNR 25.08, 100 %",
+    "imagenet256/open-magvit2-tokenizer-128": "rFID 0.34, PSNR 26.19",
+    "imagenet256/open-magvit2-tokenizer-16384-pretrained": "rFID 2.55, PSNR 22.21, SSIM 0.62",
+    "imagenet256/open-magvit2-tokenizer-262144-pretrained": "rFID 1.67, PSNR 22.70, SSIM 0.64",
+}
+
+
+@pytest.mark.parametrize(("name", "figures"), TOKENIZERS.items())
+def test_every_row_of_the_tokenizers_has_a_recipe_that_plans(name: str, figures: str, tmp_path: Path) -> None:
+    recipe = load(ROOT / "recipes" / f"{name}.yaml")
+    assert f"published: {figures}" in recipe.title
+    assert [item.step.name for item in plan(recipe, Store(tmp_path / "store"))][-1] == "score"
+    for step in recipe.steps:
+        if step.stage.name == "index" and step.config.source.split == "train":
+            assert step.config.without == ("n06596364/n06596364_9591.JPEG",)
+
+
 # Published settings: guidance scale, guidance power, temperature (spec of arXiv 2411.00776, ImageNet 256).
 RAR = {"b": (16.0, 2.75, 1.0), "l": (15.5, 2.5, 1.02), "xl": (6.9, 1.5, 1.02), "xxl": (8.0, 1.2, 1.02)}
 FID = {"b": "1.95", "l": "1.70", "xl": "1.50", "xxl": "1.48"}

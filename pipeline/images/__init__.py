@@ -2,7 +2,7 @@
 
 from pipeline.images.decoding import CorruptImage, DecodePolicy, UnreadableImage, decode
 from pipeline.images.digits import DigitsSource
-from pipeline.images.exclusions import exclude, identify_exclusions, read_exclusions, write_exclusions
+from pipeline.images.exclusions import exclude, identify_exclusions, read_exclusions, without, write_exclusions
 from pipeline.images.folders import FolderSource
 from pipeline.images.imageset import ImageSet, Met, ignore, index_files, recall_root
 from pipeline.images.listing import Listing, Problem, describe_left_out, digest_listing, name_some
@@ -34,5 +34,6 @@ __all__ = [
     "name_some",
     "read_exclusions",
     "recall_root",
+    "without",
     "write_exclusions",
 ]

@@ -7,7 +7,7 @@ out is treated as if it were not there: a class that loses all its images is not
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,16 +44,7 @@ def identify_exclusions(file: Path) -> str:
 def exclude(listing: Listing, file: Path) -> Listing:
     """The listing as if what `file` names were not there. InputError if a line matches nothing, or no image is left."""
     lines = read_exclusions(file)
-    used: set[str] = set()
-
-    def is_kept(key: str) -> bool:
-        matching = [path for path in _with_parents(key) if path in lines]
-        used.update(matching)
-        return not matching
-
-    rows = np.array([row for row, key in enumerate(listing.keys) if is_kept(key)], dtype=np.intp)
-    problems = tuple(problem for problem in listing.problems if is_kept(problem.key))
-    left_out = tuple(item for item in listing.left_out if is_kept(item.key))
+    kept, used = without(listing, lines)
     unused = [f"line {number}: {path!r}" for path, number in lines.items() if path not in used]
     if unused:
         raise InputError(
@@ -61,9 +52,25 @@ def exclude(listing: Listing, file: Path) -> Listing:
             path=file,
             hint="give paths below the folder of the class folders, such as n01/a.jpg, and remove lines without use",
         )
-    if not len(rows):
+    if not len(kept):
         raise InputError(f"{file} leaves out every one of the {len(listing)} images", path=file)
-    return replace(_without_empty_classes(listing.keep(rows), problems), problems=problems, left_out=left_out)
+    return kept
+
+
+def without(listing: Listing, paths: Collection[str]) -> tuple[Listing, set[str]]:
+    """The listing as if files and folders of these names were not there, and which of them were."""
+    used: set[str] = set()
+
+    def is_kept(key: str) -> bool:
+        matching = [path for path in _with_parents(key) if path in paths]
+        used.update(matching)
+        return not matching
+
+    rows = np.array([row for row, key in enumerate(listing.keys) if is_kept(key)], dtype=np.intp)
+    problems = tuple(problem for problem in listing.problems if is_kept(problem.key))
+    left_out = tuple(item for item in listing.left_out if is_kept(item.key))
+    kept = _without_empty_classes(listing.keep(rows), problems)
+    return replace(kept, problems=problems, left_out=left_out), used
 
 
 def write_exclusions(problems: Sequence[Problem], before: Sequence[str] = ()) -> str:

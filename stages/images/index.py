@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline import durable
 from pipeline.compatibility import Facts, KnownInputs, Origin
@@ -37,6 +37,7 @@ from pipeline.images import (
     list_images,
     name_some,
     read_exclusions,
+    without,
     write_exclusions,
 )
 from pipeline.images.digits import CLASSES
@@ -65,6 +66,18 @@ class IndexConfig(Config):
         "(slow, finds cut files too; always so with decode.corrupt=skip)",
         json_schema_extra=NEUTRAL,
     )
+    without: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description="images or folders to leave out if they are there, as paths below the folder of the classes",
+        json_schema_extra=NEUTRAL,
+    )
+
+    @model_validator(mode="after")
+    def _lists_files(self) -> IndexConfig:
+        if self.without and isinstance(self.source, DigitsSource):
+            raise ValueError("without names files, and the source digits has none")
+        return self
 
 
 def identify_images(config: IndexConfig, root: Path) -> str | Tree:
@@ -142,6 +155,7 @@ def index_images(config: IndexConfig, inputs: Inputs, out: Draft, run: Runtime) 
         if "exclude" in run.paths:
             found, listing = len(listing), exclude(listing, run.paths["exclude"])
             run.progress.say(f"  excluded: {found - len(listing)} of {counted(found, 'image')}")
+        listing = leave_out(config, listing, run)
         report_left_out(listing, run)
         images = ImageSet(listing, source=config.source, decode=config.decode, root=root)
         kept, skipped = keep_good(images, find_problems(config, images, run), run)
@@ -154,6 +168,16 @@ def check_unchanged(listing: Listing, out: Draft, root: Path | None) -> None:
     wanted = out.request.externals.get("images")
     if wanted is not None and digest_listing(listing) != wanted:
         raise InputError(f"the images below {root} changed while they were indexed", path=root, hint="run it again")
+
+
+def leave_out(config: IndexConfig, listing: Listing, run: Runtime) -> Listing:
+    """The listing without the files that the config names; InputError if nothing is left."""
+    kept, found = without(listing, config.without)
+    if found:
+        run.progress.say(f"  left out, as the config names them: {name_some(sorted(found))}")
+    if len(listing) and not len(kept):
+        raise InputError(f"without leaves out every one of the {len(listing)} images", path=run.paths.get("images"))
+    return kept
 
 
 def report_left_out(listing: Listing, run: Runtime) -> None:

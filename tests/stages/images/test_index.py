@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.artifact import Artifact
 from pipeline.errors import BadImages, InputError, UsageError
 from pipeline.images import ImageSet, UnreadableImage
 from pipeline.progress import Progress
@@ -141,6 +142,22 @@ def test_all_bad_images_are_named_in_one_pass_and_the_list_excludes_them(folder:
         run_stage("index", store, FOLDER, paths={"images": folder, "exclude": listed})
     text = Path(str(caught.value.path)).read_text()
     assert all(key in text for key in ("class-1/001.png", "class-0/002.png", "class-1/loop"))
+
+
+def test_what_the_config_names_is_left_out_where_it_is(folder: Path, tmp_path: Path) -> None:
+    def index(name: str, *without: str) -> Artifact:
+        config = {**FOLDER, "without": list(without)}
+        return run_stage("index", tmp_path / name, config, paths={"images": folder})
+
+    whole = index("whole")
+    first = whole.file("keys.txt").read_text().splitlines()[0]
+    artifact = index("some", first, "gone/nowhere.jpg")
+    assert artifact.file("keys.txt").read_text().splitlines() == whole.file("keys.txt").read_text().splitlines()[1:]
+    assert artifact.key != whole.key
+    with pytest.raises(InputError, match="leaves out every one"):
+        index("none", *whole.file("keys.txt").read_text().splitlines())
+    with pytest.raises(UsageError, match="digits has none"):
+        run_stage("index", tmp_path / "digits", {"without": ["a"]})
 
 
 def test_checks_what_it_is_asked_to_check(folder: Path, tmp_path: Path) -> None:
