@@ -61,48 +61,22 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished artifact whose manifest was checked when it was opened."""
+    """A finished artifact whose manifest was checked when it was opened.
+
+    digest: SHA-256 of the manifest.  inputs: name -> {"key", "digest", "stage"}, or a list of these.  files: by path.
+    """
 
     path: Path
-    manifest: dict[str, Any] = field(repr=False)
     digest: str
-
-    @property
-    def key(self) -> str:
-        return str(self.manifest["key"])
-
-    @property
-    def stage(self) -> str:
-        return str(self.manifest["stage"])
-
-    @property
-    def kind(self) -> str:
-        return str(self.manifest["kind"])
-
-    @property
-    def version(self) -> int:
-        return int(self.manifest["version"])
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return dict(self.manifest["config"])
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return dict(self.manifest["facts"])
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """Input name -> {"key", "digest", "stage"}, or a list of these."""
-        return dict(self.manifest["inputs"])
-
-    @property
-    def externals(self) -> dict[str, str]:
-        return dict(self.manifest["externals"])
-
-    @cached_property
-    def files(self) -> dict[str, FileEntry]:
-        return {entry["path"]: FileEntry(**entry) for entry in self.manifest["files"]}
+    stage: str
+    version: int
+    kind: str
+    key: str
+    config: dict[str, Any] = field(repr=False)
+    inputs: dict[str, Any] = field(repr=False)
+    externals: dict[str, str] = field(repr=False)
+    facts: dict[str, Any] = field(repr=False)
+    files: dict[str, FileEntry] = field(repr=False)
 
     @cached_property
     def content(self) -> str:
@@ -111,7 +85,8 @@ class Artifact:
         Later steps record it of their inputs, and run again when it changes.
         """
         facts = {name: value for name, value in self.facts.items() if not is_text(name)}
-        return sha256(canonical_bytes({"key": self.key, "files": self.manifest["files"], "facts": facts}))
+        files = [entry.as_json() for entry in self.files.values()]
+        return sha256(canonical_bytes({"key": self.key, "files": files, "facts": facts}))
 
     @property
     def figure(self) -> str:
@@ -197,7 +172,8 @@ def read_manifest(path: Path) -> Artifact:
             message = f"the manifest of {path} lists a file without path, size and sha256"
             raise CorruptError(message, path=path / MANIFEST)
         check_name(entry["path"], path)
-    return Artifact(path=path, manifest=manifest, digest=digest)
+    files = {entry["path"]: FileEntry(**entry) for entry in manifest["files"]}
+    return Artifact(path, digest, **{name: manifest[name] for name in FIELDS} | {"files": files})
 
 
 def _check_format(manifest: Any, path: Path) -> None:

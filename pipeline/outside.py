@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import FORMAT, MANIFEST, Artifact, FileEntry, open_artifact
+from pipeline.artifact import MANIFEST, Artifact, FileEntry, open_artifact
 from pipeline.config import Config
 from pipeline.stage import External, Stage
 from smalti.tokens import content_digest, open_tokens, verify_tokens
@@ -34,16 +34,17 @@ def open_outside(path: Path) -> Artifact:
     key, said = content_digest(token_set), token_set.attributes
     arrays = ["tokens", "labels", "keys", *(["boxes"] if token_set.boxes is not None else [])]
     metadata = sorted([METADATA, *(f"{name}/{METADATA}" for name in arrays)])  # shards have checksums of their own
-    manifest = {
-        "format": FORMAT,
-        "stage": EXTERNAL,
-        "version": 1,
-        "kind": KIND,
-        "key": key,
-        "config": {},
-        "inputs": {},
-        "externals": {},
-        "facts": {
+    return Artifact(
+        path.absolute(),
+        digest=key,
+        stage=EXTERNAL,
+        version=1,
+        kind=KIND,
+        key=key,
+        config={},
+        inputs={},
+        externals={},
+        facts={
             "images": said.n_images,
             "crops": said.n_crops,
             "grid": list(said.grid),
@@ -52,9 +53,8 @@ def open_outside(path: Path) -> Artifact:
             "resolution": said.resolution,
             "tokenizer": dict(said.tokenizer),
         },
-        "files": [FileEntry.of(path, name).as_json() for name in metadata],
-    }
-    return Artifact(path.absolute(), manifest, digest=key)
+        files={name: FileEntry.of(path, name) for name in metadata},
+    )
 
 
 def verify_outside(path: Path) -> Artifact:

@@ -269,11 +269,11 @@ def with_weights(artifact: Artifact, target: Path, change: Any) -> Artifact:
     save_file(state, target / "weights.safetensors")
     (target / "config.json").write_bytes(artifact.file("config.json").read_bytes())
     weights = (target / "weights.safetensors").read_bytes()
-    files = [
-        entry if entry["path"] != "weights.safetensors" else {**entry, "size": len(weights), "sha256": sha256(weights)}
-        for entry in artifact.manifest["files"]
-    ]
-    raw = manifest_bytes({**artifact.manifest, "files": files})
+    manifest = json.loads((artifact.path / MANIFEST).read_bytes())
+    for entry in manifest["files"]:
+        if entry["path"] == "weights.safetensors":
+            entry |= {"size": len(weights), "sha256": sha256(weights)}
+    raw = manifest_bytes(manifest)
     (target / MANIFEST).write_bytes(raw)
     (target / DIGEST).write_bytes(sha256(raw).encode())
     return open_artifact(target)

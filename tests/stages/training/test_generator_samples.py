@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from models.generators.rar.network import Block, Rar
-from pipeline.artifact import Artifact
+from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import CorruptError, NumericError, UsageError
 from pipeline.store import Store
 from stages.training.generator import GeneratorTask
@@ -161,7 +161,7 @@ def test_two_processes_share_held_out_rows_and_grid(
     evaluations = STEPS // 2 + 1
     assert [one["rows"] for one in found] == [evaluations * IMAGES * CROPS // 2] * 2
     assert found[0]["held_out"] == found[1]["held_out"] == pytest.approx(alone.facts["held_out"], abs=1e-4)
-    together = grids(Artifact(Path(found[0]["path"]), {}, ""))
+    together = grids(open_artifact(Path(found[0]["path"])))
     assert list(together) == list(grids(alone))
     for name, grid in grids(alone).items():
         # A sum in another order may round another way, and a pixel with it.
