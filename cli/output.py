@@ -8,16 +8,17 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from io import StringIO
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from ruamel.yaml import YAML
 
 from pipeline.artifact import Artifact
 from pipeline.durable import ONLY_WRITING, REFUSALS
@@ -80,9 +81,14 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
 
-def plain_yaml(values: Mapping[str, Any]) -> str:
-    """A config as YAML that `--config` reads."""
-    return yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, allow_unicode=True)
+def plain_yaml(value: Any, *, in_one_line: bool = False) -> str:
+    """Settings as YAML that `--config` reads."""
+    yaml: Any = YAML(typ="safe", pure=True)  # Any: it declares its attributes as None
+    text = StringIO()
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.default_flow_style, yaml.width = (True, 10**6) if in_one_line else (None, 80)
+    yaml.dump(value, text)
+    return text.getvalue()
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

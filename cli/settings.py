@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from cli import options
-from cli.output import guarded, print_json
+from cli.output import guarded, plain_yaml, print_json
 from cli.single import config_values
 from pipeline.config import KIND, check_names, parse_config, unknown_key
 from pipeline.errors import UsageError
@@ -87,7 +86,7 @@ def _about(setting: Setting) -> str:
 def _value(setting: Setting) -> str:
     if setting.value is REQUIRED or (setting.parts and isinstance(setting.value, Mapping)):
         return ""
-    text = yaml.safe_dump(setting.value, default_flow_style=True, allow_unicode=True, width=10**6)
+    text = plain_yaml(setting.value, in_one_line=True)
     return " " + text.removesuffix("...\n").strip()
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-import yaml
 from pydantic import BaseModel
 
 from cli.options import COMMON, ConfigOption, SetOption, running
@@ -170,7 +169,7 @@ def _parse_value(declared: Stage, setting: Setting, kind: Any, given: Any) -> An
         if kind is list:
             return list(parse_yaml(f"[{given}]"))
         return parse_yaml(given) if _may_be_auto(declared, setting) else given
-    except yaml.YAMLError as error:
+    except ValueError as error:
         wanted = "values separated by commas" if kind is list else f"a number or {AUTO}"
         raise UsageError(f"--{_flag(setting.name)} {given!r}: expected {wanted}") from error
 
@@ -185,7 +184,7 @@ def _read_config(text: str, declared: Stage) -> dict[str, Any]:
             document = parse_yaml(Path(name).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--config {name} cannot be read: {error.strerror}", path=name) from error
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--config {text} holds no settings of {declared.name}") from error
     if not isinstance(document, dict):
         raise UsageError(f"--config {text} holds no mapping")

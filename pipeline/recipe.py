@@ -23,7 +23,6 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, Field
 
 from pipeline.config import Config, Keys, WrongValue, parse_config, unknown_key
@@ -218,8 +217,8 @@ def parse_setting(setting: str) -> tuple[list[str], Any]:
         raise UsageError(f"--set {setting!r}: expected dotted.key=value")
     try:
         return name.split("."), parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {setting!r}: the value is no valid YAML") from error
+    except ValueError as error:
+        raise UsageError(f"--set {setting!r}: the value is not valid YAML: {error}") from error
 
 
 def put_setting(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:

@@ -14,13 +14,16 @@ in a setting that may be null, and for a path that is to be given.
 from __future__ import annotations
 
 import os
-import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from pipeline.config import KIND, Keys
 from pipeline.errors import InputError, UsageError
@@ -31,26 +34,16 @@ BASE = "base"
 TAGS = ("stage", KIND)
 
 
-class StrictLoader(yaml.SafeLoader):
-    """YAML without its traps: a key that stands twice is refused, and 1e-3 is a number (YAML 1.1 reads a word)."""
+class _Constructor(SafeConstructor):
+    """The library's, which does not look for keys that stand twice beside a merge key (<<)."""
 
-    def __init__(self, stream: Any):
-        super().__init__(stream)
-        self._seen: set[int] = set()
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Called for every mapping before its merge keys (<<) are dissolved into it, and for dissolved ones again."""
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice and id(node) not in self._seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
-        self._seen.add(id(node))
+    def flatten_mapping(self, node: Any) -> None:
+        """Called for every mapping before its merge keys are dissolved into it, and again after (then it has `merge`)."""
+        count = Counter(str(key.value) for key, _ in node.value)
+        twice = [key for key, _ in node.value if count[str(key.value)] > 1]
+        if twice and getattr(node, "merge", None) is None:
+            raise ConstructorError(None, None, f"the key {twice[-1].value!r} stands twice", twice[-1].start_mark)
         super().flatten_mapping(node)
-
-
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 @dataclass(frozen=True)
@@ -82,30 +75,35 @@ def read_written(path: Path, stages: Mapping[str, Stage]) -> Written:
 
 
 def parse_yaml(text: str) -> Any:
-    """A YAML document, read strictly; raises yaml.YAMLError."""
+    """A document of YAML 1.2, in which no key stands twice; ValueError says what is not valid, and where."""
     return _parse(text, "")[0]
 
 
 def _parse(text: str, file: str) -> tuple[Any, dict[Keys, str]]:
     """A YAML document and the line of every value."""
-    loader = StrictLoader(text)
+    yaml = YAML(typ="safe", pure=True)  # pure: with and without the C library one reader
+    yaml.Constructor = _Constructor
     try:
-        node = loader.get_single_node()
+        node = yaml.compose(text)
         if node is None:
             return None, {}
-        return loader.construct_document(node), dict(_origins(node, file, ()))
+        return yaml.constructor.construct_document(node), dict(_origins(node, file, ()))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{error.problem or error.context}{where}") from error
+    except YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:
-        raise yaml.YAMLError("it is nested too deep") from error
-    finally:
-        loader.dispose()
+        raise ValueError("it is nested too deep") from error
 
 
-def _origins(node: yaml.Node, file: str, keys: Keys) -> Iterator[tuple[Keys, str]]:
+def _origins(node: Node, file: str, keys: Keys) -> Iterator[tuple[Keys, str]]:
     """Where every value inside a node stands: the line of its key, or of the item of a list."""
-    pairs: list[tuple[str, yaml.Node, yaml.Node]] = []
-    if isinstance(node, yaml.MappingNode):
+    pairs: list[tuple[str, Node, Node]] = []
+    if isinstance(node, MappingNode):
         pairs = [(str(key.value), key, value) for key, value in node.value]
-    elif isinstance(node, yaml.SequenceNode):
+    elif isinstance(node, SequenceNode):
         pairs = [(str(number), item, item) for number, item in enumerate(node.value)]
     for name, mark, value in pairs:
         yield (*keys, name), f"{file}, line {mark.start_mark.line + 1}"
@@ -139,8 +137,8 @@ def _read_file(path: Path) -> Written:
         values, origins = _parse(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise InputError(f"the recipe {path} cannot be read: {error.strerror}", path=path) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no valid YAML: {' '.join(str(error).split())}", path=path) from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid YAML: {error}", path=path) from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds no mapping with title and steps", path=path)
     return Written(values, origins)

@@ -53,7 +53,7 @@ DISTRIBUTION_OF = {
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
     "torch_fidelity": "torch-fidelity",
-    "yaml": "pyyaml",
+    "ruamel": "ruamel.yaml",
 }
 """Import name -> distribution, where they differ."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from cli.main import app
 from pipeline.compatibility import check_recipe
 from pipeline.errors import UsageError
 from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe_text import parse_yaml
 from pipeline.runner import Options, plan, run
 from pipeline.store import Store
 from stages import stages
@@ -64,7 +65,7 @@ steps:
 
 def load(folder: Path, changes: dict[str, Any] | None = None, text: str = RECIPE) -> Recipe:
     """The recipe with other values at dotted places; None takes one away."""
-    document = yaml.safe_load(text)
+    document = parse_yaml(text)
     for place, value in (changes or {}).items():
         *way, last = place.split(".")
         part = document["steps"]
@@ -74,7 +75,7 @@ def load(folder: Path, changes: dict[str, Any] | None = None, text: str = RECIPE
         if value is None:
             del part[last]
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(document))
+    path.write_text(json.dumps(document, sort_keys=True))
     return load_recipe(path, stages())
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import jsonschema
 import pytest
-import yaml
 from tiny_stages import RECIPE, STAGES, load, recipe_file
 
 from pipeline.errors import InputError, UsageError
 from pipeline.recipe import load_recipe, parse_setting, recipe_name, recipe_schema
+from pipeline.recipe_text import parse_yaml
 
 STEPS = "title: t\nsteps:\n"
 NUMBERS = "  numbers: {stage: count}\n"
@@ -69,15 +69,19 @@ def refusal(folder: Path, text: str, *settings: str, **paths: str) -> str:
         (STEPS + "  a/b: {stage: count}", "'a/b' is no name for a step"),
         (STEPS + "  ..: {stage: count}", "'..' is no name for a step"),
         (STEPS + "  a.b: {stage: count}", "'a.b' is no name for a step"),
-        (STEPS + NUMBERS + NUMBERS, "the key 'numbers' stands twice"),
+        (STEPS + NUMBERS + NUMBERS, "the key 'numbers' stands twice, line "),
+        (
+            STEPS + "  a: &a {stage: count}\n  b: {<<: *a, config: {}, config: {}}",
+            "the key 'config' stands twice, line ",
+        ),
         ("steps: {}", "tiny.yaml.title is missing"),
         ("title: t", "tiny.yaml.steps is missing"),
         ("title: t\nsteps: [1]", "tiny.yaml.steps"),
         ("- a\n- b", "holds no mapping"),
         ("", "holds no mapping"),
-        ("a: [", "no valid YAML"),
+        ("a: [", "not valid YAML"),
         ("[" * 1500, "nested too deep"),
-        ("a: !!python/object/apply:os.system [ls]", "no valid YAML"),
+        ("a: !!python/object/apply:os.system [ls]", "not valid YAML"),
     ],
 )
 def test_what_is_written_wrongly_is_named(tmp_path: Path, text: str, words: str) -> None:
@@ -92,7 +96,7 @@ def test_what_is_written_wrongly_is_named(tmp_path: Path, text: str, words: str)
         ("numbers.rows", "expected dotted.key=value"),
         ("=3", "expected dotted.key=value"),
         ("numbers..rows=3", "expected dotted.key=value"),
-        ("numbers.rows=[", "no valid YAML"),
+        ("numbers.rows=[", "not valid YAML"),
         ("numbers.rows.deep=3", "numbers.config.rows"),
         ("numbers=3", "steps.numbers.config"),
         ("numbers.stage=coutn", "did you mean 'count'?"),
@@ -133,6 +137,11 @@ def test_settings_reach_every_place(tmp_path: Path) -> None:
 def test_numbers_of_yaml_1_2_are_numbers(tmp_path: Path) -> None:
     recipe = load(tmp_path, text=STEPS + "  n: {stage: count, config: {inner: {rate: 5e-4}}}")
     assert recipe.steps[0].config.inner.rate == 5e-4  # type: ignore[attr-defined]
+
+
+def test_words_are_words_and_numbers_are_decimal() -> None:
+    """As in YAML 1.2; to YAML 1.1 the first three are a truth value, an octal number and seconds."""
+    assert parse_yaml("[on, 017, 1:30, 0o17, true]") == ["on", 17, "1:30", 15, True]
 
 
 def test_steps_may_share_settings(tmp_path: Path) -> None:
@@ -193,7 +202,7 @@ def test_a_recipe_that_cannot_be_read_is_3(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="cannot be read"):
             load_recipe(path, STAGES)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="no valid YAML"):
+    with pytest.raises(UsageError, match="not valid YAML"):
         load_recipe(tmp_path / "binary.yaml", STAGES)
 
 
@@ -201,7 +210,7 @@ def test_the_schema_accepts_recipes_and_refuses_what_loading_refuses() -> None:
     schema = recipe_schema(STAGES)
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
-    document = yaml.safe_load(RECIPE)
+    document = parse_yaml(RECIPE)
     assert validator.is_valid(document)
     document["steps"]["numbers"]["config"] = {"rows": 3, "inner": {"rate": 0.5}}
     assert validator.is_valid(document)

@@ -155,7 +155,7 @@ def test_a_wrong_value_of_the_base_is_named_where_it_stands(tmp_path: Path) -> N
     [
         ("base: 3", UsageError, "over.yaml, line 1: base is not a path"),
         ("base: none.yaml", InputError, "over.yaml, line 1: the recipe .*none.yaml cannot be read"),
-        ("base: bad.yaml", UsageError, "bad.yaml is no valid YAML.*line 1"),
+        ("base: bad.yaml", UsageError, "bad.yaml is not valid YAML.*line 1"),
         ("base: over.yaml", UsageError, "over.yaml, line 1: the recipe is among its own bases: .*over.yaml -> .*over.yaml"),
         ("base: round.yaml", UsageError, "round.yaml, line 1: the recipe is among its own bases: .*over.yaml -> .*round.yaml -> .*over.yaml"),
     ],

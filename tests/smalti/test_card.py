@@ -9,7 +9,7 @@ import subprocess
 from datetime import date
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 import smalti
 from smalti.card import card_bytes, croissant_bytes, sums_bytes
@@ -32,7 +32,7 @@ FILES = [FileEntry("zarr.json", 12, "a" * 64), FileEntry("tokens/c/0/0/0", 34, "
 
 def test_card_has_a_header_that_hubs_read():
     _, header, body = card_bytes(ATTRIBUTES).decode().split("---\n", 2)
-    found = yaml.safe_load(header)
+    found = YAML(typ="safe", pure=True).load(header)
     assert found["pretty_name"] == 'odd: "name"'
     assert found["size_categories"] == ["10K<n<100K"]
     assert found["license_name"] == "notice | see terms"
