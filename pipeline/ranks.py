@@ -1,8 +1,4 @@
-"""Which of several processes this one is, as `torchrun` and `accelerate launch` tell it (no torch here).
-
-Process 0 alone runs the runner (`pipeline.followers` is its view of the others); the others do what it tells them
-(`pipeline.following`).
-"""
+"""Which of several processes this one is, as `torchrun` and `accelerate launch` tell it (no torch here)."""
 
 from __future__ import annotations
 
