@@ -26,7 +26,7 @@ from pipeline.artifact import Artifact
 from pipeline.compatibility import settle
 from pipeline.config import KIND, parse_config
 from pipeline.draft import Request
-from pipeline.errors import InputError, UsageError
+from pipeline.errors import CorruptError, InputError, UsageError
 from pipeline.externals import DigestUnknown, Need, absent_sentences, needs
 from pipeline.recipe import parse_setting, put_setting
 from pipeline.recipe_text import parse_yaml, read_written
@@ -243,7 +243,7 @@ def show_plan(
 
 
 def _state(request: Request, store: Store, *, is_forced: bool) -> str:
-    if store.damage(request.stage, request.key) is not None:
+    if isinstance(store.look(request.stage, request.key), CorruptError):
         return "damaged"
     return "done" if store.is_current(request) and not is_forced else "run"
 

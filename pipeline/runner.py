@@ -394,14 +394,13 @@ def _plan_known(
         return Planned(step, None, "waits", f"takes settings from {', '.join(dict.fromkeys(step.parents()))}")
     keys: dict[str, Any] = {name: _map(value, lambda parent: parent.key) for name, value in parents.items()}
     key = artifact_key(step.stage.name, step.stage.version, config_value(step.config), keys, externals)
-    damage = store.damage(step.stage.name, key)
-    if damage is not None:
-        return Planned(step, key, "damaged", f"{damage.message}; it will be moved aside and made again")
-    if not store.has(step.stage.name, key):
+    artifact = store.look(step.stage.name, key)
+    if isinstance(artifact, CorruptError):
+        return Planned(step, key, "damaged", f"{artifact.message}; it will be moved aside and made again")
+    if artifact is None:
         return Planned(step, key, "run", _reason(recipe, step, key, keys, externals, store))
     if is_forced:
         return Planned(step, key, "run", "is forced")
-    artifact = store.open(step.stage.name, key)
     parts = [parent for value in parents.values() for parent in _flat(value)]
     absent = list(dict.fromkeys(parent.step.name for parent in parts if parent.artifact is None))
     if absent:

@@ -87,9 +87,9 @@ class Store:
         final, partial = self.path(request.stage, request.key), self.partial(request.stage, request.key)
         before = _manifest_identity(final)
         with lock(self.lock_path(request.stage, request.key), wait=wait, say=say):
-            damage = self.damage(request.stage, request.key)
-            if damage is not None:
-                self._move_aside(final, damage, say)
+            found = self.look(request.stage, request.key)
+            if isinstance(found, CorruptError):
+                self._move_aside(final, found, say)
             if is_complete(partial, request):
                 finish(partial, final)
             is_new = _manifest_identity(final) != before
@@ -102,15 +102,11 @@ class Store:
 
     def is_current(self, request: Request) -> bool:
         """True if the artifact is there, opens, and was made from exactly these inputs."""
-        found = self._try(request.stage, request.key)
+        found = self.look(request.stage, request.key)
         return isinstance(found, Artifact) and request.is_made_from(found.inputs)
 
-    def damage(self, stage: str, key: str) -> CorruptError | None:
-        """Why the artifact does not open; None if it does, or is not there. One of a newer format raises NewerFormat."""
-        found = self._try(stage, key)
-        return found if isinstance(found, CorruptError) else None
-
-    def _try(self, stage: str, key: str) -> Artifact | CorruptError | None:
+    def look(self, stage: str, key: str) -> Artifact | CorruptError | None:
+        """The artifact, why it does not open, or None where there is none. One of a newer format raises NewerFormat."""
         try:
             return self.open(stage, key) if self.path(stage, key).exists() else None
         except NewerFormat:
