@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from cli.options import COMMON, ConfigOption, SetOption, running
 from cli.output import guarded, pictures_of, plain_yaml, print_json, say
-from cli.sources import Unmade, bring, find_made
+from cli.sources import Found, Unmade, bring, describe_images, find_current, find_made
 from pipeline import ranks
 from pipeline.artifact import Artifact
 from pipeline.compatibility import settle
@@ -102,9 +102,12 @@ def make_stage(
     declared: Stage, settings: Mapping[str, Any], values: Values, paths: dict[str, Path], store: Store, options: Options
 ) -> Made:
     """The artifact of one stage, its inputs brought into the store first where they are none yet."""
-    inputs = Inputs(
-        _find_inputs(declared, values, lambda text, wanted, flag: bring(text, wanted, store, options, flag=flag))
-    )
+    found = _find_inputs(declared, values, lambda text, wanted, flag: bring(text, wanted, store, options, flag=flag))
+
+    def take(first: Stage, config: BaseModel, inputs: Inputs) -> Artifact:
+        return make(store, first, config, inputs, {}, options).artifact
+
+    inputs = describe_images(declared, found, store, take)
     config = _settle(declared, settings, inputs, values, options.progress.say)
     return make(store, declared, config, inputs, paths, replace(options, ref=values["ref"] or ""))
 
@@ -191,10 +194,8 @@ def _read_config(text: str, declared: Stage) -> dict[str, Any]:
     return document
 
 
-def _find_inputs(
-    declared: Stage, values: dict[str, Any], find: Callable[[str, Read, str], Artifact]
-) -> dict[str, Artifact | list[Artifact]]:
-    found: dict[str, Artifact | list[Artifact]] = {}
+def _find_inputs(declared: Stage, values: dict[str, Any], find: Callable[[str, Read, str], Artifact]) -> Found:
+    found: Found = {}
     for name, wanted in declared.reads.items():
         given = values.get(_variable(name))
         if not given:
@@ -216,9 +217,13 @@ def show_plan(
     absent: list[Need] = []
     memory = Memory(store.root, rescan=values["rescan"])
     try:
-        inputs = Inputs(
-            _find_inputs(declared, values, lambda text, wanted, flag: find_made(text, wanted, store, memory))
-        )
+        made = _find_inputs(declared, values, lambda text, wanted, flag: find_made(text, wanted, store, memory))
+
+        def find(first: Stage, config: BaseModel, inputs: Inputs) -> Artifact:
+            name = inputs["images"].name
+            return find_current(make_request(first, config, inputs, {}), store, name, f"{name} would be described")
+
+        inputs = describe_images(declared, made, store, find)
         config = _settle(declared, settings, inputs, values, lambda text: say(text, quiet=values["quiet"]))
         absent = [need for need in needs(declared, config, paths) if need.place.find() is None]
         request = make_request(declared, config, inputs, paths, memory=memory)

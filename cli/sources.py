@@ -1,11 +1,12 @@
 """What a word on the command line means as an input: an artifact of the store, or data that is brought in first.
 
 A token set may be a folder of one outside of the store, which is used where it is. An image set may be a plain folder or the word `digits`, which is indexed; a tokenizer or generator may be a published
-weight file, here or on the hub, which is imported.
+weight file, here or on the hub, which is imported. Images in the place of features are described as those beside them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from pydantic import BaseModel
 
 from pipeline.artifact import MANIFEST, Artifact
 from pipeline.config import parse_config
+from pipeline.draft import Request
+from pipeline.errors import UsageError
 from pipeline.externals import Need
 from pipeline.outside import KIND, is_token_folder, open_outside
 from pipeline.runner import Options, make, make_request
@@ -20,11 +23,18 @@ from pipeline.stage import Inputs, Read, Stage
 from pipeline.store import Store
 from pipeline.trees import Memory
 from stages import stages
+from stages.scoring.describe_images import described_as
+from stages.scoring.features import KIND as FEATURES
 from stages.weights.checkpoint_reader import SUFFIXES
 from stages.weights.import_weights import config_of
 from stages.weights.places import HubWeights, place_of
 
 NETWORKS = {"tokenizer", "generator"}
+IMAGES = {"images", "image-set"}
+
+
+Found = dict[str, Artifact | list[Artifact]]
+"""Inputs of a stage by name."""
 
 
 class Unmade(Exception):
@@ -68,9 +78,34 @@ def find_made(text: str, wanted: Read, store: Store, memory: Memory) -> Artifact
     if source is None:
         return _find(text, wanted, store)
     request = make_request(source.stage, source.config, Inputs({}), source.paths, memory=memory)
+    return find_current(request, store, text, f"{text} would be put into the store")
+
+
+def find_current(request: Request, store: Store, text: str, how: str) -> Artifact:
+    """The artifact of a request; raises Unmade(text, how) where it is not in the store yet."""
     if not store.is_current(request):
-        raise Unmade(text, f"{text} would be put into the store")
+        raise Unmade(text, how)
     return store.open(request.stage, request.key)
+
+
+def describe_images(
+    declared: Stage, found: Found, store: Store, take: Callable[[Stage, BaseModel, Inputs], Artifact]
+) -> Inputs:
+    """The inputs, where images in the place of features are described first, as the features beside them were.
+
+    take: makes or finds an artifact of a stage.  UsageError where no features say how.
+    """
+    features = {name: one for name, one in found.items() if FEATURES in declared.reads[name].kinds}
+    pattern = next((one for one in features.values() if isinstance(one, Artifact) and one.kind == FEATURES), None)
+    for name, one in features.items():
+        if isinstance(one, Artifact) and one.kind in IMAGES:
+            if pattern is None:
+                raise UsageError(
+                    f"{declared.name} reads features, but {one.name} holds images, and nothing says how to describe them",
+                    hint="describe the reference first: smalti describe-images --images REFERENCE --classifiers JUDGE",
+                )
+            found[name] = take(stages()["describe-images"], *described_as(pattern, one, store))
+    return Inputs(found)
 
 
 def _find(text: str, wanted: Read, store: Store) -> Artifact:
@@ -89,9 +124,10 @@ def _source(text: str, wanted: Read) -> Source | None:
     """What is to be done first for images or weight files that are no artifact; None for everything else."""
     path = Path(text)
     word, _, split = text.partition(":")
-    if "image-set" in wanted.kinds and word == "digits":
+    is_set = bool({"image-set", FEATURES} & set(wanted.kinds))
+    if is_set and word == "digits":
         return _indexing({"kind": "digits", "split": split or "all"}, {})
-    if "image-set" in wanted.kinds and path.is_dir() and not (path / MANIFEST).exists():
+    if is_set and path.is_dir() and not (path / MANIFEST).exists():
         return _indexing({"kind": "folder"}, {"images": path})
     if NETWORKS & set(wanted.kinds) and (path.is_file() or path.suffix in SUFFIXES):
         return _weight_file(path)

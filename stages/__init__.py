@@ -21,6 +21,7 @@ MODULES = {
     "decode": "stages.sampling.decode",
     "generate": "stages.sampling.generate",
     "train-classifier": "stages.training.train_classifier",
+    "describe-images": "stages.scoring.describe_images",
     "score": "stages.scoring.score",
     "probe": "stages.training.probe",
 }

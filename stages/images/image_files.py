@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifact import Artifact
+from pipeline.artifact import Artifact, read_manifest
 from pipeline.cores import own_cores
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError, InputError
-from pipeline.images import ImageSet, ViewPolicy
+from pipeline.images import ImageSet, ViewPolicy, Views
 from pipeline.images.views import CenterViews
+from pipeline.stage_cache import cached
 from smalti.arrays import ArraySpec, MappedArray, encode_shard, group_files
 from smalti.json_files import read_json
 
@@ -101,6 +102,25 @@ class Pictures:
         """Blocks of `rows` images, the last one shorter, each with the number of its first image."""
         for start in range(0, len(self), rows):
             yield start, self.read(start, min(start + rows, len(self)))
+
+
+@dataclass(frozen=True)
+class PicturesAt:
+    """Where a shard finds pictures, and how it sees them; picklable. digest: of the artifact's manifest."""
+
+    path: Path
+    digest: str
+    size: int
+    views: Views | None
+
+    @classmethod
+    def of(cls, artifact: Artifact, *, size: int, views: Views | None) -> PicturesAt:
+        return cls(artifact.path.absolute(), artifact.digest, size, views)
+
+    @cached(3)
+    def open(self) -> Pictures:
+        """The pictures; opened once per process."""
+        return open_pictures(read_manifest(self.path), size=self.size, views=self.views)
 
 
 def open_pictures(artifact: Artifact, *, size: int | None, views: ViewPolicy | None = None) -> Pictures:

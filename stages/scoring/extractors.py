@@ -20,12 +20,18 @@ from torch_fidelity.utils import create_feature_extractor
 from pipeline.keys import sha256
 from pipeline.stage_cache import cached
 from stages.devices import pick_device
-from stages.scoring.protocol import CLASSIFIER, INCEPTION, PYTORCH_FID, ExtractorFile
+from stages.scoring.features import ExtractorFile
 from stages.weights.networks import NetworkFile, load_classifier
 from stages.weights.places import INCEPTION as WEIGHTS
 
+CLASSIFIER, PYTORCH_FID = "smalti-classifier", "smalti-inception-pytorch-fid"
 INCEPTION_LAYERS = ["2048", "logits_unbiased"]
-LAYERS = {CLASSIFIER: ["features", "logits"], INCEPTION: INCEPTION_LAYERS, PYTORCH_FID: INCEPTION_LAYERS}
+REGISTERED = {
+    "classifier": (CLASSIFIER, ["features", "logits"]),
+    "inception": ("inception-v3-compat", INCEPTION_LAYERS),
+    "inception-pytorch-fid": (PYTORCH_FID, INCEPTION_LAYERS),
+}
+"""Extractor -> its name in torch-fidelity's registry, and what it is asked for."""
 
 
 class ClassifierExtractor(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity has no types
@@ -82,7 +88,7 @@ for name, extractor in ((CLASSIFIER, ClassifierExtractor), (PYTORCH_FID, Pytorch
 def load_extractor(file: ExtractorFile) -> Any:
     """The extractor on its device; once per process."""
     parts = {"classifier": file.classifier} if file.weights is None else _checked_weights(file.weights)
-    extractor = create_feature_extractor(file.name, LAYERS[file.name], cuda=False, verbose=False, **parts)
+    extractor = create_feature_extractor(*REGISTERED[file.kind], cuda=False, verbose=False, **parts)
     return extractor.to(pick_device(file.device))
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from pipeline.errors import UsageError
+from stages.scoring.features import Extracted
 from stages.scoring.neighbours import precision_and_recall
 
 if TYPE_CHECKING:
@@ -25,21 +25,12 @@ if TYPE_CHECKING:
 
 SEED = 2020  # torch-fidelity's, of KID subsets and of the shuffle before IS splits
 PSNR_LIMIT = 100.0  # dB; two equal images have no finite value
-MOMENT_ROWS = 4096  # of which a part of a covariance is made at a time
 DIGITS = 8  # significant digits that are kept of a figure
 
 
-@dataclass(frozen=True)
-class Features:
-    """What one extractor says of one set of images: float32 (N, E) and (N, L)."""
-
-    features_NE: NDArray[np.float32]
-    logits_NL: NDArray[np.float32]
-
-
 def distances(
-    images: Features,
-    reference: Features,
+    ours: Extracted,
+    reference: Extracted,
     *,
     splits: int,
     shuffle: bool,
@@ -47,25 +38,28 @@ def distances(
     subset_size: int,
     neighbours: int,
 ) -> dict[str, float]:
-    """Frechet distance, Inception score, kernel distance, precision and recall under one extractor."""
-    statistics = [moments(features) for features in (images.features_NE, reference.features_NE)]
-    frechet = fid_statistics_to_metric(*statistics, verbose=False)
-    score = isc_features_to_metric(
-        torch.from_numpy(images.logits_NL), splits=splits, shuffle=shuffle, rng_seed=SEED
-    )  # it makes float64 of them
-    precision, recall = precision_and_recall(images.features_NE, reference.features_NE, neighbours=neighbours)
+    """Frechet distance, Inception score, kernel distance, precision and recall under one extractor.
+
+    Without the distances between rows if one side is published statistics, which have none.
+    """
+    statistics = [{"mu": one.mean_E, "sigma": one.covariance_EE} for one in (ours, reference)]
+    found = {"distance": fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]}
+    if ours.logits_NL is not None:
+        logits_NL = torch.from_numpy(ours.logits_NL)  # torch-fidelity makes float64 of them
+        score = isc_features_to_metric(logits_NL, splits=splits, shuffle=shuffle, rng_seed=SEED)
+        found |= {"inception_score": score["inception_score_mean"], "inception_score_std": score["inception_score_std"]}
+    if ours.features_NE is None or reference.features_NE is None:
+        return found
+    precision, recall = precision_and_recall(ours.features_NE, reference.features_NE, neighbours=neighbours)
     kernel = kid_features_to_metric(
-        _double(images.features_NE),
+        _double(ours.features_NE),
         _double(reference.features_NE),
         kid_subsets=subsets,
-        kid_subset_size=min(subset_size, len(images.features_NE), len(reference.features_NE)),
+        kid_subset_size=min(subset_size, len(ours.features_NE), len(reference.features_NE)),
         rng_seed=SEED,
         verbose=False,
     )
-    return {
-        "distance": frechet["frechet_inception_distance"],
-        "inception_score": score["inception_score_mean"],
-        "inception_score_std": score["inception_score_std"],
+    return found | {
         "kernel_distance": kernel["kernel_inception_distance_mean"],
         "kernel_distance_std": kernel["kernel_inception_distance_std"],
         "precision": precision,
@@ -78,11 +72,12 @@ def consistency(logits_NL: NDArray[np.float32], labels_N: NDArray[np.int32]) -> 
     return float((logits_NL.argmax(1) == labels_N).mean())
 
 
-def mean_psnr(images_NHW3: NDArray[np.uint8], originals_NHW3: NDArray[np.uint8]) -> float:
-    """Mean over images of the peak signal-to-noise ratio in dB, at most 100 each."""
+def psnr_each(images_NHW3: NDArray[np.uint8], originals_NHW3: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """The peak signal-to-noise ratio of each pair (N,) in dB, at most 100."""
     errors_N = ((images_NHW3.astype(np.float64) - originals_NHW3) ** 2).mean((1, 2, 3))
     smallest = 255**2 * 10 ** (-PSNR_LIMIT / 10)
-    return float((10 * np.log10(255**2 / np.maximum(errors_N, smallest))).mean())
+    decibels_N: NDArray[np.float64] = 10 * np.log10(255**2 / np.maximum(errors_N, smallest))
+    return decibels_N
 
 
 def ssim_each(images_NHW3: NDArray[np.uint8], originals_NHW3: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -146,16 +141,6 @@ def _padded(block_BHW3: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:
 
 def _double(values_NE: NDArray[np.float32]) -> torch.Tensor:
     return torch.from_numpy(values_NE).double()
-
-
-def moments(features_NE: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
-    """Mean (E,) and covariance (E, E) as torch-fidelity names them, without a copy of all features."""
-    mean_E = features_NE.mean(0, dtype=np.float64)
-    sums_EE = np.zeros((len(mean_E), len(mean_E)))
-    for start in range(0, len(features_NE), MOMENT_ROWS):
-        centred_RE = features_NE[start : start + MOMENT_ROWS] - mean_E
-        sums_EE += centred_RE.T @ centred_RE
-    return {"mu": mean_E, "sigma": sums_EE / (len(features_NE) - 1)}
 
 
 def _sequences(codes_NT: NDArray[Any]) -> list[bytes]:

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from stages.scoring.features import SIDE
+
 ROWS = 2048  # of a block
-SIDE = 32  # pixels a side of a thumbnail
 EXACT = 1024  # products of bytes whose sum float32 holds exactly: 2^10 x 2^7 x 2^7 = 2^24
 THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 

@@ -1,7 +1,6 @@
-"""Scoring: how far images are from a reference, by the features of a classifier or of Inception.
+"""Scoring: how far the features of images are from those of a reference, and what can be measured image by image.
 
-Features are computed shard by shard in passes of fixed size and kept in the draft until the figures are made, so a long
-extraction survives interruptions and can be spread over workers. The figures themselves are torch-fidelity's.
+The figures are torch-fidelity's. Features are artifacts (`describe-images`), so that a reference is extracted once.
 """
 
 from __future__ import annotations
@@ -9,84 +8,161 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from pipeline.artifact import Artifact
+from pipeline.compatibility import Facts, Known, KnownInputs
+from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError, InputError, UsageError
-from pipeline.keys import canonical_bytes
+from pipeline.keys import NEUTRAL, canonical_bytes
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
-from pipeline.stage import External, Inputs, read, stage
+from pipeline.stage import Inputs, read, stage
 from smalti.tokens import TokenSet, open_tokens
 from stages.codes.code_usage import CodeUsage
 from stages.devices import threads
-from stages.images.image_files import Pictures, open_pictures
-from stages.scoring.extraction import (
-    ExtractionSpec,
-    Source,
-    choose_extractors,
-    extract_shard,
-    gather,
-    gather_nearness,
-    gather_pairs,
-)
-from stages.scoring.protocol import (
-    SEEN,
-    ScoreConfig,
-    check_classes,
-    check_counts,
-    common_size,
-    extractor_ids,
-    feature_counts,
-    foresee,
-    have_these_extractors,
-    input_suffix,
-    protocol_of,
-)
-from stages.weights.checkpoint_reader import identify_file
+from stages.images.image_files import PicturesAt
+from stages.scoring.comparison import ComparisonSpec, Nearness, Pairs, compare_shard, gather
+from stages.scoring.describe_images import DescribeConfig
+from stages.scoring.features import KIND, ImageFeatures
 from stages.weights.identity import is_same_tokenizer
 from stages.weights.perceptual import PERCEPTUAL, PERCEPTUAL_EXTERNAL
-from stages.weights.places import INCEPTION, VGG16
+from stages.weights.places import VGG16
 
 METRICS = "metrics.json"
 FORMAT = 1
 BLOCK_CODES = 2**22
+OF_PAIRS = ("ssim", "lpips")
+TRAINING = "training-features"
+Figure = Literal["ssim", "lpips", "usage"]
+
+
+class ScoreConfig(Config):
+    """What is measured. Figures of other settings, and of other numbers of images, cannot be compared."""
+
+    splits: int = Field(default=10, ge=1, description="splits of the Inception score; ADM uses images / 5000")
+    shuffle: bool = Field(default=True, description="shuffle before splitting; ADM does not")
+    subsets: int = Field(default=100, ge=1, description="subsets of the kernel distance")
+    subset_size: int = Field(default=1000, ge=2, description="images per subset, at most what there is")
+    neighbours: int = Field(default=3, ge=1, description="neighbours of precision and recall")
+    figures: tuple[Figure, ...] = Field(
+        default=(),
+        strict=False,
+        json_schema_extra=NEUTRAL,
+        description="further figures: of pairs (inputs images and originals) ssim and lpips (VGG16, needs weights); usage: "
+        "share of the codebook that the token set (input tokens) uses",
+    )
+    rows_per_pass: int = Field(default=64, ge=1, description="pairs that go through LPIPS together")
+    shard_images: int = Field(default=1024, ge=1, description="images per unit of work")
+
+
+def foresee(config: ScoreConfig, inputs: KnownInputs) -> Facts:
+    """Which score it will be; a refusal where features, reference, images and the best score do not belong together."""
+    features, reference = inputs["features"], inputs["reference"]
+    problem = _lack(config, inputs)
+    if problem:
+        raise inputs.refusal(problem)
+    for one in (features, *inputs.all(TRAINING)):
+        if "described" in one.facts and "described" in reference.facts:
+            differing = one.facts["described"].contradiction(reference.facts["described"])
+            if differing:
+                raise inputs.refusal(
+                    f"cannot compare features: {one.name} describes {differing[0]}, but {reference.name} {differing[1]}"
+                )
+    for known in (features, reference):
+        for what, needed in needed_images(config, known.get("dims", 1)).items():
+            if known.get("images", needed) < needed:
+                raise inputs.refusal(
+                    f"measures {what}, which needs at least {needed} images, but {known.name} has {known.get('images')}"
+                )
+    _check_known_pairs(features, reference, inputs)
+    if "training" in inputs:
+        inputs.agree([inputs["tokens"], inputs["training"]], "tokenizer", "codes", "grid")
+        decoded = features.facts.get("decoded")
+        if decoded is not None and decoded.differs(inputs["tokens"].origin):
+            raise inputs.refusal(
+                f"looks for copies in the codes of {inputs['tokens'].name} (tokens), but {features.name} describes "
+                f"images of those of {decoded}"
+            )
+    for best in inputs.all("best"):
+        _check_known_best(reference, best, inputs)
+    return {"scored": reference.origin}
+
+
+def _lack(config: ScoreConfig, inputs: KnownInputs | Inputs) -> str | None:
+    """A figure that lacks the inputs of which it is made."""
+    lonely = [name for name in config.figures if name in OF_PAIRS]
+    if ("images" in inputs) != ("originals" in inputs):
+        return "compares reconstructions (images) with what they were made of (originals), but reads only one of them"
+    if lonely and "images" not in inputs:
+        return f"measures {lonely[0]} (figures) of reconstructions, but reads neither images nor originals"
+    if "usage" in config.figures and "tokens" not in inputs:
+        return "measures the usage of the codebook (figures), but reads no tokens"
+    given = [name for name in ("tokens", "training") if name in inputs]
+    if len(given) == 1 and "usage" not in config.figures:
+        return f"looks for copies with the inputs tokens and training, but reads only {given[0]}"
+    return None
+
+
+def _check_known_pairs(features: Known, reference: Known, inputs: KnownInputs) -> None:
+    """Reconstructions are those of the reference, and both are what the features describe."""
+    if "images" not in inputs:
+        return
+    for described, name in ((features, "images"), (reference, "originals")):
+        shown = described.facts.get("shows")
+        if shown is not None and shown.differs(inputs[name].origin):
+            raise inputs.refusal(f"reads {inputs[name].name} as {name}, but {described.name} describes {shown}")
+    if "listed" in features.facts and features.facts["listed"] is None:
+        raise inputs.refusal(f"compares pairs, but {features.name} describes samples, not reconstructions")
+    inputs.agree([features, reference], "listed", "images")
+
+
+def _check_known_best(reference: Known, best: Known, inputs: KnownInputs) -> None:
+    """The best score has the reference of this one, and so its extractors and settings."""
+    scored = best.get("scored")
+    if scored is None:
+        if best.artifact is None:
+            raise inputs.refusal(f"reads {best.name} as the best score, but it measures something else")
+    elif reference.origin.differs(scored):
+        raise inputs.refusal(f"scores against {reference.name}, but its best score {best.name} scores against {scored}")
+
+
+def needed_images(config: ScoreConfig, features: int) -> dict[str, int]:
+    """How many images each figure needs at least, by its name. features: of the extractor that has most."""
+    return {
+        f"a Frechet distance on {features} features": features,
+        f"{config.splits} splits of the Inception score": config.splits,
+        "the kernel distance": 2,
+        f"precision and recall with {config.neighbours} neighbours": config.neighbours + 1,
+    }
 
 
 @stage(
     "score",
-    version=2,
+    version=3,
     config=ScoreConfig,
     reads={
-        "images": read("images", "image-set", help="what to score: samples, or reconstructions (pairs)"),
-        "reference": read("image-set", "images", help="the real images, best held-out ones"),
-        "classifiers": read(
-            "classifier", help="judges: extractors, and of class consistency", optional=True, many=True
-        ),
+        "features": read(KIND, help="features of what is scored: samples, or reconstructions"),
+        "reference": read(KIND, help="features of the real images, best held-out ones, or published statistics"),
         "best": read("metrics", help="the same score of real against real images", optional=True),
         "tokens": read(
             "token-set", help="the images' codes: to look for copies in, or for the codebook's usage", optional=True
         ),
         "training": read("token-set", help="the codes that the generator was trained on", optional=True),
-        "training-images": read("image-set", "images", help="training images, for signs of memory", optional=True),
+        TRAINING: read(KIND, help="features of training images, for signs of memory", optional=True),
+        "images": read(
+            "images", "image-set", help="reconstructions, to be compared with their originals", optional=True
+        ),
+        "originals": read("image-set", "images", help="what the reconstructions were made of", optional=True),
     },
     writes="metrics",
-    example="smalti score --images digits/rar/images --reference digits/rar/held-out-images --classifiers digits/rar/judge-1",
+    example="smalti score --features digits/rar/image-features --reference digits/rar/reference",
     externals={
-        "weights": External(
-            help="the published Inception weights (with extractor: inception), if they are not in torch's cache",
-            identify=lambda config, path: identify_inception(path),
-            needed=lambda config: False,
-            place=lambda config: INCEPTION if config.extractor == "inception" else None,
-            otherwise="score by the features of classifiers: set extractor to classifier, with the input classifiers",
-            usual=(INCEPTION,),
-            is_file=True,
-        ),
         PERCEPTUAL: replace(
             PERCEPTUAL_EXTERNAL,
             place=lambda config: VGG16 if "lpips" in config.figures else None,
@@ -96,7 +172,7 @@ BLOCK_CODES = 2**22
     foresees=foresee,
 )
 def score_images(config: ScoreConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
-    """Score images against a reference.
+    """Score images by their features against those of a reference.
 
     Writes metrics.json: Frechet distance (FID with Inception), Inception score, kernel distance, precision and recall;
     with classifiers also class consistency; PSNR of reconstructions, if asked for also SSIM and LPIPS, and how much of
@@ -105,121 +181,145 @@ def score_images(config: ScoreConfig, inputs: Inputs, out: Draft, run: Runtime) 
     """
     from threadpoolctl import threadpool_limits
 
-    size = common_size(config, inputs)
-    images, reference = (open_pictures(inputs[name], size=size, views=config.views) for name in ("images", "reference"))
-    check_classes(images, inputs)
-    check_counts(config, len(images), len(reference), feature_counts(config, inputs))
-    check_inputs(config, inputs, images, reference)
+    problem = _lack(config, inputs)
+    if problem:
+        raise UsageError(f"score {problem}")
+    features, reference = (ImageFeatures(inputs[name]) for name in ("features", "reference"))
+    check_features(config, inputs, features, reference)
+    check_pairs(inputs, features, reference)
     if "best" in inputs:
-        check_best(config, inputs, size)
-    perceptual = run.paths[PERCEPTUAL].absolute() if "lpips" in config.figures else None
-    extractors = choose_extractors(config, inputs, run)
-    seen = [inputs[name] for name in SEEN if name in inputs]
-    counts = tuple(len(open_pictures(one, size=size, views=config.views)) for one in seen)
-    sources = tuple(map(Source.of, seen))
-    spec = ExtractionSpec(extractors, sources, counts, size, config, out.path.absolute(), run.device, perceptual)
-    sizes = [stop - start for _, _, start, stop in spec.blocks]
-    later = len(spec.shards_of(spec.nearness, 2))  # these shards read what others wrote
-    map_shards(out, run, extract_shard, spec, sizes[: len(sizes) - later], label="score")
-    if later:
-        map_shards(out, run, extract_shard, spec, sizes, label="nearness")
+        check_best(inputs["best"], reference)
+    spec = plan_comparison(config, inputs, features, reference, run)
+    if spec.blocks:
+        map_shards(out, run, compare_shard, spec, spec.sizes, label="compare")
     with threads(1), threadpool_limits(1):  # the last bits of a figure depend on the number of threads
-        metrics = measure(config, inputs, spec, out, images, reference)
+        metrics = measure(config, inputs, spec, out, features, reference)
     out.put("metrics", {METRICS: canonical_bytes(metrics) + b"\n"})
-    out.facts = {
-        "protocol": metrics["protocol"],
-        "images": len(images),
-        "values": metrics["values"],
-    }
+    out.facts = {name: metrics[name] for name in ("protocol", "images", "values")}
     out.figure = sentence(metrics["values"])
 
 
-def identify_inception(path: Path) -> str:
-    """SHA-256 of the published Inception weights; CorruptError for any other file."""
-    digest = identify_file(path)
-    INCEPTION.check_digest(digest, path)
-    return digest
+def check_features(config: ScoreConfig, inputs: Inputs, features: ImageFeatures, reference: ImageFeatures) -> None:
+    """CorruptError for features that cannot be compared, InputError where there are too few for a figure."""
+    for one in (features, *map(ImageFeatures, inputs.all(TRAINING))):
+        differing = one.description.contradiction(reference.description)
+        if differing:
+            raise CorruptError(
+                f"{one.name} describes images {differing[0]}, but {reference.name} {differing[1]}",
+                path=one.path,
+                hint="describe both in the same way (smalti describe-images)",
+            )
+        if TRAINING in inputs and None in (one.images, reference.images):
+            raise InputError("nearness to training images needs features of images, found published statistics")
+    most = max(one.features for one in features.of_distances)
+    for what, needed in needed_images(config, most).items():
+        for name, one in (("features", features), ("reference", reference)):
+            if one.images is not None and one.images < needed:
+                raise InputError(f"{what} needs at least {needed} images, but {name} has {one.images}")
 
 
-def check_inputs(config: ScoreConfig, inputs: Inputs, images: Pictures, reference: Pictures) -> None:
-    """What was asked for has what it needs: UsageError or InputError before anything is computed."""
-    if config.pairs and (len(images) != len(reference) or (images.labels_I != reference.labels_I).any()):
+def check_pairs(inputs: Inputs, features: ImageFeatures, reference: ImageFeatures) -> None:
+    """InputError unless images and originals are what the features describe, as many and of the same labels."""
+    if "images" not in inputs:
+        return
+    for described, name in ((features, "images"), (reference, "originals")):
+        if not described.is_of(inputs[name]):
+            raise InputError(
+                f"{described.name} describes other images than {inputs[name].name} ({name})", path=described.path
+            )
+    if features.images != reference.images or (features.read("labels") != reference.read("labels")).any():
         raise InputError(
-            f"pairs: {images.name} is no reconstruction of {reference.name}, whose number or labels differ",
-            path=images.path,
+            f"{inputs['images'].name} is not a reconstruction of {inputs['originals'].name}, whose number or labels differ",
+            path=inputs["images"].path,
         )
-    if "usage" in config.figures and "tokens" not in inputs:
-        raise UsageError("the figure usage is counted in a token set: give --tokens", hint="or leave it out of figures")
-    given = [name for name in ("tokens", "training") if name in inputs]
-    if len(given) == 1 and "usage" not in config.figures:
-        raise UsageError(f"copies are looked for with the inputs tokens and training, found only {given[0]}")
+
+
+def check_best(best: Artifact, reference: ImageFeatures) -> None:
+    """InputError unless the best score has the reference of this one, and so its extractors and settings."""
+    read_metrics(best)
+    against = best.inputs["reference"]
+    if against["digest"] not in (reference.artifact.content, reference.artifact.digest):
+        raise InputError(
+            f"{best.name} was not scored against {reference.name}, and cannot be the best one beside it",
+            path=best.path,
+            hint="score the best possible images against the same reference",
+        )
+
+
+def plan_comparison(
+    config: ScoreConfig, inputs: Inputs, features: ImageFeatures, reference: ImageFeatures, run: Runtime
+) -> ComparisonSpec:
+    """Pairs and nearness, as far as their inputs were given, cut into blocks."""
+    parts: list[tuple[Pairs | Nearness, int]] = []
+    if "images" in inputs:
+        views = DescribeConfig.model_validate_json(canonical_bytes(reference.artifact.config)).views
+        images, originals = (
+            PicturesAt.of(inputs[name], size=reference.artifact.facts["size"], views=views)
+            for name in ("images", "originals")
+        )
+        perceptual = run.paths[PERCEPTUAL].absolute() if "lpips" in config.figures else None
+        parts.append((Pairs(images, originals, config.figures, config.rows_per_pass, perceptual), features.images or 0))
+    if TRAINING in inputs:
+        training = ImageFeatures(inputs[TRAINING])
+        folders = [one.path.absolute() / "thumbnails" for one in (features, reference, training)]
+        parts.append((Nearness(tuple(folders[:2]), folders[2]), training.images or 0))
+    step = config.shard_images
+    blocks = [
+        (number, start, min(start + step, rows))
+        for number, (_, rows) in enumerate(parts)
+        for start in range(0, rows, step)
+    ]
+    return ComparisonSpec(tuple(part for part, _ in parts), tuple(blocks), run.device)
 
 
 def measure(
-    config: ScoreConfig, inputs: Inputs, spec: ExtractionSpec, out: Draft, images: Pictures, reference: Pictures
+    config: ScoreConfig,
+    inputs: Inputs,
+    spec: ComparisonSpec,
+    out: Draft,
+    features: ImageFeatures,
+    reference: ImageFeatures,
 ) -> dict[str, Any]:
     """metrics.json: the protocol, the figures of each extractor, and their means as `values`."""
     from stages.scoring.figures import consistency, distances, rounded
 
-    features = gather(spec, out)
-    judges = len(inputs.all("classifiers"))
     each = [
         distances(
-            *pair,
+            features.extracted(number),
+            reference.extracted(number),
             splits=config.splits,
             shuffle=config.shuffle,
             subsets=config.subsets,
             subset_size=config.subset_size,
             neighbours=config.neighbours,
         )
-        for pair in (features if config.extractor == "classifier" else features[:1])
+        for number in range(len(features.of_distances))
     ]
     if "best" in inputs:
         add_ratios(each, read_metrics(inputs["best"]))
     shares = [
-        {"consistency": consistency(ours.logits_NL, images.labels_I)} for ours, _ in features[len(features) - judges :]
+        {"consistency": consistency(features.read(f"logits-{number}"), features.read("labels"))}
+        for number, one in enumerate(features.extractors)
+        if one.kind == "classifier"
     ]
     values = {
         **mean(each),
         **mean(shares),
-        **compare_pixels(config, images, reference),
-        **gather_pairs(spec, out),
-        **gather_nearness(spec, out),
+        **measure_blocks(spec, out, features),
         **measure_usage(config, inputs),
         **find_copies(inputs),
     }
+    first = features.extractors[0]
     return {
         "format": FORMAT,
-        "protocol": f"{config.extractor}-{features[0][0].features_NE.shape[1]}{input_suffix(config)}",
-        "images": len(images),
-        "reference": len(reference),
-        "extractors": extractor_ids(config, inputs),
+        "protocol": f"{first.kind}-{first.features}",
+        "images": features.images,
+        "reference": reference.images,
+        "extractors": [one.id for one in features.of_distances],
         "each": [{name: rounded(value) for name, value in figures.items()} for figures in each],
         "judges": [{name: rounded(value) for name, value in figures.items()} for figures in shares],
         "values": {name: rounded(value) for name, value in values.items()},
     }
-
-
-def check_best(config: ScoreConfig, inputs: Inputs, size: int) -> None:
-    """InputError unless the best score has the reference, the judges and the protocol of this one."""
-    best, reference = inputs["best"], inputs["reference"]
-    metrics = read_metrics(best)
-    before = ScoreConfig.model_validate_json(json.dumps(best.config))
-    asked = before.size or (before.views and before.views.size) or size
-    against = best.inputs["reference"]
-    differing = {
-        "classifiers": not have_these_extractors(metrics, config, inputs),
-        "settings": protocol_of(before) != protocol_of(config),
-        "size": asked != size,
-        "reference": against["digest"] not in (reference.content, reference.digest),
-    }
-    for name, differs in differing.items():
-        if differs:
-            raise InputError(
-                f"{best.name} was not scored with the {name} of this score, and cannot be the best one beside it",
-                path=best.path,
-                hint="score the best possible images with the same classifiers, reference, settings and size",
-            )
 
 
 def add_ratios(each: list[dict[str, float]], best: dict[str, Any]) -> None:
@@ -228,15 +328,20 @@ def add_ratios(each: list[dict[str, float]], best: dict[str, Any]) -> None:
         figures["ratio"] = figures["distance"] / ideal["distance"]
 
 
-def compare_pixels(config: ScoreConfig, images: Pictures, reference: Pictures) -> dict[str, float]:
-    """PSNR of reconstructions, where it was asked for."""
-    from stages.scoring.figures import mean_psnr
+def measure_blocks(spec: ComparisonSpec, out: Draft, features: ImageFeatures) -> dict[str, float]:
+    """Means over pairs, and nearness to training images, of what the shards measured."""
+    from stages.scoring.figures import nearness
 
-    if not config.pairs:
-        return {}
-    blocks = zip(images.passes(config.shard_images), reference.passes(config.shard_images), strict=True)
-    sums = [mean_psnr(ours, theirs) * len(ours) for (_, ours), (_, theirs) in blocks]
-    return {"psnr": sum(sums) / len(images)}
+    found: dict[str, float] = {}
+    for number, part in enumerate(spec.parts):
+        blocks = gather(spec, out, number)
+        if isinstance(part, Pairs):
+            names = ("psnr", *(name for name in OF_PAIRS if name in part.figures))
+            found |= {name: float(np.concatenate([block[name] for block in blocks]).mean()) for name in names}
+        else:
+            distances = np.sqrt(np.minimum.reduce([block["nearest"] for block in blocks]).astype(np.float64))
+            found |= nearness(distances[: features.images], distances[features.images :])
+    return found
 
 
 def measure_usage(config: ScoreConfig, inputs: Inputs) -> dict[str, float]:

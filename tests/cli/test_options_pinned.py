@@ -18,7 +18,8 @@ COMMON_FLAGS = {
     "--rescan", "--dry-run", "--quiet", "--json",
 }  # fmt: skip
 STAGES = ["index", "extract", "kmeans", "import-weights", "train-tokenizer", "train-discriminator", "finetune-decoder",
-          "pretokenize", "train-generator", "sample", "decode", "generate", "train-classifier", "score", "probe"]  # fmt: skip
+          "pretokenize", "train-generator", "sample", "decode", "generate", "train-classifier", "describe-images", "score",
+          "probe"]  # fmt: skip
 OTHERS = {
     "run": {"--images", "--path", "--set", "--as", *COMMON_FLAGS},
     "plan": {"--images", "--path", "--set", "--as", "--store", "--rescan", "--json"},
@@ -35,6 +36,7 @@ READS = {
     "extract": ["images"],
     "kmeans": ["features"],
     "decode": ["tokens", "tokenizer"],
+    "score": ["features", "reference"],
 }
 
 

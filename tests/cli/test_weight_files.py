@@ -141,11 +141,12 @@ steps:
     config: {layout: maskgit-vqgan, resolution: 16, hub: {repository: somebody/things, file: maskgit.bin}}
   tokens: {stage: pretokenize, inputs: {images: images, tokenizer: tokenizer}}
   reconstructions: {stage: decode, inputs: {tokens: tokens, tokenizer: tokenizer, originals: images}}
-  again: {stage: score, inputs: {images: reconstructions, reference: images}, config: {extractor: inception}}
+  reference: {stage: describe-images, inputs: {images: images}, config: {extractor: inception, size: 16}}
+  features: {stage: describe-images, inputs: {images: reconstructions}, config: {extractor: inception}}
   score:
     stage: score
-    inputs: {images: reconstructions, reference: images}
-    config: {extractor: inception, pairs: true, figures: [lpips]}
+    inputs: {features: features, reference: reference, images: reconstructions, originals: images}
+    config: {figures: [lpips]}
 """
 
 
@@ -175,7 +176,7 @@ def test_plan_names_every_file_that_is_not_there(recipe: list[str], hub: Hub, tm
     absent = {need["file"]: need["option"] for step in steps.values() for need in step["absent"]}
     assert absent == {
         "maskgit.bin": "--set tokenizer.paths.weights=FILE",
-        "weights-inception-2015-12-05-6726825d.pth": "--set score.paths.weights=FILE",
+        "weights-inception-2015-12-05-6726825d.pth": "--set features.paths.weights=FILE",
         "vgg16-397923af.pth": "--set score.paths.perceptual=FILE",
     }
     said = smalti("plan", *recipe)
@@ -185,7 +186,7 @@ def test_plan_names_every_file_that_is_not_there(recipe: list[str], hub: Hub, tm
     assert lost["state"] == "missing"
     assert lost["reason"] == "there is no weight file absent.bin; give another: --set tokenizer.paths.weights=FILE"
     (tmp_path / "page.bin").write_bytes(b"<html>Sign in</html>")
-    wrong = planned(recipe, "--set", f"score.paths.weights={tmp_path / 'page.bin'}")["score"]
+    wrong = planned(recipe, "--set", f"reference.paths.weights={tmp_path / 'page.bin'}")["reference"]
     assert wrong["state"] == "missing"
     assert "is not a PyTorch or safetensors file: it is an HTML page" in wrong["reason"]
 
@@ -194,10 +195,10 @@ def test_a_wrong_file_in_torchs_cache_is_named_too(recipe: list[str], hub: Hub, 
     wrong = tmp_path / "torch" / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     wrong.parent.mkdir(parents=True)
     wrong.write_bytes(b"half of it")
-    step = planned(recipe)["score"]
+    step = planned(recipe)["reference"]
     assert step["state"] == "missing"
     assert f"{wrong} is not weights-inception-2015-12-05-6726825d.pth (the Inception weights)" in step["reason"]
-    assert "give another: --set score.paths.weights=FILE" in step["reason"]
+    assert "give another: --set reference.paths.weights=FILE" in step["reason"]
 
 
 def test_run_says_it_before_anything_is_computed(recipe: list[str], hub: Hub, files: Path, tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ def test_run_says_it_before_anything_is_computed(recipe: list[str], hub: Hub, fi
     done = smalti("run", *recipe)
     assert done.exit_code == 74, done.output
     assert "(the Inception weights) is not on this machine" in done.stderr
-    assert "--set again.paths.weights=FILE --set score.paths.weights=FILE" in done.stderr
+    assert "--set reference.paths.weights=FILE --set features.paths.weights=FILE" in done.stderr
     assert "also not on this machine: vgg16-397923af.pth" in done.stderr
     lost = smalti("run", *recipe, "--set", "tokenizer.paths.weights=absent.bin")
     assert lost.exit_code == 3

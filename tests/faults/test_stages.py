@@ -39,7 +39,7 @@ STEPS = [
     "tokenizer",
     "generator",
 ]
-STEPS += ["samples", "images", "score"]
+STEPS += ["samples", "images", "image-features", "score"]
 
 
 @dataclass

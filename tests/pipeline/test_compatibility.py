@@ -53,9 +53,13 @@ steps:
   reconstructions: {stage: decode, inputs: {tokens: tokens-held-out, tokenizer: tokenizer, originals: held-out}}
   judge: {stage: train-classifier, inputs: {images: train, held-out: held-out}}
   judge-2: {stage: train-classifier, inputs: {images: train}, config: {training: {seed: 2}}}
-  best: {stage: score, inputs: {images: train, reference: held-out, classifiers: [judge]}}
-  score: {stage: score, inputs: {images: images, reference: held-out, classifiers: [judge], best: best, tokens: samples, training: tokens}}
-  pairs: {stage: score, inputs: {images: reconstructions, reference: held-out, classifiers: [judge], best: best}, config: {pairs: true}}
+  reference: {stage: describe-images, inputs: {images: held-out, classifiers: [judge]}}
+  train-features: {stage: describe-images, inputs: {images: train, classifiers: [judge]}}
+  image-features: {stage: describe-images, inputs: {images: images, classifiers: [judge]}}
+  pair-features: {stage: describe-images, inputs: {images: reconstructions, classifiers: [judge]}}
+  best: {stage: score, inputs: {features: train-features, reference: reference}}
+  score: {stage: score, inputs: {features: image-features, reference: reference, best: best, tokens: samples, training: tokens}}
+  pairs: {stage: score, inputs: {features: pair-features, reference: reference, best: best, images: reconstructions, originals: held-out}}
   imported: {stage: import-weights, config: {layout: maskgit-vqgan}, paths: {weights: "{weights}"}}
   laid: {stage: import-weights, config: {layout: rar, class_names: imagenet}, paths: {weights: "{weights}"}}
   laid-samples: {stage: sample, inputs: {generator: laid, tokenizer: imported}}
@@ -107,7 +111,7 @@ NEVER_UNLABELLED = {"kind": "rar", "width": 16, "layers": 1, "heads": 1, "mlp_wi
         ({"tuned.config": {"views": {"kind": "center", "size": 36}}}, "step tuned sees images at 36 pixels"),
         ({"images.inputs.tokenizer": "other"}, "step images cannot use samples and other together"),
         ({"images.inputs.tokenizer": "codebook"}, "step images decodes with codebook, which makes a K-Means codebook"),
-        ({"score.inputs.tokens": "like"}, "looks for copies in the codes of like \\(tokens\\), but images shows those of samples"),
+        ({"score.inputs.tokens": "like"}, "looks for copies in the codes of like \\(tokens\\), but image-features describes images of those of samples"),
         ({"images.config": {"crop": 1}}, "step images decodes crop 1, but samples has 1 crops"),
         ({"at-once.inputs.tokenizer": "other"}, "step at-once cannot use generator and other together"),
         ({"laid-samples.inputs.tokenizer": None}, "step laid-images cannot decode the codes of laid-samples, which do not"),
@@ -143,19 +147,31 @@ NEVER_UNLABELLED = {"kind": "rar", "width": 16, "layers": 1, "heads": 1, "mlp_wi
         ({"tuned.config.training.batch": 1440}, "step tuned has training.batch 1440, but there are only 1,.* rows to train on in train"),
         # scores
         ({"judge.config": {"views": {"size": 64}}}, "images of 32 pixels in reconstructions, but judge judges 64 pixels"),
-        ({"score.config": {"size": 64}}, "images of 32 pixels in images, but judge judges 32 pixels|size is 64"),
-        ({"score.inputs.reference": "train"}, "step score scores against train, but its best score best scores against held"),
-        ({"score.inputs.classifiers": ["judge", "judge-2"]}, "scores by judge, judge-2, but its best score best scores by jud"),
-        ({"score.config": {"views": {"kind": "center", "size": 32}}}, "with protocol"),
+        ({"image-features.config": {"size": 64}}, "images of 32 pixels in images, but size is 64"),
+        ({"image-features.inputs.classifiers": ["judge", "judge-2"]}, "image-features describes by judge, judge-2, but reference by judge"),
+        ({"train-features.config": {"views": {"kind": "shifts", "size": 32}}}, "train-features describes in views .*shifts.* but reference in views .*center"),
+        ({"image-features.inputs.classifiers": []}, "step image-features describes by classifiers .*, but reads none"),
+        ({"score.inputs.reference": "train-features"}, "step score scores against train-features, but its best score best scores against ref"),
+        ({"score.inputs.features": "images"}, "step score reads a image-features as features, but images makes a images"),
         ({"score.inputs.best": "probe"}, "step score reads probe as the best score, but it measures something else"),
-        ({"score.inputs.classifiers": []}, "step score scores by classifiers .*, but reads none"),
         ({"score.inputs.tokens": None}, "step score looks for copies .* but reads only training"),
         ({"score.inputs.tokens": "other-tokens"}, "step score cannot use other-tokens and tokens together"),
         ({"pairs.config.figures": ["usage"]}, "step pairs measures the usage of the codebook"),
-        ({"pairs.inputs.reference": "train", "pairs.inputs.best": None}, "cannot use reconstructions and train together"),
-        ({"score.config": {"pairs": True}}, "step score compares pairs .* but images holds samples"),
-        ({"samples.config": {"images": 60}}, "features, which needs at least 64 images, but images has 60"),
-        ({"best.config": {"extractor": "inception"}}, "2048 features, which needs at least 2048 images, but train has 1257"),
+        ({"pairs.inputs.originals": "train"}, "reads train as originals, but reference describes held-out"),
+        (
+            {"pairs.inputs.originals": "train", "pairs.inputs.reference": "train-features", "pairs.inputs.best": None},
+            "cannot use pair-features and train-features together",
+        ),
+        ({"pairs.inputs.images": None}, "step pairs compares reconstructions .* but reads only one of them"),
+        (
+            {"score.inputs.images": "images", "score.inputs.originals": "held-out"},
+            "step score compares pairs, but image-features describes samples, not reconstructions",
+        ),
+        ({"samples.config": {"images": 60}}, "features, which needs at least 64 images, but image-features has 60"),
+        (
+            {f"{step}.config": {"extractor": "inception"} for step in ("reference", "train-features")},
+            "2048 features, which needs at least 2048 images, but train-features has 1257",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_fit_is_said(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -188,8 +204,11 @@ steps:
   generator: {stage: train-generator, inputs: {tokens: tokens}, config: {training: {steps: 2, batch: 8}}}
   samples: {stage: sample, inputs: {generator: generator, labels: tokens}, config: {labels: like, images: 18}}
   images: {stage: decode, inputs: {tokens: samples, tokenizer: tokenizer}}
-  best: {stage: score, inputs: {images: train, reference: held-out, classifiers: [judge]}, config: &few {splits: 2, subsets: 2, subset_size: 8}}
-  score: {stage: score, inputs: {images: images, reference: held-out, classifiers: [judge], best: best}, config: *few}
+  reference: {stage: describe-images, inputs: {images: held-out, classifiers: [judge]}}
+  train-features: {stage: describe-images, inputs: {images: train, classifiers: [judge]}}
+  image-features: {stage: describe-images, inputs: {images: images, classifiers: [judge]}}
+  best: {stage: score, inputs: {features: train-features, reference: reference}, config: &few {splits: 2, subsets: 2, subset_size: 8}}
+  score: {stage: score, inputs: {features: image-features, reference: reference, best: best}, config: *few}
   train: {stage: index, config: {source: {kind: folder, split: train}}, paths: {images: "{images}"}}
   held-out: {stage: index, config: {source: {kind: folder, split: val}}, paths: {images: "{images}"}}
 """
@@ -241,8 +260,8 @@ def test_the_recipe_of_the_documentation_takes_a_folder_from_images_to_scores(tm
         ("judge.views.size=32", "images of 64 pixels in images, but judge judges 32 pixels"),
         ("tokenizer.views.size=32", "images of 32 pixels in images, but judge judges 64 pixels"),
         ("samples.config={images: 18, classes: [9]}", "step samples (asks for class 9|reads the labels)"),
-        ("samples.images=7", "features, which needs at least 8 images, but images has 7"),
-        ("judge.model.features=28", "28 features, which needs at least 28 images, but images has 18"),
+        ("samples.images=7", "features, which needs at least 8 images, but image-features has 7"),
+        ("judge.model.features=28", "28 features, which needs at least 28 images, but image-features has 18"),
         (
             "tokenizer.views={kind: none, size: 32}",
             "step tokenizer sees images as they are .* but those of train have 64",

@@ -14,17 +14,17 @@ from torch.utils.data import TensorDataset
 
 from pipeline.artifact import Artifact
 from pipeline.cluster import InProcess
-from pipeline.errors import CorruptError, InputError, NumericError, UsageError
-from pipeline.images.views import CenterViews
+from pipeline.errors import CorruptError, InputError, UsageError
 from pipeline.runner import Options, make
 from pipeline.stage import Inputs
 from pipeline.store import Store
-from stages.scoring.figures import copies, mean_psnr, nearness, rounded
+from stages.scoring.describe_images import DescribeConfig, describe_images
+from stages.scoring.extractors import CLASSIFIER
+from stages.scoring.figures import copies, nearness, psnr_each, rounded
 from stages.scoring.neighbours import nearest
-from stages.scoring.protocol import CLASSIFIER, ScoreConfig, have_these_extractors
+from stages.scoring.score import ScoreConfig
 from stages.scoring.score import score_images as score
 from stages.weights.networks import NetworkFile, load_classifier
-from stages.weights.places import INCEPTION, WebFile
 from tests.stages.small_artifacts import (
     CLASSES,
     CODES,
@@ -41,6 +41,7 @@ from tests.stages.small_artifacts import (
 
 IMAGES, REFERENCE = 40, 30
 CONFIG = ScoreConfig(rows_per_pass=8, shard_images=16, splits=4, subsets=5, subset_size=20)
+DESCRIBED = {"rows_per_pass": 8, "shard_images": 16}
 
 
 def pictures(count: int, seed: int) -> np.ndarray:
@@ -70,6 +71,14 @@ def scored(origin: Store, given: dict[str, Any]) -> Artifact:
     return run(origin, given)
 
 
+def describe(
+    store: Store, images: Artifact, classifiers: list[Artifact], *, cluster: Any = None, **changes: Any
+) -> Artifact:
+    config = DescribeConfig.model_validate({**DESCRIBED, **changes})
+    inputs = Inputs({"images": images, "classifiers": classifiers})
+    return make(store, describe_images, config, inputs, {}, Options(cluster=cluster or InProcess())).artifact
+
+
 def run(
     store: Store,
     given: dict[str, Any],
@@ -79,7 +88,10 @@ def run(
     paths: dict[str, Path] | None = None,
     **more: Any,
 ) -> Artifact:
-    inputs = Inputs({**given, **{name.replace("_", "-"): value for name, value in more.items()}})
+    """The score of images against a reference, both described by the classifiers."""
+    sides = {name: describe(store, given[name], given["classifiers"]) for name in ("images", "reference")}
+    found = {"features": sides["images"], "reference": sides["reference"]}
+    inputs = Inputs({**found, **{name.replace("_", "-"): value for name, value in more.items()}})
     return make(store, score, config, inputs, paths or {}, Options(cluster=cluster or InProcess())).artifact
 
 
@@ -137,24 +149,16 @@ def test_the_mean_over_judges_and_what_each_says(scored: Artifact, given: dict[s
     assert scored.facts["values"] == found["values"]
 
 
-def test_features_are_no_part_of_the_artifact(scored: Artifact) -> None:
-    assert set(scored.files) == {"metrics.json"}
-
-
-@pytest.mark.parametrize("call", [2, 12, 25, 40, 48])
+@pytest.mark.parametrize("call", [2, 20, 40, 56, 66])
 def test_interrupted_and_continued_gives_the_same_bytes(
-    call: int, scored: Artifact, given: dict[str, Any], tmp_path: Path
+    call: int, origin: Store, given: dict[str, Any], tmp_path: Path
 ) -> None:
-    store = Store(tmp_path)
+    store, training = Store(tmp_path), describe(origin, given["images"], given["classifiers"])
     with pytest.raises(Killed), killed_at(call):
-        run(store, given)
-    assert digests(run(store, given)) == digests(scored)
-
-
-def test_shards_in_any_order_elsewhere_give_the_same_bytes(
-    scored: Artifact, given: dict[str, Any], tmp_path: Path
-) -> None:
-    assert digests(run(Store(tmp_path), given, cluster=Backwards())) == digests(scored)
+        run(store, given, training_features=training)
+    there = run(origin, given, training_features=training, cluster=Backwards())
+    assert digests(run(store, given, training_features=training)) == digests(there)
+    assert set(there.files) == {"metrics.json"}
 
 
 def test_as_a_multiple_of_the_best_possible(scored: Artifact, given: dict[str, Any], tmp_path: Path) -> None:
@@ -169,39 +173,35 @@ def test_as_a_multiple_of_the_best_possible(scored: Artifact, given: dict[str, A
     assert " x best possible, consistency " in found.figure
 
 
-def test_a_best_score_of_other_judges_is_refused(scored: Artifact, given: dict[str, Any], tmp_path: Path) -> None:
-    other = {**given, "classifiers": given["classifiers"][:1]}
-    with pytest.raises(InputError, match="was not scored with the classifiers"):
-        run(Store(tmp_path), other, best=scored)
-
-
-def test_a_best_score_that_names_judges_by_their_manifests_still_serves(given: dict[str, Any]) -> None:
-    former = {"extractors": [judge.digest for judge in given["classifiers"]]}
-    assert have_these_extractors(former, CONFIG, Inputs(given))
-    assert not have_these_extractors({"extractors": former["extractors"][:1]}, CONFIG, Inputs(given))
-    assert not have_these_extractors({}, CONFIG.model_copy(update={"extractor": "inception"}), Inputs(given))
-
-
-def test_a_best_score_against_another_reference_or_at_another_size_is_refused(
+def test_a_best_score_against_another_reference_is_refused(
     scored: Artifact, given: dict[str, Any], origin: Store, tmp_path: Path
 ) -> None:
+    """Other judges, sizes and views make other features of the reference, too."""
     other = images_artifact(origin, pictures(REFERENCE, 3), np.arange(REFERENCE) % CLASSES, name="another reference")
-    with pytest.raises(InputError, match="was not scored with the reference"):
-        run(Store(tmp_path), {**given, "reference": other}, best=scored)
-    assert not list(tmp_path.rglob("shard-*"))  # before anything is extracted
-    seen = CONFIG.model_copy(update={"views": CenterViews(size=SIZE)})
-    with pytest.raises(InputError, match="was not scored with the settings"):
-        run(Store(tmp_path), given, seen, best=scored)
+    for changed in ({"reference": other}, {"classifiers": given["classifiers"][:1]}):
+        with pytest.raises(InputError, match="was not scored against"):
+            run(Store(tmp_path), {**given, **changed}, best=scored)
+
+
+def test_features_of_other_extractors_cannot_be_compared(origin: Store, given: dict[str, Any], tmp_path: Path) -> None:
+    ours = describe(origin, given["images"], given["classifiers"])
+    theirs = describe(origin, given["reference"], given["classifiers"][:1])
+    with pytest.raises(CorruptError, match=r"describes images by classifier .*, classifier .*, but .* by classifier"):
+        make(Store(tmp_path), score, CONFIG, Inputs({"features": ours, "reference": theirs}), {}, Options())
 
 
 def test_reconstructions_have_a_psnr(given: dict[str, Any], tmp_path: Path) -> None:
     store = Store(tmp_path)
     noisy = pictures(REFERENCE, 1) ^ 1
     images = images_artifact(store, noisy, np.arange(REFERENCE) % CLASSES)
-    found = run(store, {**given, "images": images}, CONFIG.model_copy(update={"pairs": True}))
+    found = run(store, {**given, "images": images}, images=images, originals=given["reference"])
     assert metrics(found)["values"]["psnr"] == pytest.approx(10 * np.log10(255**2), rel=1e-7)
-    with pytest.raises(InputError, match="is no reconstruction of"):
-        run(store, given, CONFIG.model_copy(update={"pairs": True}))
+    with pytest.raises(InputError, match="is not a reconstruction of"):
+        run(store, given, images=given["images"], originals=given["reference"])
+    with pytest.raises(InputError, match=r"describes other images than .* \(images\)"):
+        run(store, given, images=images, originals=given["reference"])
+    with pytest.raises(UsageError, match="reads only one of them"):
+        run(store, given, images=images)
 
 
 def test_copies_of_training_codes_are_counted(origin: Store, given: dict[str, Any], tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_copies_of_training_codes_are_counted(origin: Store, given: dict[str, An
     )
     assert copies(drawn_ICT[3], [training_ICT[7]]) == 1
     assert copies(training_ICT[0, :1] ^ 1, [training_ICT[0, :1]]) == 0
-    with pytest.raises(UsageError, match="found only tokens"):
+    with pytest.raises(UsageError, match="reads only tokens"):
         run(Store(tmp_path), given, tokens=tokens)
     other = token_artifact(origin, tokenizer_artifact(origin, seed=1), training_ICT, labels, name="other")
     with pytest.raises(CorruptError, match="codes of different tokenizers"):
@@ -225,7 +225,8 @@ def test_copies_of_training_codes_are_counted(origin: Store, given: dict[str, An
 
 
 def test_training_images_themselves_look_remembered(given: dict[str, Any], tmp_path: Path) -> None:
-    found = metrics(run(Store(tmp_path), given, training_images=given["images"]))["values"]
+    training = describe(Store(tmp_path), given["images"], given["classifiers"])
+    found = metrics(run(Store(tmp_path), given, training_features=training))["values"]
     assert (found["nn_med"], found["nn_p05"]) == (1, 1)
 
 
@@ -241,10 +242,10 @@ def test_unseen_data_look_unseen() -> None:
 @pytest.mark.parametrize(
     ("images", "reference", "change", "sentence"),
     [
-        (7, 30, {}, "8 features needs at least 8 images, but images has 7"),
+        (7, 30, {}, "8 features needs at least 8 images, but features has 7"),
         (40, 7, {}, "8 features needs at least 8 images, but reference has 7"),
-        (1, 30, {}, "needs at least 8 images, but images has 1"),
-        (40, 30, {"splits": 41}, "41 splits of the Inception score needs at least 41 images, but images has 40"),
+        (2, 30, {}, "needs at least 8 images, but features has 2"),
+        (40, 30, {"splits": 41}, "41 splits of the Inception score needs at least 41 images, but features has 40"),
         (40, 30, {"neighbours": 30}, "30 neighbours needs at least 31 images, but reference has 30"),
     ],
 )
@@ -260,61 +261,9 @@ def test_too_few_images_are_refused_with_the_minimum(
         run(store, {**given, **sets}, CONFIG.model_copy(update=change))
 
 
-def test_features_that_are_not_numbers_are_refused(given: dict[str, Any], tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    broken = classifier_artifact(store, seed=2, poison="project.bias")
-    with pytest.raises(NumericError, match="features of images 0 to 15 are not finite"):
-        run(store, {**given, "classifiers": [broken]})
-
-
-def test_what_does_not_fit_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    small = images_artifact(store, np.zeros((40, 8, 8, 3), np.uint8), np.zeros(40), name="small")
-    with pytest.raises(InputError, match="agree on pixels a side") as refused:
-        run(store, {**given, "images": small})
-    judge = given["classifiers"][0].name
-    assert f"images ({small.name}) has 8, " in str(refused.value)
-    assert f"classifier {judge} takes 16" in str(refused.value)
-    with pytest.raises(UsageError, match="needs at least one classifier"):
-        run(store, {**given, "classifiers": []})
-    many = images_artifact(store, pictures(40, 0), np.arange(40), name="many")
-    with pytest.raises(InputError, match=r"has class 39, but .* knows 0 to 2"):
-        run(store, {**given, "images": many})
-
-
-def test_inception_weights_are_checked_before_use(
-    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("stages.scoring.protocol.INCEPTION_FEATURES", 8)
-    path = tmp_path / "hub" / "checkpoints" / INCEPTION.file
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"not the weights")
-    with pytest.raises(CorruptError, match=r"its SHA-256 begins with .*, expected 6726825d") as refusal:
-        run(Store(tmp_path), given, CONFIG.model_copy(update={"extractor": "inception"}))
-    assert "--weights FILE" in str(refusal.value.hint)
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(CorruptError, match=r"other.pth is not weights-inception.*expected 6726825d"):
-        run(
-            Store(tmp_path),
-            given,
-            CONFIG.model_copy(update={"extractor": "inception"}),
-            paths={"weights": tmp_path / "other.pth"},
-        )
-
-
-def test_inception_needs_more_images_than_features(
-    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(WebFile, "find", lambda self: tmp_path)
-    monkeypatch.setattr(WebFile, "check", lambda self, path: None)
-    with pytest.raises(InputError, match="2048 features needs at least 2048 images, but images has 40"):
-        run(Store(tmp_path), given, CONFIG.model_copy(update={"extractor": "inception"}))
-
-
 def test_equal_images_have_the_largest_psnr() -> None:
     images = pictures(4, 0)
-    assert mean_psnr(images, images) == pytest.approx(100)
+    assert psnr_each(images, images).tolist() == [pytest.approx(100)] * 4
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from skimage.metrics import structural_similarity
 from torch_fidelity import feature_extractor_inceptionv3 as published
 from torchvision.models.vgg import cfgs, make_layers
@@ -24,14 +23,13 @@ from pipeline.cluster import InProcess
 from pipeline.errors import CorruptError, InputError, StorageError, UsageError
 from pipeline.images import ImageSet
 from pipeline.images.views import EvalCropViews
-from pipeline.keys import config_value
 from pipeline.runner import Options, make
 from pipeline.stage import Inputs
 from pipeline.store import Store
-from stages.scoring.extraction import choose_extractors
-from stages.scoring.extractors import INCEPTION_LAYERS, PytorchFidExtractor
+from stages.scoring.describe_images import DescribeConfig, choose_extractors, describe_images
+from stages.scoring.extractors import INCEPTION_LAYERS, PYTORCH_FID, REGISTERED, PytorchFidExtractor
 from stages.scoring.figures import ssim_each
-from stages.scoring.protocol import INCEPTION, PYTORCH_FID, ScoreConfig, extractor_ids
+from stages.scoring.score import ScoreConfig
 from stages.scoring.score import score_images as score
 from stages.weights.perceptual import package_heads
 from stages.weights.places import VGG16
@@ -50,7 +48,6 @@ from tests.stages.small_artifacts import (
 
 PAIRS = 12
 CONFIG: dict[str, Any] = {
-    "pairs": True,
     "rows_per_pass": 5,
     "shard_images": 8,
     "splits": 2,
@@ -61,10 +58,22 @@ CONFIG: dict[str, Any] = {
 
 
 def run(
-    store: Store, given: dict[str, Any], *, paths: dict[str, Path] | None = None, cluster: Any = None, **changes: Any
+    store: Store,
+    given: dict[str, Any],
+    *,
+    paths: dict[str, Path] | None = None,
+    cluster: Any = None,
+    views: Any = None,
+    **changes: Any,
 ) -> Artifact:
-    config = ScoreConfig.model_validate({**CONFIG, **changes})
-    return make(store, score, config, Inputs(given), paths or {}, Options(cluster=cluster or InProcess())).artifact
+    """The score of images and, where they are given, their originals, both described by the judges."""
+    config, others = ScoreConfig.model_validate({**CONFIG, **changes}), dict(given)
+    judges, options = others.pop("classifiers"), Options(cluster=cluster or InProcess())
+    for name, images in (("features", "images"), ("reference", "originals")):
+        seen = DescribeConfig.model_validate({"views": views if given[images].kind == "image-set" else None})
+        asked = Inputs({"images": given[images], "classifiers": judges})
+        others[name] = make(store, describe_images, seen, asked, {}, options).artifact
+    return make(store, score, config, Inputs(others), paths or {}, options).artifact
 
 
 def values(artifact: Artifact) -> dict[str, float]:
@@ -89,7 +98,7 @@ def given(store: Store) -> dict[str, Any]:
     levels = np.arange(PAIRS) * 15
     return {
         "images": flat(store, levels + 16, "brighter"),
-        "reference": flat(store, levels, "flat"),
+        "originals": flat(store, levels, "flat"),
         "classifiers": [classifier_artifact(store)],
     }
 
@@ -130,7 +139,7 @@ def test_usage_counts_distinct_codes(store: Store, given: dict[str, Any]) -> Non
     found = run(store, {**given, "tokens": tokens}, figures=["usage"], shard_images=2)
     assert (values(found)["usage"], values(found)["perplexity"]) == (3 / CODES, pytest.approx(3))
     assert "38% of the codes used" in found.figure
-    with pytest.raises(UsageError, match="usage is counted in a token set"):
+    with pytest.raises(UsageError, match="measures the usage of the codebook"):
         run(store, given, figures=["usage"])
 
 
@@ -142,7 +151,7 @@ def test_lpips_is_the_networks_mean(store: Store, given: dict[str, Any], vgg: Pa
     pair = [torch.from_numpy((pixels + brighter) / 127.5 - 1).float() for brighter in (16, 0)]
     assert values(found)["lpips"] == pytest.approx(float(lpips(*pair).mean()), rel=1e-4)
     assert " LPIPS " in found.figure
-    same = {**given, "images": given["reference"]}
+    same = {**given, "images": given["originals"]}
     assert values(run(store, same, figures=["lpips"], paths={"perceptual": vgg}))["lpips"] == 0
 
 
@@ -184,24 +193,11 @@ def test_a_file_without_vgg_is_refused(store: Store, given: dict[str, Any], tmp_
         run(store, given, figures=["lpips"], paths={"perceptual": tmp_path / "other.pth"})
 
 
-def test_figures_of_pairs_need_pairs() -> None:
-    with pytest.raises(ValidationError, match="ssim compares reconstructions"):
-        ScoreConfig.model_validate({"figures": ["ssim"]})
-
-
-def test_what_is_not_asked_for_leaves_keys_alone() -> None:
-    assert set(config_value(ScoreConfig())) == {
-        "extractor",
-        "size",
-        "splits",
-        "shuffle",
-        "subsets",
-        "subset_size",
-        "neighbours",
-        "pairs",
-        "rows_per_pass",
-        "shard_images",
-    }
+def test_figures_of_pairs_need_pairs(store: Store, given: dict[str, Any]) -> None:
+    described = run(store, given).inputs
+    alone = {name: store.open(described[name]["stage"], described[name]["key"]) for name in ("features", "reference")}
+    with pytest.raises(UsageError, match=r"measures ssim .* but reads neither images nor originals"):
+        make(store, score, ScoreConfig.model_validate({**CONFIG, "figures": ["ssim"]}), Inputs(alone), {}, Options())
 
 
 @pytest.mark.parametrize("filter", ["bilinear", "opencv-bilinear"])
@@ -213,10 +209,10 @@ def test_the_reference_is_seen_as_the_protocol_says(
     views = EvalCropViews(size=SIZE, filter=filter)  # type: ignore[arg-type]
     images = ImageSet.open(reference.path)
     seen = images.chosen_views(range(12), [0] * 12, views=views)
-    perfect = {**given, "images": images_artifact(store, seen, images.labels, name=filter), "reference": reference}
+    perfect = {**given, "images": images_artifact(store, seen, images.labels, name=filter), "originals": reference}
     assert values(run(store, perfect, views=views))["psnr"] == 100
     assert values(run(store, perfect))["psnr"] < 60
-    with pytest.raises(InputError, match=r"pixels a side, but images \(.*\) has 16, .*views.size is 8"):
+    with pytest.raises(InputError, match=r"pixels a side, but classifier .* takes 16, views.size is 8"):
         run(store, perfect, views={"kind": "eval-crop", "size": 8})
 
 
@@ -251,15 +247,12 @@ def test_pytorch_fids_input_is_all_that_differs(inceptions: tuple[Any, Any], mon
 
 
 @pytest.mark.parametrize(
-    ("name", "extractor", "identity"),
-    [
-        ("torch-fidelity", INCEPTION, "inception-6726825d"),
-        ("pytorch-fid", PYTORCH_FID, "inception-6726825d-pytorch-fid"),
-    ],
+    ("extractor", "registered"), [("inception", "inception-v3-compat"), ("inception-pytorch-fid", PYTORCH_FID)]
 )
-def test_the_protocol_chooses_and_names_inceptions_input(name: str, extractor: str, identity: str) -> None:
-    config = ScoreConfig.model_validate({**CONFIG, "extractor": "inception", "inception_input": name})
+def test_the_config_chooses_and_names_inceptions_input(extractor: str, registered: str) -> None:
+    config = DescribeConfig.model_validate({"extractor": extractor})
     run = SimpleNamespace(device="cpu", paths={"weights": Path("inception.pth")})
-    chosen = choose_extractors(config, Inputs({}), run)  # type: ignore[arg-type]
-    assert [file.name for file in chosen] == [extractor]
-    assert extractor_ids(config, Inputs({})) == [identity]
+    chosen, files = choose_extractors(config, Inputs({}), run)  # type: ignore[arg-type]
+    assert [(one.id, REGISTERED[file.kind][0]) for one, file in zip(chosen, files, strict=True)] == [
+        (f"{extractor}-6726825d", registered)
+    ]
