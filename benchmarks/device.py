@@ -25,11 +25,13 @@ from torch import Tensor
 
 from benchmarks.machine import describe_machine
 from benchmarks.sampling import MIDDLE, SAMPLING, build
-from models.generators.config import SIZES, RarConfig
+from models.generators.config import SIZES, CodeShape, RarConfig
+from models.generators.generator import build_decoder
 from models.generators.rar.network import Rar
 from models.sampling.loop import sample
 
 CODES, TOKENS, CLASSES = 1024, 256, 1000
+SHAPE = CodeShape(codes=CODES, grid=(16, 16), classes=CLASSES)
 WARM_UP = 3  # passes: as it is, recorded, replayed
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -95,11 +97,11 @@ def describe_device(device: torch.device) -> str:
 def network(size: str, device: torch.device) -> Rar:
     config = RarConfig(**SIZES[size]) if size in SIZES else MIDDLE
     with device:
-        return build(config, codes=CODES, tokens=TOKENS, classes=CLASSES)
+        return build(config, SHAPE)
 
 
 def measure_sampling(model: Rar, size: str, batch: int, dtype: torch.dtype, limits: Limits, repeats: int) -> None:
-    decoder = model.decoder(rows=batch, guided=True, dtype=dtype)
+    decoder = build_decoder(model, rows=batch, guided=True, dtype=dtype)
     labels_B = torch.randint(CLASSES, (batch,), generator=torch.Generator().manual_seed(0))
     ids_B = torch.arange(batch)
 
@@ -139,7 +141,7 @@ def measure_training(model: Rar, size: str, batch: int, dtype: torch.dtype, limi
 
     def step() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss, _ = model.loss(codes_BT, labels_B, orders_BT, dropped_B)
+            loss, _ = model.loss(codes_BT, labels_B, orders=orders_BT, dropped=dropped_B)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -24,18 +24,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.generators.config import RarConfig
+from models.generators.config import CodeShape, RarConfig
+from models.generators.generator import build_decoder
 from models.generators.rar.core_step import RarCoreStep
 from models.generators.rar.network import INIT_STD, Block, Rar
 from models.generators.rar.step import RarStep
 from models.layers.modulation import modulate
 from models.sampling.choice import choose
-from models.sampling.config import SamplingConfig
+from models.sampling.config import ConstantGuidance, SamplingConfig
+from models.sampling.heads import CodeHead
 from models.sampling.loop import guide, sample
 from models.sampling.philox import uniforms
-from models.schedules import power_cosine
 
-SAMPLING = SamplingConfig(guidance_scale=4.0)
+SAMPLING = SamplingConfig(guidance=ConstantGuidance(scale=(4.0,)))
 MIDDLE = RarConfig(width=256, layers=6, heads=8, mlp_width=1024)
 DIGITS = RarConfig(width=128, layers=4, heads=4, mlp_width=512)
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     print(f"torch {torch.__version__}, one thread, float32, guidance on, random weights, median of {options.repeats}.")
 
     head("width 256, 6 layers, 8 heads, 256 tokens", "plain")
-    middle = build(MIDDLE, codes=1024, tokens=256, classes=1000)
+    middle = build(MIDDLE, CodeShape(codes=1024, grid=(16, 16), classes=1000))
     sample_ours(middle, torch.tensor([0]), torch.tensor([0]))  # numba compiles
     for batch in options.batches:
         compare(middle, batch, sample_plain, repeats=options.repeats)
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     head("the same, without cache", "uncached")
     compare(middle, 4, sample_uncached, repeats=1)
     head("width 128, 4 layers, 4 heads, 16 tokens (digits), without cache", "uncached")
-    digits = build(DIGITS, codes=256, tokens=16, classes=10)
+    digits = build(DIGITS, CodeShape(codes=256, grid=(4, 4), classes=10))
     for batch in (64, 256):
         compare(digits, batch, sample_uncached, repeats=options.repeats)
     print("\n4 layers, 64 tokens:\n\n| width | batch | libraries s | numba s | ratio |\n|---|---|---|---|---|")
@@ -76,10 +77,10 @@ def head(setting: str, other: str) -> None:
     print(f"\n{setting}:\n\n| batch | {other} s | ours s | ratio | images/s | same codes |\n|---|---|---|---|---|---|")
 
 
-def build(config: RarConfig, *, codes: int, tokens: int, classes: int) -> Rar:
+def build(config: RarConfig, shape: CodeShape) -> Rar:
     """A network with random weights, its modulations too: at their initial zeros no block would say anything."""
     torch.manual_seed(0)
-    rar = Rar(config, codes=codes, tokens=tokens, classes=classes)
+    rar = Rar(config, shape)
     for name, parameter in rar.named_parameters():
         if name.endswith("adaLN_modulation.1.weight"):
             torch.nn.init.normal_(parameter, std=INIT_STD)
@@ -88,7 +89,7 @@ def build(config: RarConfig, *, codes: int, tokens: int, classes: int) -> Rar:
 
 def compare(model: Rar, batch: int, other: Callable[[Rar, Tensor, Tensor], Tensor], *, repeats: int) -> None:
     """Time both in turns, so that a busy machine slows both, and print one line."""
-    labels_B = torch.randint(model.classes, (batch,), generator=torch.Generator().manual_seed(batch))
+    labels_B = torch.randint(model.shape.classes, (batch,), generator=torch.Generator().manual_seed(batch))
     ids_B = torch.arange(batch)
     others, ours = [], []
     for _ in range(repeats):
@@ -104,12 +105,16 @@ def compare(model: Rar, batch: int, other: Callable[[Rar, Tensor, Tensor], Tenso
 
 def compare_steps(width: int, batch: int, *, repeats: int) -> None:
     config = RarConfig(width=width, layers=4, heads=8, mlp_width=4 * width)
-    model = build(config, codes=1024, tokens=64, classes=1000)
+    model = build(config, CodeShape(codes=1024, grid=(8, 8), classes=1000))
     labels_B = ids_B = torch.arange(batch)
-    decoders = [model.decoder(rows=batch, guided=True) for _ in range(2)]
+    decoders = [build_decoder(model, rows=batch, guided=True) for _ in range(2)]
     with torch.inference_mode():
-        decoders[0].run = RarStep(model, streams=2 * batch, dtype=torch.float32)
-        decoders[1].run = RarCoreStep(model, streams=2 * batch)
+        for decoder, run in zip(
+            decoders,
+            (RarStep(model, streams=2 * batch, dtype=torch.float32), RarCoreStep(model, streams=2 * batch)),
+            strict=True,
+        ):
+            decoder.run, decoder.head = run, CodeHead(run.logits)
     found: list[list[float]] = [[], []]
     for _ in range(repeats):
         for decoder, seconds in zip(decoders, found, strict=True):
@@ -126,25 +131,24 @@ def timed(work: Callable[[], Tensor]) -> tuple[float, Tensor]:
 
 def sample_ours(model: Rar, labels_B: Tensor, ids_B: Tensor) -> Tensor:
     """The decoder's set-up is part of the time."""
-    decoder = model.decoder(rows=len(labels_B), guided=SAMPLING.guided)
+    decoder = build_decoder(model, rows=len(labels_B), guided=SAMPLING.guided)
     return sample(decoder, labels_B, ids_B, config=SAMPLING, seed=0)
 
 
 @torch.inference_mode()
 def sample_uncached(model: Rar, labels_B: Tensor, ids_B: Tensor) -> Tensor:
     """The same loop around the training forward pass, which reads the whole prefix at each step."""
-    labels_R = torch.cat([labels_B, torch.full_like(labels_B, model.classes)])
-    orders_RT = torch.arange(model.tokens).expand(len(labels_R), -1)
+    labels_R = torch.cat([labels_B, torch.full_like(labels_B, model.shape.classes)])
 
     def logits(codes_BN: Tensor) -> Tensor:
-        return model(torch.cat([codes_BN, codes_BN]), labels_R, orders_RT)[:, -1]
+        return model(torch.cat([codes_BN, codes_BN]), labels_R)[:, -1]
 
     return draw(model, logits, ids_B)
 
 
 @torch.inference_mode()
 def sample_plain(model: Rar, labels_B: Tensor, ids_B: Tensor) -> Tensor:
-    labels_R = torch.cat([labels_B, torch.full_like(labels_B, model.classes)])
+    labels_R = torch.cat([labels_B, torch.full_like(labels_B, model.shape.classes)])
     caches: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0)) for _ in model.blocks]
 
     def logits(codes_BN: Tensor) -> Tensor:
@@ -159,12 +163,12 @@ def sample_plain(model: Rar, labels_B: Tensor, ids_B: Tensor) -> Tensor:
 
 
 def draw(model: Rar, logits: Callable[[Tensor], Tensor], ids_B: Tensor) -> Tensor:
-    weights_T = power_cosine(SAMPLING.guidance_scale, SAMPLING.guidance_power, model.tokens)
-    uniforms_BT = uniforms(0, ids_B, steps=model.tokens)
+    weights_T, filters = SAMPLING.weights(0, model.shape.tokens), SAMPLING.filters(0)
+    uniforms_BT = uniforms(0, ids_B, steps=model.shape.tokens)
     codes_BN = torch.empty(len(ids_B), 0, dtype=torch.int64)
-    for step in range(model.tokens):
+    for step in range(model.shape.tokens):
         logits_BK = guide(logits(codes_BN), float(weights_T[step]))
-        codes_B = choose(logits_BK, uniforms_BT[:, step], SAMPLING)
+        codes_B = choose(logits_BK, uniforms_BT[:, step], filters)
         codes_BN = torch.cat([codes_BN, codes_B[:, None]], dim=1)
     return codes_BN
 
@@ -173,7 +177,7 @@ def embed_plain(model: Rar, codes_RN: Tensor, labels_R: Tensor) -> tuple[Tensor,
     """The whole prefix and its conditions, from tables that are repeated for every row and put in order."""
     rows, given = codes_RN.shape
     pos, target = model.pos_embed.repeat(rows, 1, 1), model.target_aware_pos_embed.repeat(rows, 1, 1)
-    places_RT = 2 + torch.arange(model.tokens).expand(rows, -1)
+    places_RT = 2 + torch.arange(model.shape.tokens).expand(rows, -1)
     own_RND = pos.gather(1, places_RT[:, :given, None].expand(-1, -1, pos.shape[-1]))
     target_RND = target.gather(1, places_RT[:, : given + 1, None].expand(-1, -1, pos.shape[-1]))
     ids_RJ = torch.cat([model.condition_ids(labels_R)[:, None], codes_RN], dim=1)

@@ -1,7 +1,7 @@
 """`--weights` of `smalti sample` and `generate`, and `sample --out`, which makes one line from weight files to a picture.
 
     smalti sample --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --images 3 --rows-per-pass auto \\
-      --classes otter --sampling.guidance-scale 4 --out otters.png
+      --classes otter --sampling.guidance.scale 4 --out otters.png
 
 Samples and images are artifacts of the store like any others; the picture is a copy of the images' grid. The samples are
 those of the same command without --out.

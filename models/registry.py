@@ -8,12 +8,12 @@ from typing import Any
 from models.config import Config
 
 
-def load_class(config: Config, builders: dict[str, str]) -> Any:
-    """The class that `config.kind` names: `builders` maps a kind to "module:Class"."""
-    module, name = builders[config.kind].split(":")  # type: ignore[attr-defined]  # every union member has a kind
+def load(place: str) -> Any:
+    """What "module:name" means."""
+    module, name = place.split(":")
     return getattr(import_module(module), name)
 
 
 def build(config: Config, builders: dict[str, str], **parts: Any) -> Any:
-    """Build what `config.kind` names, by calling its class with (config, **parts)."""
-    return load_class(config, builders)(config, **parts)
+    """Build what `config.kind` names in `builders`, by calling its class with (config, **parts)."""
+    return load(builders[config.kind])(config, **parts)  # type: ignore[attr-defined]  # every union member has a kind

@@ -12,6 +12,8 @@ published file. Facts have one name, whatever kind of artifact they are about:
 | listed | Origin: which images, in which order |
 | pixels | a side of the images, or of those that a network was made for |
 | codes, grid, downsample | the codebook's size, rows and columns of codes, pixels of a code |
+| factors | values of each sub-token of a code, where it has some |
+| model | the config of a generator |
 | tokenizer | Origin: what made the codes |
 | decoded | Origin: the token set whose codes the images show |
 
@@ -42,6 +44,7 @@ WORDS = {
     "pixels": "images of {} pixels",
     "classes": "{} classes",
     "class_names": "the classes {}",
+    "factors": "sub-tokens of {} values",
     "listed": "the images of {}",
     "images": "{} images",
 }
@@ -145,7 +148,7 @@ def contradicts(one: Any, other: Any) -> bool:
 def facts_of(artifact: Artifact) -> Facts:
     """Facts of a finished artifact, by the names above."""
     facts = {FORMER_NAMES.get(name, name): value for name, value in artifact.facts.items()}
-    for name in ("grid", "class_names"):
+    for name in ("grid", "class_names", "factors"):
         if name in facts:
             facts[name] = tuple(facts[name])
     if "tokenizer" in facts:

@@ -147,7 +147,9 @@ def test_rar_recipes_have_the_published_settings(size: str) -> None:
     recipe = load(ROOT / "recipes" / "imagenet256" / f"rar-{size}.yaml")
     configs = named(recipe)
     sampling = configs["images"]["sampling"]
-    assert (sampling["guidance_scale"], sampling["guidance_power"], sampling["temperature"]) == RAR[size]
+    guidance = sampling["guidance"]
+    assert guidance["kind"] == "power-cosine"
+    assert ([*guidance["scale"], guidance["power"]], sampling["temperature"]) == ([*RAR[size][:2]], (RAR[size][2],))
     assert f"FID {FID[size]}" in recipe.title
     model = configs["generator"]["model"]
     assert {name: model[name] for name in SIZES[size]} == SIZES[size]
@@ -178,7 +180,7 @@ def test_rar_training_is_the_published_one() -> None:
         1e-8,
         0.03,
     )
-    assert (config.orders.start, config.orders.end) == (125_000, 187_500)
+    assert (config.model.orders.start, config.model.orders.end) == (125_000, 187_500)
     rate = [
         training.schedule.rate(step, base=training.optimizer.learning_rate, steps=250_000)
         for step in (0, 62_500, 250_000)

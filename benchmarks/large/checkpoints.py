@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.large import Measured, Row
-from models.generators.config import RarConfig
+from models.generators.config import CodeShape, RarConfig
 from models.generators.rar.memory import parameters
 from pipeline.draft import Draft, Request
 from stages.training import checkpoints
 from stages.training.checkpoints import pause_after
 
+SHAPE = CodeShape(codes=1024, grid=(16, 16), classes=1000)
 SIZES = ("b", "l")
 CALCULATED = ("xl", "xxl")
 SECONDS = 30.0  # between two saves, at least
@@ -54,7 +55,7 @@ def in_words(size: str, copying: float, writing: float) -> str:
 
 
 def state_bytes(size: str) -> int:
-    return PER_PARAMETER * parameters(RarConfig.model_validate({"size": size}), codes=1024, tokens=256, classes=1000)
+    return PER_PARAMETER * parameters(RarConfig.model_validate({"size": size}), SHAPE)
 
 
 def gigabytes(size: str) -> float:

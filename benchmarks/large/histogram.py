@@ -11,15 +11,15 @@ import torch
 
 from benchmarks.large import Measured, Row
 from benchmarks.large.synthetic import CLASSES, CODES, IMAGES, TOKENS, token_set
-from models.generators.config import HistogramConfig
-from models.generators.histogram import Histogram
+from models.generators.config import CodeShape, HistogramConfig
+from models.generators.tables.network import Histogram
 from stages.training.tokens import TrainingTokens
 
 
 def measure(scale: float, folder: Path) -> Iterator[Row]:
     artifact: Any = SimpleNamespace(path=token_set(folder, scale).path, name="tokens")
     tokens = TrainingTokens([artifact], like=artifact)
-    network = Histogram(HistogramConfig(), codes=CODES, tokens=TOKENS, classes=CLASSES)
+    network = Histogram(HistogramConfig(), CodeShape(codes=CODES, grid=(TOKENS, 1), classes=CLASSES))
     network.counts_CTK.fill_(1)  # its memory is there before
     with Measured() as taken:
         network.fit((torch.from_numpy(codes_RT), torch.from_numpy(labels_R)) for codes_RT, labels_R in tokens.blocks())

@@ -7,8 +7,23 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from models.generators.config import CodeShape, GeneratorSettings
+
 Shape = tuple[int, ...]
 ANY = -1  # a wanted size that is not known
+
+
+@dataclass(frozen=True)
+class GeneratorWeights:
+    """What a state dict turned out to be: a generator of this config, for codes of this shape.
+
+    state: its tensors by our names.  size: the published size ("b", ...) that it has, or None.
+    """
+
+    config: GeneratorSettings
+    shape: CodeShape
+    state: Mapping[str, Tensor]
+    size: str | None
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,18 @@
 """Configs of the generators; no torch here.
 
-A config says the architecture. How many codes, tokens and classes there are is a property of the token set that it is
-trained on, and is handed to the network beside the config: `build(config, BUILDERS, codes=..., tokens=..., classes=...)`.
+A config says the architecture. How many codes, positions and classes there are is a property of the token set that it is
+trained on: its `CodeShape`, which the network is built from beside the config.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
 from models.config import Config
+from models.generators.orders import Scan
+from models.schedules import random_ratio
 
 SIZES: dict[str, dict[str, int]] = {
     # The paper names S (133M) without a configuration: these numbers give 133,344,256 parameters.
@@ -25,17 +27,111 @@ SPARE_POSITIONS = 1024  # rows of RAR's position tables that nothing reads; publ
 SPARE_STEPS = 100
 
 
+class CodeShape(Config):
+    """The codes that a generator draws, and what they depend on.
+
+    codes: values of a code.  grid: rows and columns of codes of an image.  classes: labels are 0 to classes - 1; 0 if
+    there are none.  factors: number of values of each sub-token of a code, if it has some, the lowest first: the code is
+    the sum of every sub-token times the product of the factors before it.  condition: the codes of another space that
+    are given for each image, if there are some.
+    """
+
+    codes: int = Field(ge=1)
+    grid: tuple[int, int] = Field(strict=False)
+    classes: int = Field(0, ge=0)
+    factors: tuple[int, ...] = Field((), strict=False)
+    condition: CodeShape | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+class GeneratorSettings(Config):
+    """Base of the configs of all generators: what stages have to know of a kind before they import its network."""
+
+    kind: str
+    trained_by: ClassVar[Literal["gradient", "counting"]] = "gradient"
+    """gradient: by its `loss`; counting: by one look at the data, `fit`."""
+    sampled_by: ClassVar[Literal["steps", "masks"]] = "steps"
+    """steps: one position after the other; masks: all positions at once, again and again."""
+    takes_orders: ClassVar[bool] = False
+    """Whether it can draw the positions of an image in any order."""
+
+    @property
+    def conditions_on(self) -> Literal["none", "class", "codes"]:
+        """What is given for each image: nothing, its class, or its codes of another space."""
+        return "class"
+
+    @property
+    def can_be_guided(self) -> bool:
+        """Whether it also learns to do without its condition: guidance compares the two."""
+        return False
+
+    def subtokens(self, shape: CodeShape) -> tuple[int, ...]:
+        """Number of values of each of the draws that make a code."""
+        return (shape.codes,)
+
+    def check(self, shape: CodeShape) -> None:
+        """ValueError, with the reason, if the generator cannot work on such codes."""
+        if self.conditions_on == "class" and not shape.classes:
+            raise ValueError("it learns from labels, and these codes have none")
+        if self.conditions_on == "codes" and shape.condition is None:
+            raise ValueError("its condition is codes of another space, and none are given")
+        if self.conditions_on != "codes" and shape.condition is not None:
+            raise ValueError("it has no use for codes of another space as its condition")
+
+
+class AnnealedOrders(Config):
+    """Each image in a random order before step `start`, ever fewer of them until step `end`, then all in the order `scan`.
+
+    start = end = 0: the order `scan` from the first step on.
+    """
+
+    kind: Literal["annealed"] = "annealed"
+    start: int = Field(0, ge=0, description="step from which on the share of random orders falls")
+    end: int = Field(320, ge=0, description="step from which on no order is random")
+    scan: Scan = Field("raster", description="the order that remains, and in which images are sampled")
+
+    @model_validator(mode="after")
+    def _ends_after_its_start(self) -> Self:
+        if self.end < self.start:
+            raise ValueError(f"end {self.end} must not come before start {self.start}")
+        return self
+
+    def random_share(self, step: int) -> float:
+        """Probability of a random order in a training step."""
+        return random_ratio(step, start=self.start, end=self.end)
+
+
+class FixedOrder(Config):
+    """All images in one order throughout."""
+
+    kind: Scan = "raster"
+
+    @property
+    def scan(self) -> Scan:
+        return self.kind
+
+    def random_share(self, step: int) -> float:
+        return 0.0
+
+
+OrdersConfig = Annotated[AnnealedOrders | FixedOrder, Field(discriminator="kind")]
+
+
 def _offer_size(schema: dict[str, Any]) -> None:
     """In the JSON schema, as in a recipe, a size may stand for the four numbers."""
     schema["properties"]["size"] = {"enum": list(SIZES), "description": "a published size, instead of its numbers"}
 
 
-class RarConfig(Config):
+class RarConfig(GeneratorSettings):
     """RAR: a causal transformer over permuted codes, modulated by class and step (arXiv 2411.00776).
 
     `size: b` stands for the four numbers of a published size.
     """
 
+    takes_orders: ClassVar = True
     model_config = ConfigDict(json_schema_extra=_offer_size)
 
     kind: Literal["rar"] = "rar"
@@ -46,6 +142,7 @@ class RarConfig(Config):
     dropout: float = Field(0.1, ge=0, lt=1, description="after attention, after GELU and after the MLP, in training")
     attention_dropout: float = Field(0.1, ge=0, lt=1, description="on attention probabilities, in training")
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels dropped in training, for guidance")
+    orders: OrdersConfig = Field(AnnealedOrders(), description="the orders in which codes are learnt and sampled")
 
     @model_validator(mode="before")
     @classmethod
@@ -71,28 +168,61 @@ class RarConfig(Config):
     def head_width(self) -> int:
         return self.width // self.heads
 
+    @property
+    def can_be_guided(self) -> bool:
+        return self.label_dropout > 0
 
-class HistogramConfig(Config):
-    """A baseline: each code is drawn from its class's histogram of codes at that position, as if codes were independent."""
+
+class CountingSettings(GeneratorSettings):
+    """A table of the codes that each class shows at each position, from one look at the data."""
 
     trained_by: ClassVar = "counting"
+    takes_orders: ClassVar = True
+
+    @property
+    def can_be_guided(self) -> bool:
+        return True
+
+
+class HistogramConfig(CountingSettings):
+    """A baseline: each code is drawn from its class's histogram of codes at that position, as if codes were independent."""
+
     kind: Literal["histogram"] = "histogram"
 
 
-class UniformConfig(Config):
+class UniformConfig(CountingSettings):
     """The worst case: every code is equally likely everywhere."""
 
-    trained_by: ClassVar = "counting"
     kind: Literal["uniform"] = "uniform"
 
 
 GeneratorConfig = Annotated[RarConfig | HistogramConfig | UniformConfig, Field(discriminator="kind")]
 
-TRAINING_BYTES: dict[str, str] = {"rar": "models.generators.rar.memory:training_bytes"}
-"""What a training takes, of those that are trained by gradient: functions without torch."""
 
-BUILDERS: dict[str, str] = {
-    "rar": "models.generators.rar.network:Rar",
-    "histogram": "models.generators.histogram:Histogram",
-    "uniform": "models.generators.uniform:Uniform",
+class Entry(NamedTuple):
+    """Where the parts of a kind of generator are, as "module:Class"; memory: a module without torch, `models.generators.memory`
+    says which functions it has."""
+
+    network: str
+    decoder: str
+    memory: str | None = None
+
+
+GENERATORS: dict[str, Entry] = {
+    "rar": Entry(
+        "models.generators.rar.network:Rar", "models.generators.rar.decoder:RarDecoder", "models.generators.rar.memory"
+    ),
+    "histogram": Entry(
+        "models.generators.tables.network:Histogram",
+        "models.generators.tables.decoder:TableDecoder",
+        "models.generators.tables.memory",
+    ),
+    "uniform": Entry(
+        "models.generators.tables.network:Uniform",
+        "models.generators.tables.decoder:TableDecoder",
+        "models.generators.tables.memory",
+    ),
 }
+
+LOOPS: dict[str, str] = {"steps": "models.sampling.loop:sample"}
+"""What samples, by `sampled_by`."""

@@ -10,23 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.sampling.config import SamplingConfig
+from models.sampling.config import Filters
 
 
-def choose(logits_BK: Tensor, uniforms_B: Tensor, config: SamplingConfig) -> Tensor:
+def choose(logits_BK: Tensor, uniforms_B: Tensor, filters: Filters) -> Tensor:
     """A code per row, (B,) int64, from float32 logits and float64 uniforms in [0, 1).
 
-    A row without a finite largest logit gives the impossible code K, for the caller to look for once at the end.
+    A row without a finite largest logit gives the impossible code K, for the caller to look for.
     """
-    if config.greedy:
+    if filters.greedy:
         largest_B, codes_B = logits_BK.max(-1)
         return torch.where(largest_B.isfinite(), codes_B, logits_BK.shape[-1])
-    logits_BK = logits_BK / config.temperature
-    if config.top_k is not None:
-        logits_BK = keep_top_k(logits_BK, config.top_k)
+    logits_BK = logits_BK / filters.temperature
+    if filters.top_k is not None:
+        logits_BK = keep_top_k(logits_BK, filters.top_k)
     probabilities_BK = logits_BK.softmax(-1)
-    if config.top_p is not None:
-        probabilities_BK = keep_top_p(probabilities_BK, config.top_p)
+    if filters.top_p is not None:
+        probabilities_BK = keep_top_p(probabilities_BK, filters.top_p)
     return invert(probabilities_BK, uniforms_B)
 
 

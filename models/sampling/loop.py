@@ -1,6 +1,7 @@
 """The one sampling loop of all autoregressive generators.
 
-B rows of a pass, R streams (B, or 2B with guidance: the conditional half first), T tokens, K codes
+B rows of a pass, R streams (B, or 2B with guidance: the conditional half first), T tokens, D width, K values of a
+sub-token
 """
 
 from __future__ import annotations
@@ -12,51 +13,75 @@ from torch import Tensor
 
 from models.sampling.choice import choose
 from models.sampling.config import SamplingConfig
+from models.sampling.heads import Head
 from models.sampling.philox import uniforms
-from models.schedules import power_cosine
 
 
 class Decoder(Protocol):
-    """What a generator shows to the loop: a static cache that takes a condition and then a code at a time."""
+    """What the loop sees of a generator: a static cache that takes a condition and then a code at a time."""
 
     rows: int
     guided: bool
-    codes: int
     tokens: int
+    subtokens: tuple[int, ...]
+    """Number of values of each draw that makes a code."""
     device: torch.device
-    orders_BT: Tensor  # the image position that each step produces
+    head: Head
+    orders_BT: Tensor | None
+    """The position in raster order that each step produces; None for raster order."""
 
-    def prefill(self, labels_B: Tensor) -> Tensor:
-        """Begin a pass. Float32 logits (R, K) of the first code."""
+    def prefill(self, condition: Tensor | None) -> Tensor:
+        """Begin a pass. Hidden states (R, D) that the first codes are drawn from."""
 
     def step(self, codes_B: Tensor) -> Tensor:
-        """Append a code to each row. Float32 logits (R, K) of the next."""
+        """Append a code to each row. Hidden states (R, D) that the next ones are drawn from."""
 
 
 @torch.inference_mode()
 def sample(
-    decoder: Decoder, labels_B: Tensor, ids_B: Tensor, *, config: SamplingConfig, seed: int, stream: int = 0
+    decoder: Decoder,
+    condition: Tensor | None,
+    ids_B: Tensor,
+    *,
+    config: SamplingConfig,
+    seed: int,
+    stream: int = 0,
 ) -> Tensor:
-    """One pass: codes (B, T) int64 in image order, on the decoder's device.
+    """One pass: codes (B, T) int64 in raster order, on the decoder's device.
 
-    stream: of random numbers; samples whose condition was sampled take another one than their condition.
+    condition: labels (B,) or codes (B, S) of another space, int64, or None.  stream: of random numbers; samples whose
+    condition was sampled take another one than their condition.
 
-    labels_B and ids_B (sample ids, which the random numbers belong to) have exactly `decoder.rows` rows: pad a last
-    pass by any label and drop those rows. Raises ValueError where decoder, labels and config do not belong together,
-    and FloatingPointError where logits are not finite.
+    condition and ids_B (sample ids, which the random numbers belong to) have exactly `decoder.rows` rows: pad a last
+    pass by any of them and drop those rows. Raises ValueError where decoder, condition and config do not belong
+    together, and FloatingPointError where logits are not finite.
     """
-    _check(decoder, labels_B, ids_B, config)
-    weights_T = power_cosine(config.guidance_scale, config.guidance_power, decoder.tokens)
-    uniforms_BT = uniforms(seed, ids_B.to(decoder.device), steps=decoder.tokens, stream=stream)
-    drawn_BT = torch.empty_like(uniforms_BT, dtype=torch.int64)
-    logits_RK = decoder.prefill(labels_B)
-    for step in range(decoder.tokens):
-        if step > 0:
-            logits_RK = decoder.step(drawn_BT[:, step - 1])
-        logits_BK = guide(logits_RK, float(weights_T[step])) if decoder.guided else logits_RK
-        drawn_BT[:, step] = choose(logits_BK, uniforms_BT[:, step], config)
-    if (drawn_BT == decoder.codes).any():
+    _check(decoder, condition, ids_B, config)
+    tokens, counts = decoder.tokens, decoder.subtokens
+    ids_B = ids_B.to(decoder.device)
+    uniforms_SBT = [
+        uniforms(seed, ids_B, steps=tokens, subtoken=number, stream=stream) for number in range(len(counts))
+    ]
+    weights_ST = [config.weights(number, tokens) for number in range(len(counts))]
+    filters_S = [config.filters(number) for number in range(len(counts))]
+    is_bad_B = torch.zeros(decoder.rows, dtype=torch.bool, device=decoder.device)
+
+    def draw(subtoken: int, logits_RK: Tensor) -> Tensor:
+        nonlocal is_bad_B
+        logits_BK = guide(logits_RK, float(weights_ST[subtoken][step])) if decoder.guided else logits_RK
+        values_B = choose(logits_BK, uniforms_SBT[subtoken][:, step], filters_S[subtoken])
+        is_impossible_B = values_B == counts[subtoken]
+        is_bad_B = is_bad_B | is_impossible_B
+        return values_B.masked_fill(is_impossible_B, 0)
+
+    drawn_BT = torch.empty(decoder.rows, tokens, dtype=torch.int64, device=decoder.device)
+    for step in range(tokens):
+        hidden_RD = decoder.step(drawn_BT[:, step - 1]) if step else decoder.prefill(condition)
+        drawn_BT[:, step] = decoder.head.draw(hidden_RD, draw)
+    if is_bad_B.any():
         raise FloatingPointError("the generator's logits are not finite (NaN or infinity)")
+    if decoder.orders_BT is None:
+        return drawn_BT
     return torch.empty_like(drawn_BT).scatter_(1, decoder.orders_BT, drawn_BT)
 
 
@@ -66,10 +91,10 @@ def guide(logits_RK: Tensor, weight: float) -> Tensor:
     return torch.add(unconditional_BK, conditional_BK - unconditional_BK, alpha=weight)
 
 
-def _check(decoder: Decoder, labels_B: Tensor, ids_B: Tensor, config: SamplingConfig) -> None:
+def _check(decoder: Decoder, condition: Tensor | None, ids_B: Tensor, config: SamplingConfig) -> None:
+    config.check(len(decoder.subtokens))
     if decoder.guided != config.guided:
-        raise ValueError(
-            f"the decoder has guided={decoder.guided}, guidance scale {config.guidance_scale} needs {config.guided}"
-        )
-    if len(labels_B) != decoder.rows or len(ids_B) != decoder.rows:
-        raise ValueError(f"a pass has {decoder.rows} rows, got {len(labels_B)} labels and {len(ids_B)} sample ids")
+        raise ValueError(f"the decoder has guided={decoder.guided}, but {config.guidance!r} needs {config.guided}")
+    given = [len(ids_B)] if condition is None else [len(ids_B), len(condition)]
+    if set(given) != {decoder.rows}:
+        raise ValueError(f"a pass has {decoder.rows} rows, got {given[0]} sample ids and conditions for {given[-1]}")

@@ -1,4 +1,4 @@
-"""Classes and guidance by them: names as numbers, and what is refused before anything is sampled (no torch here)."""
+"""Classes by their names, and what is refused before anything is sampled (no torch here)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from models.generators.config import CodeShape, GeneratorSettings
 from models.sampling.config import SamplingConfig
-from pipeline.compatibility import KnownInputs
+from pipeline.compatibility import Known, KnownInputs
 from pipeline.errors import UsageError
 from pipeline.stage import Inputs
 from smalti.tokens import open_tokens
-from stages.weights.networks import read_card
+from stages.weights.cards import read_card
 
 
 def names_of_generator(inputs: Inputs) -> Sequence[str]:
     """The names of the classes that a generator knows, in their order; none where nobody gave it any."""
-    return read_card(inputs["generator"]).class_names
+    return read_card(inputs["generator"]).space.class_names
 
 
 def names_of_tokens(inputs: Inputs) -> Sequence[str]:
@@ -46,9 +47,22 @@ def _number(name: str, names: Sequence[str], where: str) -> int:
     )
 
 
-def can_be_guided(model: Any) -> bool:
-    """Whether a generator also learns to do without a label: guidance compares the two."""
-    return getattr(model, "label_dropout", 1.0) > 0
+def shape_of(facts: Mapping[str, Any]) -> CodeShape | None:
+    """The codes that these facts are about, as soon as they are known."""
+    if facts.get("codes") is None or facts.get("grid") is None:
+        return None
+    return CodeShape(
+        codes=facts["codes"],
+        grid=tuple(facts["grid"]),
+        classes=facts.get("classes") or 1,
+        factors=tuple(facts.get("factors") or ()),
+    )
+
+
+def model_of(generator: Known) -> GeneratorSettings | None:
+    """The config of a generator that a step will train, or that is there; None of one that is not imported yet."""
+    model: GeneratorSettings | None = generator.get("model")
+    return model or (read_card(generator.artifact).model if generator.artifact else None)
 
 
 def check_labels(asked: Sequence[int] | None, classes: int | None, inputs: KnownInputs) -> None:
@@ -58,11 +72,28 @@ def check_labels(asked: Sequence[int] | None, classes: int | None, inputs: Known
         raise inputs.refusal(f"asks for class {unknown[0]}, but there are {classes} classes")
 
 
-def check_guidance(sampling: SamplingConfig, generator: str, facts: Mapping[str, Any], inputs: KnownInputs) -> None:
-    """A refusal of guidance where the generator never learnt what to do without a label."""
-    if sampling.guided and facts.get("guidable") is False:
-        raise inputs.refusal(
-            f"has guidance_scale {sampling.guidance_scale:g}, but {generator} is trained with label_dropout 0, and "
-            "guidance needs a generator that also learnt without labels",
-            hint="set model.label_dropout of the generator, or guidance_scale 0",
+def check_sampling(
+    sampling: SamplingConfig,
+    model: GeneratorSettings,
+    shape: CodeShape | None,
+    *,
+    order: Sequence[int] | None = None,
+) -> None:
+    """ValueError, with the reason, if a generator of such codes, as far as they are known, cannot be sampled like that."""
+    if model.conditions_on == "codes":
+        raise ValueError("the generator draws codes for codes of another space, and none are given")
+    if sampling.guided and not model.can_be_guided:
+        raise ValueError(
+            "guidance needs a generator that also learnt without labels, and this one did not: set guidance.scale 1, or "
+            "train it with a label_dropout above 0, where its kind has that"
+        )
+    if shape is not None:
+        sampling.check(len(model.subtokens(shape)))
+    if order is None:
+        return
+    if not model.takes_orders:
+        raise ValueError(f"a generator of kind {model.kind} lays the codes of an image in its own order alone")
+    if shape is not None and sorted(order) != list(range(shape.tokens)):
+        raise ValueError(
+            f"order must name each of the positions 0 to {shape.tokens - 1} once, found {len(order)} numbers"
         )

@@ -26,8 +26,8 @@ from stages.codes.encoders import ENCODER, ENCODER_WEIGHTS
 from stages.codes.reservoir import hash_rows, smallest_rows
 from stages.codes.tokenizing import CENTROIDS, ENCODER_PREFIX
 from stages.devices import pick_device
+from stages.weights.cards import digest_of
 from stages.weights.files import save_weights
-from stages.weights.identity import digest_of
 
 if TYPE_CHECKING:
     import faiss

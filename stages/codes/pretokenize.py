@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pipeline.artifact import Artifact
 from pipeline.compatibility import Facts, KnownInputs
 from pipeline.config import Config
 from pipeline.draft import Draft
@@ -24,11 +23,11 @@ from smalti.arrays import MappedArray
 from smalti.attributes import TokenAttributes
 from stages.codes.code_usage import CodeUsage
 from stages.codes.token_files import ShardSizes, TokenLayout, write_labels_and_cards
-from stages.codes.tokenizing import code_count, code_grid, load_encodes, native_pixels
+from stages.codes.tokenizing import load_encodes
 from stages.devices import pick_device, threads
 from stages.images.checks import check_codes_fit, check_seen
 from stages.images.passes import ImagesAt, run_passes, view_passes
-from stages.weights.identity import tokenizer_identity
+from stages.weights.cards import TokenizerCard
 from stages.weights.networks import NetworkFile
 
 # I images, C crops (views), T codes of one view
@@ -73,7 +72,8 @@ class TokenizeSpec:
 
 def check_views(config: PretokenizeConfig, inputs: Mapping[str, Any]) -> None:
     """UsageError, before anything is read, where the views do not fit the tokenizer."""
-    code_grid(inputs["tokenizer"], seen_views(config, inputs["tokenizer"]).size)
+    card = TokenizerCard.of(inputs["tokenizer"])
+    card.grid(seen_views(config, card).size)
 
 
 def foresee(config: PretokenizeConfig, inputs: KnownInputs) -> Facts:
@@ -119,8 +119,9 @@ def pretokenize(config: PretokenizeConfig, inputs: Inputs, out: Draft, run: Runt
     shard; labels, keys, metadata and cards follow.
     """
     image_set = ImageSet.open(inputs["images"].path)
-    views = seen_views(config, inputs["tokenizer"])
-    layout = make_layout(config, views, image_set, inputs["tokenizer"], out.request.key)
+    tokenizer = TokenizerCard.of(inputs["tokenizer"])
+    views = seen_views(config, tokenizer)
+    layout = make_layout(config, views, image_set, tokenizer, out.request.key)
     spec = TokenizeSpec(
         layout,
         ImagesAt.of(inputs["images"]),
@@ -133,18 +134,17 @@ def pretokenize(config: PretokenizeConfig, inputs: Inputs, out: Draft, run: Runt
     describe(out, layout.attributes)
 
 
-def seen_views(config: PretokenizeConfig, tokenizer: Artifact) -> Views:
+def seen_views(config: PretokenizeConfig, tokenizer: TokenizerCard) -> Views:
     """The views that become codes; UsageError where neither the config nor the tokenizer says their size."""
     if config.views is not None:
         return config.views
-    pixels = native_pixels(tokenizer)
-    if pixels is None:
+    if tokenizer.pixels is None:
         raise UsageError(f"{tokenizer.name} does not say for which size it was made", hint="set views.size")
-    return CenterViews(size=pixels)
+    return CenterViews(size=tokenizer.pixels)
 
 
 def make_layout(
-    config: PretokenizeConfig, views: Views, image_set: ImageSet, tokenizer: Artifact, key: str
+    config: PretokenizeConfig, views: Views, image_set: ImageSet, tokenizer: TokenizerCard, key: str
 ) -> TokenLayout:
     """The token set's facts and cut, known before the first code is."""
     source = describe_source(config.provenance, image_set)
@@ -153,11 +153,11 @@ def make_layout(
         split=image_set.source.split or None,
         n_images=len(image_set),
         n_crops=views.count,
-        grid=code_grid(tokenizer, views.size),
-        codes=code_count(tokenizer),
+        grid=tokenizer.grid(views.size),
+        codes=tokenizer.codes,
         classes=len(image_set.classes),
         class_names=tuple(image_set.classes),
-        tokenizer=tokenizer_identity(tokenizer),
+        tokenizer=tokenizer.identity,
         resolution=views.size,
         resize_filter=getattr(views, "filter", "halving by box, then bicubic (ADM)"),
         value_range=(0.0, 1.0),

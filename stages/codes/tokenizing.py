@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.artifact import Artifact
-from pipeline.errors import CorruptError, UsageError
+from pipeline.errors import CorruptError
 from pipeline.stage_cache import cached
-from stages.codes.encoders import Encoder, build_encoder, parse_encoder
-from stages.weights.files import WEIGHTS, load_config, load_weights
-from stages.weights.networks import NetworkFile, load_tokenizer, read_tokenizer_config
+from stages.codes.encoders import build_encoder
+from stages.weights.cards import CodebookConfig, read_config
+from stages.weights.files import WEIGHTS, load_weights
+from stages.weights.networks import NetworkFile, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,16 +61,16 @@ def load_codebook(artifact: Artifact, device: str) -> FeatureTokenizer:
     """A codebook with its encoder; CorruptError where the centroids are missing or do not fit the encoder."""
     state = load_weights(artifact)
     weights = {name.removeprefix(ENCODER_PREFIX): state[name] for name in state if name.startswith(ENCODER_PREFIX)}
-    config, clusters = read_codebook_config(artifact)
+    config = read_config(artifact, CodebookConfig)
     centroids_KD = state.get(CENTROIDS)
     try:
-        encoder: Any = build_encoder(config, weights, device)
+        encoder: Any = build_encoder(config.encoder, weights, device)
     except RuntimeError as error:
         raise CorruptError(
             f"the encoder weights of {artifact.name} do not fit its config: {str(error).splitlines()[-1].strip()}",
             path=artifact.path / WEIGHTS,
         ) from error
-    wanted = (clusters, int(encoder.dims))
+    wanted = (config.clusters, int(encoder.dims))
     if centroids_KD is None or tuple(centroids_KD.shape) != wanted:
         found = "none" if centroids_KD is None else f"shape {tuple(centroids_KD.shape)}"
         raise CorruptError(
@@ -78,40 +79,3 @@ def load_codebook(artifact: Artifact, device: str) -> FeatureTokenizer:
     if not bool(centroids_KD.isfinite().all()):
         raise CorruptError(f"the centroids of {artifact.name} are not finite", path=artifact.path / WEIGHTS)
     return FeatureTokenizer(encoder, centroids_KD.to(next(encoder.buffers()).device))
-
-
-def read_codebook_config(artifact: Artifact) -> tuple[Encoder, int]:
-    """The encoder's config and the number of codes of a codebook."""
-    values = load_config(artifact)
-    return parse_encoder(values.get("encoder"), path=artifact.path), int(values.get("clusters", 0))
-
-
-def code_grid(artifact: Artifact, pixels: int) -> tuple[int, int]:
-    """Rows and columns of codes of a square image; UsageError where images of this size cannot be encoded."""
-    if artifact.kind == "codebook":
-        encoder, _ = read_codebook_config(artifact)
-        if encoder.image_size != pixels:
-            raise UsageError(
-                f"{artifact.name} takes images of {encoder.image_size} pixels, but views.size is {pixels}",
-                hint=f"set views.size to {encoder.image_size}",
-            )
-        return encoder.grid
-    try:
-        return read_tokenizer_config(artifact).grid(pixels, pixels)
-    except ValueError as error:
-        raise UsageError(f"views.size {pixels} does not fit {artifact.name}: {error}") from error
-
-
-def code_count(artifact: Artifact) -> int:
-    """Size of the codebook."""
-    if artifact.kind == "codebook":
-        return read_codebook_config(artifact)[1]
-    return read_tokenizer_config(artifact).codebook_size
-
-
-def native_pixels(artifact: Artifact) -> int | None:
-    """Pixels per side of the images that it was made for, where it says so."""
-    if artifact.kind == "codebook":
-        return read_codebook_config(artifact)[0].image_size
-    found = artifact.facts.get("image_size", artifact.facts.get("resolution"))
-    return None if found is None else int(found)

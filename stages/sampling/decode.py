@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from models.tokenizer_config import TokenizerConfig
 from pipeline.artifact import Artifact
 from pipeline.compatibility import Facts, Known, KnownInputs
 from pipeline.draft import Draft
@@ -22,8 +21,9 @@ from stages.images.image_files import ImageLayout, Images_BHW3, open_pictures
 from stages.images.pictures import grid_png, interleave
 from stages.sampling.config import DecodeConfig
 from stages.sampling.decoding import captions, decode_pass, grid_texts, plan_layout, size_facts, write_beside
-from stages.weights.identity import check_same_tokenizer, tokenizer_identity
-from stages.weights.networks import NetworkFile, read_tokenizer_config
+from stages.weights.cards import TokenizerCard
+from stages.weights.identity import check_same_tokenizer
+from stages.weights.networks import NetworkFile
 
 ORIGINALS = "originals"
 
@@ -115,7 +115,7 @@ def decode_tokens(config: DecodeConfig, inputs: Inputs, out: Draft, run: Runtime
     artifact = inputs["tokens"]
     tokens = open_tokens(artifact.path)
     tokenizer = check_inputs(config, tokens, inputs)
-    layout = plan_layout(config, tokens.attributes, tokenizer, origin=artifact, role="tokens")
+    layout = plan_layout(config, tokens.attributes, tokenizer.decoder, origin=artifact, role="tokens")
     spec = DecodeSpec(NetworkFile.of(inputs["tokenizer"], run.device), artifact.path, config, layout)
     map_shards(out, run, decode_shard, spec, layout.sizes, label="decode")
     originals = next(iter(inputs.all(ORIGINALS)), None)
@@ -131,31 +131,25 @@ def decode_tokens(config: DecodeConfig, inputs: Inputs, out: Draft, run: Runtime
         "images": tokens.n_images,
         **size_facts(layout),
         "classes": tokens.attributes.classes,
-        "tokenizer": tokenizer_identity(inputs["tokenizer"]),
+        "tokenizer": tokenizer.identity,
     }
     out.figure = f"{counted(tokens.n_images, 'image')} of {layout.width}x{layout.height}"
 
 
-def check_inputs(config: DecodeConfig, tokens: TokenSet, inputs: Inputs) -> TokenizerConfig:
-    """The tokenizer's config. CorruptError (exit code 4) unless it has a decoder and these codes are its own."""
-    artifact, path = inputs["tokenizer"], inputs["tokens"].path
-    if artifact.kind == "codebook":
-        raise CorruptError(
-            f"{artifact.name} is a K-Means codebook, which has no decoder: its codes cannot become images",
-            path=artifact.path,
-            hint="give a tokenizer of train-tokenizer or import-weights",
-        )
-    tokenizer = read_tokenizer_config(artifact)
+def check_inputs(config: DecodeConfig, tokens: TokenSet, inputs: Inputs) -> TokenizerCard:
+    """The tokenizer. CorruptError (exit code 4) unless it has a decoder and these codes are its own."""
+    tokenizer, path = TokenizerCard.of(inputs["tokenizer"]), inputs["tokens"].path
+    codes = tokenizer.decoder.codebook_size
     check_same_tokenizer(
         tokens.attributes.tokenizer,
-        tokenizer_identity(artifact),
+        tokenizer.identity,
         what=inputs["tokens"].name,
-        by=artifact.name,
+        by=tokenizer.name,
         path=path,
     )
-    if tokens.codes != tokenizer.codebook_size:
+    if tokens.codes != codes:
         raise CorruptError(
-            f"{inputs['tokens'].name} has {tokens.codes} codes, but {artifact.name} has {tokenizer.codebook_size}",
+            f"{inputs['tokens'].name} has {tokens.codes} codes, but {tokenizer.name} has {codes}",
             path=path,
         )
     if config.crop >= tokens.n_crops:

@@ -33,14 +33,14 @@ from stages.sampling.sample import (
     LABELS,
     TOKENIZER,
     Labels_I,
-    check_order,
     choose_labels,
     foresee,
     known_card,
     plan_codes,
     sampled_passes,
 )
-from stages.weights.networks import NetworkFile, load_tokenizer, read_tokenizer_config
+from stages.weights.cards import TokenizerCard
+from stages.weights.networks import NetworkFile, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -80,11 +80,10 @@ def generate_images(config: GenerateConfig, inputs: Inputs, out: Draft, run: Run
     `decode`, to the byte, in less time: a pass is decoded while the next one is sampled. (On CUDA, `precision` is that of
     both; bfloat16 decodes as tf32 does.)
     """
-    card = known_card(inputs)
-    check_order(config.order, card)
-    labels_I = choose_labels(config, card.classes, next(iter(inputs.all(LABELS)), None))
+    card = known_card(config, inputs)
+    labels_I = choose_labels(config, card.space.classes, next(iter(inputs.all(LABELS)), None))
     codes = plan_codes(config, card, out.request.key)
-    tokenizer = read_tokenizer_config(inputs[TOKENIZER])
+    tokenizer = TokenizerCard.of(inputs[TOKENIZER]).decoder
     images = plan_layout(config, codes.attributes, tokenizer, origin=inputs["generator"], role="generator")
     generator, decoder = NetworkFile.of(inputs["generator"], run.device), NetworkFile.of(inputs[TOKENIZER], run.device)
     spec = GenerateSpec(generator, decoder, config, codes, images, labels_I)
@@ -94,8 +93,8 @@ def generate_images(config: GenerateConfig, inputs: Inputs, out: Draft, run: Run
     out.facts = {
         "images": config.images,
         **size_facts(images),
-        "classes": card.classes,
-        "tokenizer": card.tokenizer,
+        "classes": card.space.classes,
+        "tokenizer": card.space.tokenizer,
     }
     out.figure = f"{counted(config.images, 'sample')} of {counted(len(np.unique(labels_I)), 'class')}, {images.width}x{images.height}"
 

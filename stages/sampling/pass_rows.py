@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from models.generators.config import BUILDERS
-from models.registry import load_class
+from models.generators.memory import sampling_bytes
 from pipeline.artifact import Artifact
+from pipeline.errors import UsageError
 from pipeline.stage import Inputs, Proposal
 from stages.devices import free_bytes, pick_device, sharing
 from stages.sampling.config import GenerateConfig, SampleConfig
+from stages.weights.cards import GeneratorCard, TokenizerCard, read_card
 from stages.weights.files import WEIGHTS
-from stages.weights.networks import GeneratorCard, read_card, read_tokenizer_config
 
 SHARE = 0.8  # of free memory: allocators keep blocks of their own, and others may want some too
 CPU_ROWS, DEVICE_ROWS = 64, 512  # rows beyond which a pass gains next to nothing per sample
@@ -37,29 +37,31 @@ def propose_rows(config: SampleConfig, inputs: Inputs, device: str, processes: i
 
 def propose_rows_beside_decoding(config: GenerateConfig, inputs: Inputs, device: str, processes: int) -> Proposal:
     """The same where a pass is decoded while the next one is sampled."""
-    side = read_card(inputs["generator"]).grid[0]
+    side = read_card(inputs["generator"]).space.grid[0]
     reserved = decoding_bytes(inputs["tokenizer"], side, config.rows_per_decoding)
     return propose_rows(config, inputs, device, processes, reserved=reserved)
 
 
 def decoding_bytes(tokenizer: Artifact, side: int, rows: int) -> int:
     """Memory that decodes `rows` images of side x side codes: the weights, and what is widest, at full resolution."""
-    config = read_tokenizer_config(tokenizer)
+    config = TokenizerCard.of(tokenizer).decoder
     pixels = (side * config.downsample) ** 2
     return tokenizer.files[WEIGHTS].size + KEPT_LAYERS * 4 * rows * pixels * config.autoencoder.widths[0]
 
 
 def needed_bytes(card: GeneratorCard, config: SampleConfig, rows: int, device_type: str) -> int:
-    """Memory of one process that samples passes of `rows`: weights, what the sampler makes of them, cache, work."""
-    return int(
-        load_class(card.model, BUILDERS).sampling_bytes(
-            card.model,
-            codes=card.codes,
-            tokens=card.tokens,
-            classes=card.classes,
-            rows=rows,
-            guided=config.sampling.guided,
-            bytes_per_number=2 if config.precision == "bfloat16" else 4,
-            device_type=device_type,
-        )
+    """Memory of one process that samples passes of `rows`; UsageError where the kind of generator has no estimate."""
+    needed = sampling_bytes(
+        card.model,
+        card.shape,
+        rows=rows,
+        guided=config.sampling.guided,
+        bytes_per_number=2 if config.precision == "bfloat16" else 4,
+        device_type=device_type,
     )
+    if needed is None:
+        raise UsageError(
+            f"rows_per_pass is auto, but a generator of kind {card.model.kind} has no estimate of its memory",
+            hint="give rows_per_pass a number",
+        )
+    return needed

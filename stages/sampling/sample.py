@@ -25,12 +25,13 @@ from pipeline.stage_cache import cached
 from smalti.attributes import TokenAttributes
 from smalti.counting import counted
 from smalti.tokens import open_tokens
-from stages.codes.classes import check_guidance, check_labels, names_of_generator
+from stages.codes.classes import check_labels, check_sampling, model_of, names_of_generator, shape_of
 from stages.codes.token_files import TokenLayout, write_labels_and_cards
 from stages.devices import Precision, products, threads
 from stages.sampling.config import SampleConfig
 from stages.sampling.pass_rows import propose_rows
-from stages.weights.networks import GeneratorCard, NetworkFile, join_tokenizer, load_generator, read_card
+from stages.weights.cards import GeneratorCard, TokenizerCard, read_card
+from stages.weights.networks import NetworkFile, load_generator
 
 LABELS = "labels"
 TOKENIZER = "tokenizer"
@@ -42,11 +43,11 @@ Labels_I = NDArray[np.int32]
 def foresee(config: SampleConfig, inputs: KnownInputs) -> Facts:
     """Codes of the generator's tokenizer, for labels among its classes."""
     generator, tokenizers, like = inputs["generator"], inputs.all(TOKENIZER), inputs.all(LABELS)
-    facts = generator.only("codes", "grid", "classes", "class_names", "pixels", "tokenizer")
+    facts = generator.only("codes", "grid", "classes", "class_names", "factors", "pixels", "tokenizer")
     facts |= inputs.agree([generator, *tokenizers], "tokenizer", "codes")
     if tokenizers and tokenizers[0].get("downsample") and facts.get("grid"):
         facts["pixels"] = min(facts["grid"]) * tokenizers[0].facts["downsample"]
-    classes, grid = facts.get("classes"), facts.get("grid")
+    classes = facts.get("classes")
     if (config.labels == "like") != bool(like):
         raise inputs.refusal(
             "has labels: like, but reads no token set as labels"
@@ -61,12 +62,11 @@ def foresee(config: SampleConfig, inputs: KnownInputs) -> Facts:
             f"{classes}"
         )
     check_labels(config.classes, classes, inputs)
-    check_guidance(config.sampling, generator.name, generator.facts, inputs)
-    if config.order is not None and grid and sorted(config.order) != list(range(grid[0] * grid[1])):
-        raise inputs.refusal(
-            f"gives an order of {counted(len(config.order), 'position')}, but an image has {counted(grid[0] * grid[1], 'code')}, and each has to be "
-            "named once"
-        )
+    if model := model_of(generator):
+        try:
+            check_sampling(config.sampling, model, shape_of(facts), order=config.order)
+        except ValueError as error:
+            raise inputs.refusal(f"cannot sample {generator.name}: {error}") from error
     labels = {"labels": max(config.classes) + 1} if config.classes else {}
     return {**facts, **labels, "images": config.images, "crops": 1, "listed": None}
 
@@ -91,7 +91,7 @@ class SampleSpec:
         TOKENIZER: read("tokenizer", help="its tokenizer, for imported weights that do not name it", optional=True),
     },
     writes="token-set",
-    example="smalti sample --generator digits/rar/generator --images 100 --sampling.guidance-scale 0.3",
+    example="smalti sample --generator digits/rar/generator --images 100 --sampling.guidance.scale 0.3",
     proposes={"rows_per_pass": propose_rows},
     foresees=foresee,
     names={"classes": names_of_generator},
@@ -102,39 +102,27 @@ def draw_samples(config: SampleConfig, inputs: Inputs, out: Draft, run: Runtime)
     The result is a token set like any other: labels are the classes that were asked for, keys are sample ids. Every
     shard is a unit of its own, so an interrupted run continues with the next one.
     """
-    card = known_card(inputs)
-    check_order(config.order, card)
-    labels_I = choose_labels(config, card.classes, next(iter(inputs.all(LABELS)), None))
+    card = known_card(config, inputs)
+    labels_I = choose_labels(config, card.space.classes, next(iter(inputs.all(LABELS)), None))
     layout = plan_codes(config, card, out.request.key)
     spec = SampleSpec(NetworkFile.of(inputs["generator"], run.device), config, layout, labels_I)
     map_shards(out, run, sample_shard, spec, layout.sizes, label="sample")
     write_labels_and_cards(out, layout, labels_I, [f"{number:0{layout.key_bytes}d}" for number in range(config.images)])
-    out.facts = {
-        "images": config.images,
-        "crops": 1,
-        "grid": list(card.grid),
-        "codes": card.codes,
-        "classes": card.classes,
-        "tokenizer": card.tokenizer,
-    }
+    out.facts = {"images": config.images, "crops": 1, **card.space.facts}
     out.figure = f"{counted(config.images, 'sample')} of {counted(len(np.unique(labels_I)), 'class')}"
 
 
-def known_card(inputs: Inputs) -> GeneratorCard:
-    """What the generator says of itself, its tokenizer included if that was given."""
+def known_card(config: SampleConfig, inputs: Inputs) -> GeneratorCard:
+    """What the generator says of itself, its tokenizer included if that was given; UsageError if it cannot be sampled as asked."""
     artifact = inputs["generator"]
     card = read_card(artifact)
+    try:
+        check_sampling(config.sampling, card.model, card.shape, order=config.order)
+    except ValueError as error:
+        raise UsageError(f"cannot sample {artifact.name}: {error}") from error
     if TOKENIZER not in inputs:
         return card
-    return join_tokenizer(card, inputs[TOKENIZER], what=artifact.name, path=artifact.path)
-
-
-def check_order(order: Sequence[int] | None, card: GeneratorCard) -> None:
-    """UsageError unless `order` names every image position once."""
-    if order is not None and sorted(order) != list(range(card.tokens)):
-        raise UsageError(
-            f"order must name each of the positions 0 to {card.tokens - 1} once, found {len(order)} numbers"
-        )
+    return card.join(TokenizerCard.of(inputs[TOKENIZER]), what=artifact.name, path=artifact.path)
 
 
 def choose_labels(config: SampleConfig, classes: int, like: Artifact | None) -> Labels_I:
@@ -179,16 +167,18 @@ def plan_codes(config: SampleConfig, card: GeneratorCard, key: str) -> TokenLayo
 
 def describe(config: SampleConfig, card: GeneratorCard, key: str) -> TokenAttributes:
     """What the token set says about itself."""
+    space = card.space
     return TokenAttributes(
         name="samples",
         n_images=config.images,
         n_crops=1,
-        grid=card.grid,
-        codes=card.codes,
-        classes=card.classes,
-        tokenizer=card.tokenizer,
-        resolution=card.resolution,
-        class_names=card.class_names,
+        grid=space.grid,
+        codes=space.codes,
+        classes=space.classes,
+        factors=space.factors or None,
+        tokenizer=space.tokenizer,
+        resolution=space.resolution,
+        class_names=space.class_names,
         created_by=key,
         extra={"sampled": {**config_value(config), "generator": card.model.kind}},
     )
@@ -210,14 +200,15 @@ def sampled_passes(
     """
     import torch
 
-    from models.sampling.loop import sample
+    from models.generators.generator import loop_of
 
-    rows = config.rows_per_pass
+    rows, settings = config.rows_per_pass, load_generator(generator).config
+    sample, takes_labels = loop_of(settings), settings.conditions_on == "class"
     decoder = _decoder(generator, rows, config.sampling.guided, config.order, config.precision)
     for first in range(start, stop, rows):
         ids_B = np.arange(first, first + rows)
         ids_B[ids_B >= stop] = first
-        labels_B = torch.from_numpy(labels_I[ids_B].astype(np.int64))
+        labels_B = torch.from_numpy(labels_I[ids_B].astype(np.int64)) if takes_labels else None
         try:
             with products(config.precision):
                 codes_BT = sample(decoder, labels_B, torch.from_numpy(ids_B), config=config.sampling, seed=config.seed)
@@ -235,10 +226,11 @@ def _decoder(file: NetworkFile, rows: int, guided: bool, order: tuple[int, ...] 
     """The static cache of this process, made once and used by every pass."""
     import torch
 
-    model = load_generator(file)
+    from models.generators.generator import build_decoder
+
     orders = None if order is None else torch.tensor(order)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    return model.decoder(rows=rows, guided=guided, orders=orders, dtype=dtype)
+    return build_decoder(load_generator(file), rows=rows, guided=guided, orders=orders, dtype=dtype)
 
 
 def _check_asked(asked: Sequence[int], classes: int) -> None:

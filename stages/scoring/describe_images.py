@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from models.classifiers.config import ClassifierConfig
 from pipeline.artifact import Artifact
 from pipeline.compatibility import Facts, Known, KnownInputs, Origin
 from pipeline.config import Config
@@ -43,8 +44,9 @@ from stages.scoring.features import (
     write_metadata,
     write_whole,
 )
+from stages.weights.cards import read_config
 from stages.weights.checkpoint_reader import identify_file
-from stages.weights.networks import NetworkFile, read_classifier_config
+from stages.weights.networks import NetworkFile
 from stages.weights.places import INCEPTION
 
 CHUNK_IMAGES = 64  # images that share a checksum, at most
@@ -261,7 +263,7 @@ def common_size(config: DescribeConfig, inputs: Inputs) -> int:
     """The size at which images are seen: as configured, as decoded, or as the classifiers want them."""
     images, judges = inputs["images"], inputs.all("classifiers")
     decoded = {f"images ({images.name}) has": int(images.facts["size"])} if "size" in images.facts else {}
-    judged = {f"classifier {judge.name} takes": read_classifier_config(judge).pixels for judge in judges}
+    judged = {f"classifier {judge.name} takes": read_config(judge, ClassifierConfig).pixels for judge in judges}
     asked = {"size is": config.size} if config.size else {}
     sizes = decoded | judged | asked | ({"views.size is": config.views.size} if config.views else {})
     if len(set(sizes.values())) > 1:
@@ -276,7 +278,7 @@ def check_classes(images: Pictures, inputs: Inputs) -> None:
     """InputError for a judge that does not know the images' classes."""
     largest = int(images.labels_I.max(initial=0))
     for judge in inputs.all("classifiers"):
-        classes = read_classifier_config(judge).outputs
+        classes = read_config(judge, ClassifierConfig).outputs
         if largest >= classes:
             raise InputError(
                 f"{images.name} has class {largest}, but {judge.name} knows 0 to {classes - 1}", path=images.path
@@ -296,7 +298,7 @@ def choose_extractors(
 
 
 def _judge(classifier: Artifact) -> Extractor:
-    network = read_classifier_config(classifier)
+    network = read_config(classifier, ClassifierConfig)
     return Extractor("classifier", classifier.content, network.features, network.outputs)
 
 

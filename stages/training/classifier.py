@@ -33,8 +33,8 @@ class ClassifierTask(Task):
         return self.images.batch(step, rows_B, share)
 
     def losses(self, part: str, modules: Modules, batch: Batch, step: int) -> Losses:
-        pixels_BSS3, labels_B = batch
-        logits_BL = modules[PART](unit_pixels(pixels_BSS3))
+        labels_B = batch["labels"]
+        logits_BL = modules[PART](unit_pixels(batch["pixels"]))
         loss = F.cross_entropy(logits_BL, labels_B, label_smoothing=self.config.smoothing)
         accuracy = (logits_BL.detach().argmax(1) == labels_B).float().mean()
         return Losses({"cross_entropy": loss}, {"batch_accuracy": accuracy})

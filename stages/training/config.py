@@ -336,22 +336,6 @@ class TrainDiscriminatorConfig(ReconstructionTraining):
 SMALL_RAR = RarConfig(width=128, layers=4, heads=4, mlp_width=512, dropout=0.0, attention_dropout=0.0)
 
 
-class OrdersConfig(Config):
-    """When the order of the codes is random: always before step `start`, less and less until `end`, then never.
-
-    Networks that know no orders ignore it; start = end = 0 is raster order throughout.
-    """
-
-    start: int = Field(default=0, ge=0, description="step at which raster orders begin")
-    end: int = Field(default=320, ge=0, description="step from which on all orders are raster")
-
-    @model_validator(mode="after")
-    def _ends_after_its_start(self) -> OrdersConfig:
-        if self.end < self.start:
-            raise ValueError(f"end {self.end} must not come before start {self.start}")
-        return self
-
-
 class SamplesConfig(Config):
     """Samples to look at on the way, as grids of images in the log. They leave no trace in the weights."""
 
@@ -366,12 +350,11 @@ class SamplesConfig(Config):
 
 
 class TrainGeneratorConfig(Config):
-    """A network, the annealing of its orders, and a budget. The defaults suit 16 codes of a small codebook."""
+    """A network and a budget. The defaults suit 16 codes of a small codebook."""
 
     model: GeneratorConfig = Field(
         default=SMALL_RAR, description="the network; counts of codes and classes are the data's"
     )
-    orders: OrdersConfig = Field(default=OrdersConfig(), description="share of random orders over the steps")
     rows_per_pass: int = Field(default=64, ge=1, description="rows that go through the network together in evaluations")
     training: TrainingConfig = Field(
         default=TrainingConfig(

@@ -269,8 +269,8 @@ class Trainer:
 
     def _passes(self, batch: Batch, turns: list[TrainedPart]) -> SharedPasses:
         """The passes of this step over its batch, on the device."""
-        batch = tuple(tensor.to(self.replicas.device, non_blocking=True) for tensor in batch)
-        pieces: list[Batch] = list(zip(*(tensor.chunk(self.pieces) for tensor in batch), strict=True))
+        there = [tensor.to(self.replicas.device, non_blocking=True).chunk(self.pieces) for tensor in batch.values()]
+        pieces: list[Batch] = [dict(zip(batch, piece, strict=True)) for piece in zip(*there, strict=True)]
         self.task.part = self._part(0)
         if len(pieces) > 1:
             self.task.survey(pieces)

@@ -9,22 +9,21 @@ from pipeline.compatibility import Facts, KnownInputs
 from pipeline.draft import Draft
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
-from stages.codes.tokenizing import code_grid
 from stages.images.checks import check_codes_fit
 from stages.training.config import (
     FinetuneDecoderConfig,
 )
 from stages.training.inputs import IMAGES, START, WEIGHTS, check_images, check_known_start, check_start
 from stages.training.train_tokenizer import count_used, describe, where
+from stages.weights.cards import TokenizerCard
 from stages.weights.files import config_json, save_weights
-from stages.weights.identity import CODES_OF, tokenizer_identity
-from stages.weights.networks import read_tokenizer_config
+from stages.weights.identity import CODES_OF
 
 
 def check_inputs(config: FinetuneDecoderConfig, inputs: Mapping[str, Any]) -> None:
     """UsageError, before any image is read, where the views or a discriminator do not fit."""
     check_start(config, inputs)
-    code_grid(inputs["tokenizer"], config.views.size)
+    TokenizerCard.of(inputs["tokenizer"]).grid(config.views.size)
 
 
 def foresee(config: FinetuneDecoderConfig, inputs: KnownInputs) -> Facts:
@@ -57,7 +56,7 @@ def finetune_decoder(config: FinetuneDecoderConfig, inputs: Inputs, out: Draft, 
     from stages.training.reconstruction import open_tokenizer, train_with_loss
 
     parent = inputs["tokenizer"]
-    model = read_tokenizer_config(parent)
+    card = TokenizerCard.of(parent)
     outcome = train_with_loss(
         config,
         inputs,
@@ -69,6 +68,6 @@ def finetune_decoder(config: FinetuneDecoderConfig, inputs: Inputs, out: Draft, 
     )
     used = count_used(outcome, out, run)
     if outcome.is_first:
-        save_weights(out, outcome.task.tokenizer.state_dict(), config_json(model))
+        save_weights(out, outcome.task.tokenizer.state_dict(), config_json(card.decoder))
         describe(out, outcome.task, outcome.figures["psnr"], used, where=where(inputs))
-        out.facts |= {CODES_OF: tokenizer_identity(parent)}
+        out.facts |= {CODES_OF: card.identity}

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.generators.config import BUILDERS
-from models.generators.orders import draw_drops, draw_orders, raster
-from models.registry import build
-from models.schedules import random_ratio
+from models.generators.generator import Generator, build_generator
 from stages.training.config import TrainGeneratorConfig
 from stages.training.draws import rows_of_step, stream
 from stages.training.grids import draw_samples
-from stages.training.task import Batch, Losses, Modules, Part, Task, is_matrix
+from stages.training.task import Batch, Losses, Modules, Part, Task
 from stages.training.tokens import TrainingTokens
-from stages.weights.networks import GeneratorCard, NetworkFile
+from stages.weights.cards import GeneratorCard
+from stages.weights.networks import NetworkFile
 
 # B rows of a global batch, P rows of this process's share, T tokens
 
@@ -29,17 +27,18 @@ LOOK_AHEAD = 64  # steps whose rows are read together from mapped sets
 class GeneratorTraining(nn.Module):
     """A generator as a module whose forward is its loss, which is what replicas run."""
 
-    def __init__(self, generator: nn.Module):
+    def __init__(self, generator: Generator):
         super().__init__()
-        self.generator: Any = generator
+        self.generator = generator
 
-    def forward(self, *batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, stats = self.generator.loss(*batch)
-        return loss, stats
+    def forward(
+        self, codes: Tensor, condition: Tensor | None = None, **draws: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.generator.loss(codes, condition, **draws)
 
 
 class GeneratorTask(Task):
-    """Cross entropy of codes in drawn orders, with drawn labels dropped; judged in raster order with all labels."""
+    """The generator's own loss, with what it draws for a step; judged with nothing drawn."""
 
     unit = "rows"
 
@@ -56,21 +55,21 @@ class GeneratorTask(Task):
         """tokenizer: what makes images of the samples that are drawn on the way, if some are."""
         self.config, self.card, self.tokens, self.held_out, self.device = config, card, tokens, held_out, device
         self.tokenizer = tokenizer
-        self.network = build(card.model, BUILDERS, codes=card.codes, tokens=card.tokens, classes=card.classes)
-        training = config.training
-        decayed = getattr(self.network, "decayed", is_matrix)
+        self.network = build_generator(card.model, card.shape)
+        training, self.training_module = config.training, GeneratorTraining(self.network)
         self.parts = [
             Part(
                 PART,
-                GeneratorTraining(self.network),
+                self.training_module,
                 training.optimizer,
                 training.schedule,
-                is_decayed=lambda name, parameter: decayed(name.removeprefix("generator."), parameter),
+                is_decayed=lambda name, parameter: self.network.decayed(name.removeprefix("generator."), parameter),
             )
         ]
         self.network.checkpoint_blocks = config.checkpoints_activations
         if config.compiles:
-            compile_blocks(self.network)
+            for block in self.network.repeated_blocks():  # alike as they are, they share what the first one took
+                block.compile()
         self.draws_every = config.samples.every if config.samples else 0
         self.rows, self.epoch_images = len(tokens), tokens.images
         self.judged_rows = len(held_out) if held_out else 0
@@ -79,16 +78,21 @@ class GeneratorTask(Task):
         self._window: tuple[int, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = (-1, [])
 
     def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
-        """Codes (P, T), labels (P,), orders (P, T), dropped (P,)."""
+        """Codes (P, T), their condition, and what the generator draws, of this process's share of the rows."""
         codes_PT, labels_P = self._read(step, rows_B, share)
-        batch, seed = len(rows_B), self.config.training.seed
-        ratio = random_ratio(step, start=self.config.orders.start, end=self.config.orders.end)
-        orders_BT = draw_orders(stream(seed, "orders", step), batch, codes_PT.shape[1], ratio)
-        dropped_B = draw_drops(stream(seed, "labels", step), batch, getattr(self.config.model, "label_dropout", 0.0))
-        return tuple(map(torch.from_numpy, (codes_PT, labels_P, orders_BT[share], dropped_B[share])))
+        streams = partial(stream, self.config.training.seed, step=step)
+        drawn = self.network.draws(streams, len(rows_B), step)
+        return {
+            "codes": torch.from_numpy(codes_PT),
+            **self._condition(labels_P),
+            **{name: torch.from_numpy(values_B[share]) for name, values_B in drawn.items()},
+        }
+
+    def _condition(self, labels_P: NDArray[np.int64]) -> dict[str, Tensor]:
+        return {"condition": torch.from_numpy(labels_P)} if self.card.model.conditions_on == "class" else {}
 
     def losses(self, part: str, modules: Modules, batch: Batch, step: int) -> Losses:
-        loss, stats = modules[PART](*batch)
+        loss, stats = modules[PART](**batch)
         return Losses({"cross_entropy": loss}, stats)
 
     def evaluate(self) -> dict[str, float]:
@@ -100,10 +104,9 @@ class GeneratorTask(Task):
         for first in range(rows * self.replicas.rank, count, rows * self.replicas.world):
             rows_P = np.arange(first, min(first + rows, count))
             codes_PT, labels_P = self.held_out.read(rows_P)
-            orders_PT, dropped_P = raster(*codes_PT.shape), np.zeros(len(rows_P), bool)
-            tensors = (torch.from_numpy(one).to(self.device) for one in (codes_PT, labels_P, orders_PT, dropped_P))
+            batch = {"codes": torch.from_numpy(codes_PT), **self._condition(labels_P)}
             with self.replicas.autocast():
-                loss, stats = self.network.loss(*tensors)
+                loss, stats = self.training_module(**{name: tensor.to(self.device) for name, tensor in batch.items()})
             sums += len(rows_P) * torch.tensor([float(loss), float(stats["correct"])], dtype=torch.float64)
         loss, correct = self.replicas.mean_of_sums(sums.tolist(), count)
         return {"loss": loss, "correct": correct}
@@ -130,9 +133,3 @@ class GeneratorTask(Task):
         rows = [rows_of_step(step, rows=self.rows, batch=training.batch, seed=training.seed)[share] for step in steps]
         codes_WT, labels_W = self.tokens.read(np.concatenate(rows))
         return list(zip(np.split(codes_WT, len(rows)), np.split(labels_W, len(rows)), strict=True))
-
-
-def compile_blocks(network: Any) -> None:
-    """Compile each block of a network in place: alike as they are, they share what the first one took."""
-    for block in network.blocks:
-        block.compile()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
-from models.sampling.loop import sample
+from models.generators.generator import Generator, build_decoder, loop_of
 from models.tokenizer import Tokenizer, to_bytes
 from pipeline.errors import NumericError
 from pipeline.keys import canonical_bytes, config_value
@@ -16,7 +14,8 @@ from stages.images.pictures import grid_png, interleave
 from stages.training.config import ReconstructionsConfig, SamplesConfig
 from stages.training.images import TrainingImages
 from stages.training.replicas import Replicas
-from stages.weights.networks import GeneratorCard, NetworkFile, load_tokenizer
+from stages.weights.cards import GeneratorCard
+from stages.weights.networks import NetworkFile, load_tokenizer
 
 SEED = 0
 
@@ -47,7 +46,12 @@ def draw_reconstructions(
 
 
 def draw_samples(
-    config: SamplesConfig, card: GeneratorCard, generator: Any, tokenizer: NetworkFile, replicas: Replicas, step: int
+    config: SamplesConfig,
+    card: GeneratorCard,
+    generator: Generator,
+    tokenizer: NetworkFile,
+    replicas: Replicas,
+    step: int,
 ) -> bytes | None:
     """The PNG of a grid after `step` steps, in the first process; None in the others.
 
@@ -55,21 +59,23 @@ def draw_samples(
     """
     rows = -(-config.images // replicas.world)
     ids_P = torch.arange(rows) + rows * replicas.rank
-    asked = torch.tensor(config.classes or range(card.classes))
-    decoder = generator.decoder(rows=rows, guided=config.sampling.guided)
+    space = card.space
+    asked = torch.tensor(config.classes or range(space.classes))
+    labels_P = asked[ids_P % len(asked)] if card.model.conditions_on == "class" else None
+    decoder = build_decoder(generator, rows=rows, guided=config.sampling.guided)
     try:
-        codes_PT = sample(decoder, asked[ids_P % len(asked)], ids_P, config=config.sampling, seed=SEED)
+        codes_PT = loop_of(card.model)(decoder, labels_P, ids_P, config=config.sampling, seed=SEED)
     except FloatingPointError as error:
         raise NumericError(f"after step {step} no samples can be drawn: {error}") from error
     network = load_tokenizer(tokenizer)
     with torch.inference_mode():
-        images_PCHW = network.decode(codes_PT.view(rows, *card.grid))
+        images_PCHW = network.decode(codes_PT.view(rows, *space.grid))
         drawn = to_bytes(images_PCHW, network.rounding).permute(0, 2, 3, 1)
         images_NHW3 = replicas.gather(drawn)[: config.images].cpu().numpy()
     if replicas.rank:
         return None
     labels_N = np.resize(asked.numpy(), config.images)
-    captions = [card.class_names[label] if card.class_names else str(label) for label in labels_N]
+    captions = [space.class_names[label] if space.class_names else str(label) for label in labels_N]
     return grid_png(
         images_NHW3, captions, {"step": str(step), "samples": canonical_bytes(config_value(config)).decode()}
     )

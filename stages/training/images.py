@@ -18,6 +18,7 @@ from stages.images.passes import to_images
 from stages.training.draws import stream
 from stages.training.inputs import HELD_OUT
 from stages.training.replicas import Replicas
+from stages.training.task import Batch
 
 # B rows of a global batch, P rows of this process's share, S pixels per side, N images, V views
 
@@ -37,12 +38,12 @@ class TrainingImages:
     def __len__(self) -> int:
         return len(self.image_set)
 
-    def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 (P, S, S, 3) and int64 labels (P,) of this process's share."""
+    def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
+        """`pixels` uint8 (P, S, S, 3) and `labels` int64 (P,) of this process's share."""
         views_B = stream(self._seed, "views", step).integers(self.views.count, size=len(rows_B))
         rows_P, views_P = rows_B[share], views_B[share]
         labels_P = self.image_set.labels[rows_P].astype(np.int64)
-        return torch.from_numpy(self._pixels(rows_P, views_P)), torch.from_numpy(labels_P)
+        return {"pixels": torch.from_numpy(self._pixels(rows_P, views_P)), "labels": torch.from_numpy(labels_P)}
 
     def upright(self, rows_P: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The upright view of some images, (P, S, S, 3)."""

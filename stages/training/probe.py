@@ -22,7 +22,8 @@ from smalti.counting import counted
 from smalti.tokens import TokenSet, open_tokens
 from stages.codes.reservoir import smallest_rows
 from stages.training.config import ProbeConfig
-from stages.weights.identity import check_same_tokenizer, tokenizer_identity
+from stages.weights.cards import TokenizerCard
+from stages.weights.identity import check_same_tokenizer
 
 if TYPE_CHECKING:
     from models.logistic import Part, StreamedLogistic
@@ -119,7 +120,7 @@ def read_centroids(config: ProbeConfig, inputs: Inputs) -> NDArray[np.float32] |
     codebook = inputs["codebook"]
     found = open_tokens(inputs["train"].path).attributes.tokenizer
     check_same_tokenizer(
-        tokenizer_identity(codebook), found, what=codebook.name, by=inputs["train"].name, path=codebook.path
+        TokenizerCard.of(codebook).identity, found, what=codebook.name, by=inputs["train"].name, path=codebook.path
     )
     centroids_KD: NDArray[np.float32] = load_codebook(codebook, "cpu").centroids_KD.numpy()
     return centroids_KD

@@ -20,8 +20,9 @@ from stages.training.engine import Outcome, train
 from stages.training.images import open_images
 from stages.training.inputs import given
 from stages.training.tokenizer import Learns, TokenizerTask, TrainedNetworks
+from stages.weights.cards import TokenizerCard
 from stages.weights.files import fill, load_weights
-from stages.weights.networks import DISCRIMINATOR, build_adversary, read_tokenizer_config
+from stages.weights.networks import DISCRIMINATOR, build_adversary
 from stages.weights.perceptual import PERCEPTUAL, load_lpips
 
 
@@ -85,6 +86,6 @@ def build_loss(config: LossConfig, pixel_range: PixelRange, run: Runtime) -> nn.
 
 def open_tokenizer(artifact: Artifact) -> Tokenizer:
     """A tokenizer with its weights, ready to be trained further."""
-    tokenizer = Tokenizer(read_tokenizer_config(artifact))
+    tokenizer = Tokenizer(TokenizerCard.of(artifact).decoder)
     fill(tokenizer, load_weights(artifact), artifact)
     return tokenizer

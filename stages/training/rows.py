@@ -8,53 +8,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from typing import Any
 
-from models.generators.config import TRAINING_BYTES
+from models.generators.config import CodeShape
+from models.generators.memory import training_bytes
 from pipeline import ranks
 from pipeline.errors import MemoryExhausted
 from smalti.counting import counted
 from stages.devices import free_bytes, pick_device
 from stages.training.config import TrainGeneratorConfig, TrainingConfig
 from stages.training.draws import passes_of
-from stages.weights.networks import GeneratorCard
 
 PASS_BYTES = 16e9  # of activations: RAR-B, or L with half the rows, then trains on a device of 24 GB
 CPU_REFUSAL = "not enough memory: you tried to allocate"  # of torch's allocator, which has no error of its own
 SURE = 0.85  # of an estimate: what lies above free memory even so does not fit
 
 
-def settle_rows(config: TrainGeneratorConfig, *, codes: int, tokens: int, classes: int) -> TrainGeneratorConfig:
+def settle_rows(config: TrainGeneratorConfig, shape: CodeShape) -> TrainGeneratorConfig:
     """The config with a number for `auto`: the most rows whose pass takes up to PASS_BYTES on a GPU, which share out the batch.
 
-    A network that only counts has no passes: null.
+    A network that only counts has no passes: null. ValueError where the kind of generator has no estimate of its memory.
     """
     training = config.training
 
     def pass_bytes(rows: int) -> int:
-        return needed_bytes(config, rows, codes=codes, tokens=tokens, classes=classes, device_type="cuda")
+        needed = needed_bytes(config, shape, rows, "cuda")
+        if needed is None:
+            raise ValueError(f"a generator of kind {config.model.kind} has no estimate of its memory")
+        return needed
 
     rows = None
-    if config.model.kind in TRAINING_BYTES:
+    if config.model.trained_by == "gradient":
         rows = next(
             rows for rows in fewer(training.batch) if rows == 1 or pass_bytes(rows) - pass_bytes(0) <= PASS_BYTES
         )
     return config.model_copy(update={"training": training.model_copy(update={"rows_per_pass": rows})})
 
 
-def refuse_rows(config: TrainGeneratorConfig, card: GeneratorCard, device: str) -> None:
+def refuse_rows(config: TrainGeneratorConfig, shape: CodeShape, device: str) -> None:
     """MemoryExhausted (exit code 71) where a pass is sure not to fit into the free memory, with the setting that would."""
-    if config.model.kind not in TRAINING_BYTES:
-        return
     picked = pick_device(device)
     sharing = ranks.local_world_size() if picked.type == "cpu" else 1
     free, training = free_bytes(picked) // sharing, config.training
 
     def needed(rows: int) -> int:
-        return needed_bytes(
-            config, rows, codes=card.codes, tokens=card.tokens, classes=card.classes, device_type=picked.type
-        )
+        return needed_bytes(config, shape, rows, picked.type) or 0
 
     rows = rows_together(training, ranks.world_size())
     if SURE * needed(rows) <= free:
@@ -78,18 +75,17 @@ def fewer(batch: int) -> list[int]:
     return [rows for rows in range(batch, 0, -1) if batch % rows == 0]
 
 
-def needed_bytes(config: TrainGeneratorConfig, rows: int, **sizes: Any) -> int:
-    """Memory of one process that trains with passes of `rows`, by the network's own estimate."""
-    module, name = TRAINING_BYTES[config.model.kind].split(":")
-    estimate: int = getattr(import_module(module), name)(
+def needed_bytes(config: TrainGeneratorConfig, shape: CodeShape, rows: int, device_type: str) -> int | None:
+    """Memory of one process that trains with passes of `rows`, by the network's own estimate, if it has one."""
+    return training_bytes(
         config.model,
+        shape,
         rows=rows,
         is_half=config.training.precision == "bfloat16",
         is_averaged=config.training.ema is not None,
         checkpoints_activations=config.checkpoints_activations,
-        **sizes,
+        device_type=device_type,
     )
-    return estimate
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from models.batch_part import BatchPart
 from stages.training.config import Optimizer, Schedule
 from stages.training.replicas import Replicas
 
-Batch = tuple[Tensor, ...]
+Batch = Mapping[str, Tensor]
+"""Tensors by name; the first axis of each is rows."""
 Modules = Mapping[str, nn.Module]
 
 

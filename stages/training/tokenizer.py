@@ -83,24 +83,25 @@ class TokenizerTask(Task):
         self.seeing.to(device)
 
     def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
-        return self.images.batch(step, rows_B, share)[:1]
+        return {"pixels": self.images.batch(step, rows_B, share)["pixels"]}
 
     def survey(self, pieces: Sequence[Batch]) -> None:
         """Where the quantizer needs the latents of a whole batch, in pieces, the images are encoded twice."""
         quantizer, config = self.tokenizer.quantizer, self.config
         quantizer.part = self.part
         rows, columns = self.tokenizer.grid(config.views.size, config.views.size)
-        if self.learns != "tokenizer" or not quantizer.needs_survey(len(pieces[0][0]) * rows * columns):
+        if self.learns != "tokenizer" or not quantizer.needs_survey(len(pieces[0]["pixels"]) * rows * columns):
             return
         with torch.no_grad(), self.replicas.autocast():
             latents = [
-                self.tokenizer.autoencoder.encode(self.tokenizer.to_pixels(unit_pixels(piece[0]))) for piece in pieces
+                self.tokenizer.autoencoder.encode(self.tokenizer.to_pixels(unit_pixels(piece["pixels"])))
+                for piece in pieces
             ]
             quantizer.survey(torch.cat(latents).movedim(1, -1).flatten(0, 2))
 
     def shared_pass(self, modules: Modules, batch: Batch, step: int) -> Reconstructed:
         """The reconstruction that both sides see: the discriminator on its own step, the tokenizer on its."""
-        images_BCHW = unit_pixels(batch[0])
+        images_BCHW = unit_pixels(batch["pixels"])
         self.tokenizer.quantizer.part = self.part
         if PART in modules:
             seen: Reconstructed = modules[PART](images_BCHW)

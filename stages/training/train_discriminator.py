@@ -11,7 +11,6 @@ from pipeline.draft import Draft
 from pipeline.keys import config_value
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
-from stages.codes.tokenizing import code_grid
 from stages.images.checks import check_codes_fit
 from stages.training.config import (
     AdversaryConfig,
@@ -19,12 +18,13 @@ from stages.training.config import (
 )
 from stages.training.inputs import IMAGES, check_images
 from stages.training.train_tokenizer import where
-from stages.weights.networks import build_adversary, read_tokenizer_config, save_discriminator
+from stages.weights.cards import TokenizerCard
+from stages.weights.networks import build_adversary, save_discriminator
 
 
 def check_views(config: TrainDiscriminatorConfig, inputs: Mapping[str, Any]) -> None:
     """UsageError, before any image is read, where the tokenizer cannot see images of this size."""
-    code_grid(inputs["tokenizer"], config.views.size)
+    TokenizerCard.of(inputs["tokenizer"]).grid(config.views.size)
 
 
 def foresee(config: TrainDiscriminatorConfig, inputs: KnownInputs) -> Facts:
@@ -57,7 +57,7 @@ def train_discriminator(config: TrainDiscriminatorConfig, inputs: Inputs, out: D
     from stages.training.tokenizer import TrainedNetworks
 
     parent = inputs["tokenizer"]
-    network = read_tokenizer_config(parent).autoencoder
+    network = TokenizerCard.of(parent).decoder.autoencoder
     game = AdversaryConfig(**config.adversarial.model_dump())
     outcome = train_networks(
         config,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from models.generators.config import BUILDERS
-from models.registry import build
 from pipeline.artifact import Artifact
 from pipeline.compatibility import Facts, KnownInputs
 from pipeline.draft import Draft
@@ -14,18 +12,18 @@ from pipeline.errors import CorruptError, InputError, UsageError
 from pipeline.keys import config_value
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
-from smalti.attributes import TokenAttributes
 from smalti.counting import counted
-from stages.codes.classes import can_be_guided, check_guidance, check_labels, names_of_tokens
+from stages.codes.classes import check_labels, check_sampling, names_of_tokens, shape_of
 from stages.training.config import TrainGeneratorConfig
 from stages.training.inputs import check_batch
 from stages.training.rows import refuse_rows, settle_rows
+from stages.weights.cards import CodeSpace, GeneratorCard, TokenizerCard
 from stages.weights.files import save_weights
-from stages.weights.networks import GeneratorCard, NetworkFile, join_tokenizer
+from stages.weights.networks import NetworkFile
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from models.generators.config import CodeShape
+    from models.generators.generator import Generator
     from stages.training.tokens import TrainingTokens
 
 HELD_OUT, TOKENIZER = "held-out", "tokenizer"
@@ -66,20 +64,16 @@ def check_inputs(config: TrainGeneratorConfig, inputs: Mapping[str, Artifact | l
 
 def settle(config: TrainGeneratorConfig, inputs: KnownInputs) -> TrainGeneratorConfig:
     """A number of rows for `training.rows_per_pass auto`, as soon as the codes are known."""
-    facts = inputs.all("tokens")[0] if inputs.all("tokens") else None
-    known = {name: facts.get(name) for name in ("codes", "grid", "classes")} if facts else {}
-    if config.is_settled or not known or None in (known["codes"], known["grid"]):
+    shape = shape_of(inputs.all("tokens")[0].facts) if inputs.all("tokens") else None
+    if config.is_settled or shape is None:
         return config
-    rows, columns = known["grid"]
-    return settle_rows(config, codes=known["codes"], tokens=rows * columns, classes=known["classes"] or 1)
+    try:
+        return settle_rows(config, shape)
+    except ValueError as error:
+        raise inputs.refusal(f"has training.rows_per_pass auto, but {error}: give it a number") from error
 
 
-CODES = ("tokenizer", "codes", "pixels", "grid", "classes", "class_names")
-
-
-def counts(config: TrainGeneratorConfig) -> bool:
-    """Whether the generator only counts codes, by a `fit` instead of a loss: its config says so."""
-    return getattr(config.model, "trained_by", "gradient") == "counting"
+CODES = ("tokenizer", "codes", "pixels", "grid", "factors", "classes", "class_names")
 
 
 def foresee(config: TrainGeneratorConfig, inputs: KnownInputs) -> Facts:
@@ -94,13 +88,24 @@ def foresee(config: TrainGeneratorConfig, inputs: KnownInputs) -> Facts:
             if config.samples
             else f"reads the tokenizer {inputs[TOKENIZER].name}, but shows no samples on the way: set samples.every"
         )
-    known = {**inputs.all("tokens")[0].only("tokenizer"), **facts, "guidable": can_be_guided(config.model)}
-    if not counts(config):
+    known = {**inputs.all("tokens")[0].only("tokenizer"), **facts, "model": config.model}
+    if config.model.trained_by == "gradient":
         check_batch(config.training, inputs, *inputs.all("tokens"))
     if config.samples:
         check_labels(config.samples.classes, known.get("classes"), inputs)
-        check_guidance(config.samples.sampling, inputs.name, known, inputs)
+    try:
+        check_model(config, shape_of(known))
+    except ValueError as error:
+        raise inputs.refusal(f"cannot train a generator of kind {config.model.kind}: {error}") from error
     return known
+
+
+def check_model(config: TrainGeneratorConfig, shape: CodeShape | None) -> None:
+    """ValueError, with the reason, if the generator cannot learn such codes, as far as they are known, or not be sampled as asked."""
+    if shape is not None:
+        config.model.check(shape)
+    if config.samples:
+        check_sampling(config.samples.sampling, config.model, shape)
 
 
 def listed(value: Artifact | list[Artifact]) -> list[Artifact]:
@@ -109,7 +114,7 @@ def listed(value: Artifact | list[Artifact]) -> list[Artifact]:
 
 @stage(
     "train-generator",
-    version=3,
+    version=4,
     config=TrainGeneratorConfig,
     reads={
         "tokens": read("token-set", help="codes to learn, of one or several token sets", many=True),
@@ -135,8 +140,12 @@ def train_generator(config: TrainGeneratorConfig, inputs: Inputs, out: Draft, ru
     first = inputs.all("tokens")[0]
     run.progress.say("  reading and checking the codes, building the network")
     tokens = TrainingTokens(inputs.all("tokens"), like=first)
-    card = make_card(config, tokens.attributes)
-    if counts(config):
+    card = GeneratorCard(model=config.model, space=CodeSpace.of(tokens.attributes))
+    try:
+        check_model(config, card.shape)
+    except ValueError as error:
+        raise UsageError(f"cannot train a generator of kind {config.model.kind} on {first.name}: {error}") from error
+    if config.model.trained_by == "counting":
         count(config, card, tokens, out)
         return
     held_out = TrainingTokens([inputs[HELD_OUT]], like=first) if HELD_OUT in inputs else None
@@ -150,28 +159,17 @@ def known_tokenizer(
     """Where the tokenizer lies, if there is one; CorruptError if the codes are another's."""
     if tokenizer is None:
         return None
-    join_tokenizer(card, tokenizer, what=first.name, path=first.path)
+    card.join(TokenizerCard.of(tokenizer), what=first.name, path=first.path)
     return NetworkFile.of(tokenizer, run.device)
-
-
-def make_card(config: TrainGeneratorConfig, attributes: TokenAttributes) -> GeneratorCard:
-    """What the artifact says of itself: the network, and the data that it was made for."""
-    return GeneratorCard(
-        model=config.model,
-        codes=attributes.codes,
-        classes=attributes.classes,
-        grid=attributes.grid,
-        class_names=attributes.class_names,
-        tokenizer={name: str(value) for name, value in attributes.tokenizer.items()},
-        resolution=attributes.resolution,
-    )
 
 
 def count(config: TrainGeneratorConfig, card: GeneratorCard, tokens: TrainingTokens, out: Draft) -> None:
     """Fit a generator that needs one look at the data and no gradient."""
     import torch
 
-    network = build(card.model, BUILDERS, codes=card.codes, tokens=card.tokens, classes=card.classes)
+    from models.generators.generator import build_generator
+
+    network = build_generator(card.model, card.shape)
     try:
         network.fit((torch.from_numpy(codes_NT), torch.from_numpy(labels_N)) for codes_NT, labels_N in tokens.blocks())
     except ValueError as error:
@@ -193,7 +191,7 @@ def learn(
     from stages.training.engine import train
     from stages.training.generator import GeneratorTask
 
-    refuse_rows(config, card, run.device)
+    refuse_rows(config, card.shape, run.device)
     if config.compiles:
         run.progress.say("  the first step compiles the blocks, which takes a minute")
     outcome = train(
@@ -212,15 +210,12 @@ def learn(
     out.figure = f"loss {outcome.loss:.2f}{on_held_out} after {counted(config.training.steps, 'step')}"
 
 
-def save(out: Draft, network: nn.Module, card: GeneratorCard, losses: dict[str, Any]) -> None:
+def save(out: Draft, network: Generator, card: GeneratorCard, losses: dict[str, Any]) -> None:
     """Write the network, and into the manifest what later steps compare."""
     save_weights(out, network.state_dict(), config_value(card))
     out.facts = {
         **losses,
-        "codes": card.codes,
-        "tokens": card.tokens,
-        "grid": list(card.grid),
-        "classes": card.classes,
+        **card.space.facts,
+        "tokens": card.space.tokens,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "tokenizer": card.tokenizer,
     }

@@ -11,8 +11,8 @@ from pipeline.stage import Inputs, stage
 from smalti.counting import counted
 from stages.training.config import TrainTokenizerConfig
 from stages.training.inputs import HELD_OUT, IMAGES, START, WEIGHTS, check_images, check_known_start, check_start
+from stages.weights.cards import digest_of
 from stages.weights.files import config_json, save_weights
-from stages.weights.identity import digest_of
 
 if TYPE_CHECKING:
     from stages.training.engine import Outcome

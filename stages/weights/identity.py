@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import Artifact
-from pipeline.compatibility import made_by
 from pipeline.errors import CorruptError
 from pipeline.keys import canonical_bytes, sha256
-from stages.weights.files import CONFIG, WEIGHTS, load_config
+from stages.weights.files import CONFIG, WEIGHTS
 
 COMPARED = ("config_sha256", "weights_sha256")
 CODES_OF = "codes_of"  # the fact that names the tokenizer whose codes another one makes, too
-CODEBOOK_FAMILY = "kmeans"
 
 
-def tokenizer_identity(artifact: Artifact) -> dict[str, str]:
+def identity_of(artifact: Artifact, family: str) -> dict[str, str]:
     """`{id, family, config_sha256, weights_sha256}` of a tokenizer or codebook artifact, read from its manifest.
 
     id: SHA-256 of the two digests.  family: the quantizer's kind, or "kmeans" for a codebook. A tokenizer of which only
@@ -30,15 +28,7 @@ def tokenizer_identity(artifact: Artifact) -> dict[str, str]:
     if CODES_OF in artifact.facts:
         return {str(name): str(value) for name, value in artifact.facts[CODES_OF].items()}
     digests = {name: _digest(artifact, file) for name, file in zip(COMPARED, (CONFIG, WEIGHTS), strict=True)}
-    return {"id": sha256(canonical_bytes(digests)), "family": _family(artifact), **digests}
-
-
-def digest_of(made: Artifact | None) -> str | None:
-    """What tells a finished tokenizer from others in `pipeline.compatibility`; None of one that is not made."""
-    if made is None:
-        return None
-    origin = made_by(tokenizer_identity(made), made.name)
-    return origin.digest if origin else None
+    return {"id": sha256(canonical_bytes(digests)), "family": family, **digests}
 
 
 def is_same_tokenizer(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -68,13 +58,6 @@ def check_same_tokenizer(
 def _digest(artifact: Artifact, file: str) -> str:
     artifact.file(file)
     return artifact.files[file].sha256
-
-
-def _family(artifact: Artifact) -> str:
-    if artifact.kind == "codebook":
-        return CODEBOOK_FAMILY
-    quantizer = load_config(artifact).get("quantizer", {})
-    return str(quantizer.get("kind", "unknown"))
 
 
 def _short(identity: Mapping[str, Any]) -> str:

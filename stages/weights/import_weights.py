@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.resources import files
@@ -20,10 +19,10 @@ from pipeline.keys import config_value
 from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, read, stage
 from smalti.counting import counted
+from stages.weights.cards import CodeSpace, GeneratorCard, TokenizerCard, digest_of
 from stages.weights.checkpoint_reader import identify_file, read_state
 from stages.weights.files import save_weights
-from stages.weights.identity import digest_of
-from stages.weights.networks import DiscriminatorCard, GeneratorCard, join_tokenizer
+from stages.weights.networks import DiscriminatorCard
 from stages.weights.places import HubWeights
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def foresee(config: ImportConfig, inputs: KnownInputs) -> Facts:
 
 @stage(
     "import-weights",
-    version=1,
+    version=2,
     config=ImportConfig,
     reads={
         "tokenizer": read("tokenizer", help="the tokenizer whose codes a generator was trained on", optional=True),
@@ -140,16 +139,13 @@ def import_generator(
     found = recognise(config, state, path)
     card = make_card(config, found, path)
     if "tokenizer" in inputs:
-        card = join_tokenizer(card, inputs["tokenizer"], what=str(path), path=path)
-    parameters = save(out, state, config_value(card), path)
+        card = card.join(TokenizerCard.of(inputs["tokenizer"]), what=str(path), path=path)
+    parameters = save(out, found.state, config_value(card), path)
     size = f"-{found.size}" if found.size else ""
     out.facts = {
-        "codes": card.codes,
-        "tokens": card.tokens,
-        "grid": list(card.grid),
-        "classes": card.classes,
+        **card.space.facts,
+        "tokens": card.space.tokens,
         "parameters": parameters,
-        "tokenizer": card.tokenizer,
         "weights": hash_file(path),
     }
     out.figure = f"{config.layout}{size}, {counted(parameters, 'parameter')}"
@@ -157,19 +153,17 @@ def import_generator(
 
 def make_card(config: ImportConfig, found: Any, path: Path) -> GeneratorCard:
     """What a generator's file says by its shapes; its tokenizer is not in it."""
-    side = math.isqrt(found.tokens)
-    if side * side != found.tokens:
-        raise CorruptError(f"{path} is a generator of {found.tokens} codes, which are no square grid", path=path)
-    if config.class_names and found.classes != IMAGENET_CLASSES:
-        raise UsageError(f"class_names: imagenet names {IMAGENET_CLASSES} classes, but {path} has {found.classes}")
-    return GeneratorCard(
-        model=found.config,
-        codes=found.codes,
-        classes=found.classes,
-        grid=(side, side),
+    shape = found.shape
+    if config.class_names and shape.classes != IMAGENET_CLASSES:
+        raise UsageError(f"class_names: imagenet names {IMAGENET_CLASSES} classes, but {path} has {shape.classes}")
+    space = CodeSpace(
+        codes=shape.codes,
+        grid=shape.grid,
+        classes=shape.classes,
         class_names=imagenet_names() if config.class_names else (),
-        tokenizer={},
+        factors=shape.factors,
     )
+    return GeneratorCard(model=found.config, space=space)
 
 
 def import_tokenizer(config: ImportConfig, out: Draft, state: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -230,7 +224,7 @@ def config_of(path: Path) -> ImportConfig:
             found = import_module(LAYOUTS[layout].adapter).recognise(state)
         except LayoutError:
             continue
-        is_imagenet = getattr(found, "classes", None) == IMAGENET_CLASSES
+        is_imagenet = kind == "generator" and found.shape.classes == IMAGENET_CLASSES
         return ImportConfig(layout=layout, class_names="imagenet" if is_imagenet else None)
     raise CorruptError(
         f"{path} has none of the layouts {', '.join(LAYOUTS)}",

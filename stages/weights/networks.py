@@ -5,18 +5,15 @@ A shard function asks for its network by `NetworkFile`, which travels to workers
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from models.classifiers.config import BUILDERS as CLASSIFIERS
 from models.classifiers.config import ClassifierConfig
 from models.config import Config
-from models.generators.config import BUILDERS as GENERATORS
-from models.generators.config import GeneratorConfig
 from models.losses.config import AdversarialConfig, DiscriminatorConfig
 from models.registry import build
 from models.tokenizer_config import TokenizerConfig
@@ -26,8 +23,8 @@ from pipeline.errors import CorruptError
 from pipeline.keys import config_value
 from pipeline.stage_cache import cached
 from stages.devices import pick_device
-from stages.weights.files import fill, load_config, load_weights, save_weights
-from stages.weights.identity import check_same_tokenizer, tokenizer_identity
+from stages.weights.cards import read_card, read_config
+from stages.weights.files import fill, load_weights, save_weights
 
 if TYPE_CHECKING:
     from models.losses.adversarial import Adversary
@@ -55,64 +52,14 @@ class NetworkFile:
         return artifact
 
 
-class GeneratorCard(Config):
-    """config.json of a generator artifact: the network, and the token set that it was trained on.
-
-    tokenizer: identity of the tokenizer that made the codes.  resolution: pixels of the images behind them.
-    """
-
-    model: GeneratorConfig
-    codes: int = Field(ge=1)
-    classes: int = Field(ge=1)
-    grid: tuple[int, int] = Field(strict=False)
-    class_names: tuple[str, ...] = Field((), strict=False)
-    tokenizer: dict[str, str]
-    resolution: int | None = None
-
-    @property
-    def tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-
-def read_card(artifact: Artifact) -> GeneratorCard:
-    config: GeneratorCard = _checked(artifact, GeneratorCard)
-    return config
-
-
-def read_tokenizer_config(artifact: Artifact) -> TokenizerConfig:
-    config: TokenizerConfig = _checked(artifact, TokenizerConfig)
-    return config
-
-
-def read_classifier_config(artifact: Artifact) -> ClassifierConfig:
-    config: ClassifierConfig = _checked(artifact, ClassifierConfig)
-    return config
-
-
-def join_tokenizer(card: GeneratorCard, tokenizer: Artifact, *, what: str, path: Path) -> GeneratorCard:
-    """The card with this tokenizer in it: that of a published generator is not in its file, but given beside it.
-
-    CorruptError (exit code 4) where it has other codes than the generator, or is not the tokenizer that the card names.
-    """
-    identity, config = tokenizer_identity(tokenizer), read_tokenizer_config(tokenizer)
-    if config.codebook_size != card.codes:
-        raise CorruptError(
-            f"{what} is a generator of {card.codes} codes, but {tokenizer.name} has {config.codebook_size}",
-            path=path,
-            hint="give the tokenizer that it was trained with",
-        )
-    if card.tokenizer:
-        check_same_tokenizer(card.tokenizer, identity, what=what, by=tokenizer.name, path=path)
-    return card.model_copy(update={"tokenizer": identity, "resolution": card.grid[0] * config.downsample})
-
-
 @cached(MOST)
 def load_generator(file: NetworkFile) -> Any:
-    """The generator, in evaluation mode, on its device."""
+    """The generator (models.generators.generator.Generator), in evaluation mode, on its device."""
+    from models.generators.generator import build_generator
+
     artifact = file.open()
     card = read_card(artifact)
-    network = build(card.model, GENERATORS, codes=card.codes, tokens=card.tokens, classes=card.classes)
-    return _ready(network, artifact, file.device)
+    return _ready(build_generator(card.model, card.shape), artifact, file.device)
 
 
 @cached(MOST)
@@ -121,31 +68,19 @@ def load_tokenizer(file: NetworkFile) -> Any:
     from models.tokenizer import Tokenizer
 
     artifact = file.open()
-    return _ready(Tokenizer(read_tokenizer_config(artifact)), artifact, file.device)
+    return _ready(Tokenizer(read_config(artifact, TokenizerConfig)), artifact, file.device)
 
 
 @cached(MOST)
 def load_classifier(file: NetworkFile) -> Any:
     """The classifier, in evaluation mode, on its device."""
     artifact = file.open()
-    return _ready(build(read_classifier_config(artifact), CLASSIFIERS), artifact, file.device)
+    return _ready(build(read_config(artifact, ClassifierConfig), CLASSIFIERS), artifact, file.device)
 
 
 def _ready(network: Any, artifact: Artifact, device: str) -> Any:
     fill(network, load_weights(artifact), artifact)
     return network.to(pick_device(device)).eval().requires_grad_(False)
-
-
-def _checked(artifact: Artifact, model: Any) -> Any:
-    """Its config.json as `model`; one that does not validate belongs to another version or was altered: exit code 4."""
-    try:
-        return TypeAdapter(model).validate_json(json.dumps(load_config(artifact)))
-    except ValidationError as error:
-        complaint = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in complaint["loc"])
-        raise CorruptError(
-            f"config.json of {artifact.name} does not fit this version: {place}: {complaint['msg']}", path=artifact.path
-        ) from error
 
 
 DISCRIMINATOR = "discriminator"
@@ -178,10 +113,7 @@ def build_adversary(config: AdversarialConfig, *, channels: int, start: Artifact
 
 
 def check_same_network(wanted: DiscriminatorCard, start: Artifact) -> None:
-    try:
-        found = TypeAdapter(DiscriminatorCard).validate_json(json.dumps(load_config(start)))
-    except ValidationError as error:
-        raise CorruptError(f"config.json of {start.name} does not fit this version", path=start.path) from error
+    found = read_config(start, DiscriminatorCard)
     if found != wanted:
         raise CorruptError(
             f"adversarial.discriminator is {_said(wanted)}, but {start.name} is {_said(found)}",

@@ -18,7 +18,7 @@ from pipeline.durable import hash_file
 from pipeline.outside import open_outside
 from pipeline.store import Store
 from smalti import create_tokens
-from stages.weights.identity import tokenizer_identity
+from stages.weights.cards import TokenizerCard
 
 RECIPE = """
 title: a generator of codes from elsewhere
@@ -65,7 +65,7 @@ def test_from_foreign_codes_to_images(tmp_path: Path) -> None:
     tokenizer = made(
         "train-tokenizer --images digits:held-out --training.steps 1 --training.batch 8 --ref my/tokenizer"
     )
-    identity = tokenizer_identity(Store(Path("store")).find(tokenizer["key"]))
+    identity = TokenizerCard.of(Store(Path("store")).find(tokenizer["key"])).identity
     folder = create(tmp_path / "elsewhere", tokenizer=identity)
     before = hashes(folder)
 

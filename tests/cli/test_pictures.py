@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from cli.main import app
-from models.generators.config import RarConfig
+from models.generators.config import CodeShape, RarConfig
 from models.generators.rar.network import Rar
 from pipeline.store import Store
 from smalti.arrays import MappedArray
@@ -32,7 +32,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     named = load_file(MASKGIT).items()
     torch.save({name.removeprefix("weights/"): one for name, one in named if "weights/" in name}, folder / TOKENIZER)
     torch.manual_seed(0)
-    rar = Rar(RarConfig(width=16, layers=1, heads=2, mlp_width=16), codes=48, tokens=16, classes=1000)
+    rar = Rar(RarConfig(width=16, layers=1, heads=2, mlp_width=16), CodeShape(codes=48, grid=(4, 4), classes=1000))
     torch.save(rar.state_dict(), folder / "rar_b.bin")
     return folder
 
@@ -65,7 +65,7 @@ def answer(line: str, *words: object) -> dict[str, Any]:
 
 
 DRAWN = f"--weights rar_b.bin --tokenizer {TOKENIZER} --classes 207,360,387 --images 3 --rows-per-pass auto"
-LINE = f"sample {DRAWN} --sampling.guidance-scale 4 --out cats.png"
+LINE = f"sample {DRAWN} --sampling.guidance.scale 4 --out cats.png"
 UNNAMED = LINE.replace("--classes 207,360,387 ", "")
 
 
@@ -88,7 +88,7 @@ def test_from_names_on_the_hub_to_a_picture(here: Path, published: Hub) -> None:
         "otter",
         "lesser panda",
     ]
-    assert samples.attributes.extra["sampled"]["sampling"]["guidance_scale"] == 4.0
+    assert samples.attributes.extra["sampled"]["sampling"]["guidance"]["scale"] == [4.0]
     assert Path("cats.png").read_bytes() == (Path(again["images"]["path"]) / "grid.png").read_bytes()
 
 
@@ -112,7 +112,7 @@ def test_out_changes_nothing_but_the_picture(here: Path, published: Hub) -> None
     shown, alone = answer(f"{line} --out cats.png"), answer(line)
     assert (alone["key"], alone["reused"]) == (shown["samples"]["key"], True)
     sampled = open_tokens(alone["path"]).attributes.extra["sampled"]
-    assert (sampled["images"], sampled["rows_per_pass"], sampled["sampling"]["guidance_scale"]) == (64, 64, 0.0)
+    assert (sampled["images"], sampled["rows_per_pass"], sampled["sampling"]["guidance"]["scale"]) == (64, 64, [1.0])
 
 
 def test_classes_by_their_names(here: Path, published: Hub) -> None:

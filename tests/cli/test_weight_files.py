@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from cli.main import app
-from models.generators.config import RarConfig
+from models.generators.config import CodeShape, RarConfig
 from models.generators.rar.network import Rar
 from pipeline.store import Store
 from smalti.tokens import open_tokens
@@ -36,7 +36,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name.removeprefix("weights/"): tensor for name, tensor in load_file(MASKGIT).items() if "weights/" in name
     }
     torch.manual_seed(0)
-    rar = Rar(RarConfig(width=16, layers=1, heads=2, mlp_width=16), codes=48, tokens=16, classes=1000)
+    rar = Rar(RarConfig(width=16, layers=1, heads=2, mlp_width=16), CodeShape(codes=48, grid=(4, 4), classes=1000))
     torch.save(weights, folder / "maskgit.bin")
     torch.save(rar.state_dict(), folder / "rar.bin")
     torch.save({"a": torch.zeros(1)}, folder / "other.bin")

@@ -130,12 +130,12 @@ NEVER_UNLABELLED = {"kind": "rar", "width": 16, "layers": 1, "heads": 1, "mlp_wi
         ({"like.inputs.labels": None}, "step like has labels: like, but reads no token set"),
         ({"judge.config": {"model": {"classes": 9}}}, "step judge has model.classes 9, but train has 10 classes"),
         # what a step needs besides
-        ({"samples.config": {"order": [1, 0]}}, "an order of 2 positions, but an image has 16 codes"),
+        ({"samples.config": {"order": [1, 0]}}, "order must name each of the positions 0 to 15 once, found 2 numbers"),
         ({"shown.inputs.tokenizer": None}, r"step shown shows samples on the way \(samples\), but reads no tokenizer"),
         ({"generator.inputs.tokenizer": "tokenizer"}, "reads the tokenizer tokenizer, but shows no samples on the way"),
         (
-            {"generator.config": {"model": NEVER_UNLABELLED}, "samples.config": {"sampling": {"guidance_scale": 2.0}}},
-            "step samples has guidance_scale 2, but generator is trained with label_dropout 0",
+            {"generator.config": {"model": NEVER_UNLABELLED}, "samples.config": {"sampling": {"guidance": {"kind": "constant", "scale": 2.0}}}},
+            "step samples cannot sample generator: guidance needs a generator that also learnt without labels",
         ),
         ({"probe.inputs.codebook": "codebook"}, "step probe reads the codebook codebook, but has inputs: one-hot"),
         ({"probe.config": {"inputs": "centroids"}}, "step probe has inputs: centroids, but reads no codebook"),

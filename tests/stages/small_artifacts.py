@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from models.classifiers.config import BUILDERS as CLASSIFIERS
 from models.classifiers.config import ConvolutionalClassifierConfig
-from models.generators.config import BUILDERS as GENERATORS
-from models.generators.config import RarConfig
+from models.generators.config import CodeShape, RarConfig
+from models.generators.generator import build_generator
 from models.registry import build
 from models.tokenizer import Tokenizer
 from models.tokenizer_config import TokenizerConfig
@@ -27,8 +27,8 @@ from pipeline.store import Store
 from smalti.attributes import TokenAttributes
 from stages.codes.token_files import TokenLayout, write_labels_and_cards
 from stages.images.image_files import ImageLayout, write_labels_and_metadata
+from stages.weights.cards import TokenizerCard
 from stages.weights.files import save_weights
-from stages.weights.identity import tokenizer_identity
 
 CLASSES, CODES, GRID, SIZE = 3, 8, (2, 2), 16
 
@@ -75,22 +75,24 @@ def generator_artifact(
 ) -> Artifact:
     """A RAR of random weights (or `model` with its network) for the codes of this tokenizer.
 
-    poison: a tensor that is filled with NaN.  changes: other fields of the card.
+    poison: a tensor that is filled with NaN.  changes: other fields of its code space.
     """
     torch.manual_seed(1)
     model = model or RarConfig(width=16, layers=1, heads=2, mlp_width=32)
-    network = build(model, GENERATORS, codes=CODES, tokens=GRID[0] * GRID[1], classes=CLASSES)
+    network = build_generator(model, CodeShape(codes=CODES, grid=GRID, classes=CLASSES))
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     card = {
         "model": config_value(model),
-        "codes": CODES,
-        "classes": CLASSES,
-        "grid": list(GRID),
-        "class_names": ["zero", "one", "two"],
-        "tokenizer": tokenizer_identity(tokenizer),
-        "resolution": SIZE,
-        **changes,
+        "space": {
+            "codes": CODES,
+            "classes": CLASSES,
+            "grid": list(GRID),
+            "class_names": ["zero", "one", "two"],
+            "tokenizer": TokenizerCard.of(tokenizer).identity,
+            "resolution": SIZE,
+            **changes,
+        },
     }
     state = network.state_dict()
     if poison:
@@ -109,7 +111,7 @@ def token_artifact(
         "grid": GRID,
         "codes": CODES,
         "classes": CLASSES,
-        "tokenizer": tokenizer_identity(tokenizer),
+        "tokenizer": TokenizerCard.of(tokenizer).identity,
         "resolution": SIZE,
         **said,
     }

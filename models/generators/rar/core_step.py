@@ -41,7 +41,7 @@ class RarCoreStep:
 
     def __init__(self, model: Rar, *, streams: int):
         width, heads = model.config.width, model.config.heads
-        cache = np.zeros((2, len(model.blocks), streams, heads, model.tokens + 1, width // heads), np.float32)
+        cache = np.zeros((2, len(model.blocks), streams, heads, model.shape.tokens + 1, width // heads), np.float32)
         self.eps = np.float32(model.adaln_before_head.norm.eps)
         self.attentions = [
             (*_attention_weights(block), keys_RHJE, values_RHJE)
@@ -60,7 +60,11 @@ class RarCoreStep:
             hidden_RF = F.gelu(torch.from_numpy(hidden_RF)).numpy()
             add_gated(x, modulations, first + 5, affine(hidden_RF, *fc2))
         last = modulations.shape[1] - 1
-        return torch.from_numpy(affine(modulate(x, modulations, last, last - 1, self.eps), *self.head))
+        return torch.from_numpy(modulate(x, modulations, last, last - 1, self.eps))
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """Float32 logits (R, K)."""
+        return torch.from_numpy(affine(hidden_RD.numpy(), *self.head))
 
 
 @compiled

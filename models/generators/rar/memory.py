@@ -1,6 +1,6 @@
-"""About how much memory a training of RAR takes; no torch here, so that planning needs none.
+"""About how much memory training and sampling of RAR take; no torch here, so that planning needs none.
 
-Activations of a block are counted as autograd keeps them, per position: D width, M hidden width of the MLP, and P bytes
+In training, activations of a block are counted as autograd keeps them, per position: D width, M hidden width of the MLP, and P bytes
 of a number in products (2 under autocast to bfloat16, else 4). Norms and the residual stream are float32 throughout.
 
 | what | bytes |
@@ -14,37 +14,38 @@ of a number in products (2 under autocast to bfloat16, else 4). Norms and the re
 
 from __future__ import annotations
 
-from models.generators.config import SPARE_POSITIONS, SPARE_STEPS, RarConfig
+from models.generators.config import SPARE_POSITIONS, SPARE_STEPS, CodeShape, RarConfig
 
 KEPT_PER_PARAMETER = 16  # float32: itself, its gradient, two moments of AdamW
 WORK = 1.1  # gradients of one block at a time, and what allocators round up
 
+STRETCH = 64  # steps of modulations that a decoder keeps at a time, if that many fit
+SHORTEST_STRETCH = 16  # shorter ones would read the weights too often
+CPU_TABLE_BYTES, DEVICE_TABLE_BYTES = 2**30, 2**33  # what the modulations of a stretch may take
+FEW_STREAMS = 8  # up to here the compiled step is the faster one on a CPU, at widths of 256 to 1,408
+SHORTEST_PRODUCT = 16  # keys: batched products of fewer take a slow path on the CPU
+
 
 def training_bytes(
     config: RarConfig,
+    shape: CodeShape,
     *,
-    codes: int,
-    tokens: int,
-    classes: int,
     rows: int,
     is_half: bool,
     is_averaged: bool,
     checkpoints_activations: bool,
     device_type: str,
 ) -> int:
-    """Of one process that trains with passes of `rows`: parameters, optimizer, and a pass with its gradients.
-
-    is_half: products under autocast to bfloat16.  is_averaged: averaged weights are kept, too.
-    """
-    positions = rows * (tokens + 1)
+    """See `models.generators.memory`."""
+    positions = rows * (shape.tokens + 1)
     product = 2 if is_half else 4
-    block = block_bytes(config, tokens=tokens, product=product, device_type=device_type)
+    block = block_bytes(config, tokens=shape.tokens, product=product, device_type=device_type)
     kept = 4 * config.width if checkpoints_activations else block
-    logits = codes * (product + 3 * 4)  # as they are, as float32, normalised, and their gradient
+    logits = shape.codes * (product + 3 * 4)  # as they are, as float32, normalised, and their gradient
     made_again = 2 * block if checkpoints_activations else 0  # one block at a time, with its gradients
     activations = positions * (config.layers * kept + logits + made_again)
     of_parameters = KEPT_PER_PARAMETER + 4 * is_averaged + 2 * is_half
-    return int(of_parameters * parameters(config, codes=codes, tokens=tokens, classes=classes) + WORK * activations)
+    return int(of_parameters * parameters(config, shape) + WORK * activations)
 
 
 def block_bytes(config: RarConfig, *, tokens: int, product: int, device_type: str) -> int:
@@ -57,12 +58,39 @@ def block_bytes(config: RarConfig, *, tokens: int, product: int, device_type: st
     return kept
 
 
-def parameters(config: RarConfig, *, codes: int, tokens: int, classes: int) -> int:
+def parameters(config: RarConfig, shape: CodeShape) -> int:
     """How many there are."""
     width, hidden = config.width, config.mlp_width
     attention = 4 * width * width + 4 * width + 4 * config.head_width
     mlp = 2 * width * hidden + width + hidden
     blocks = config.layers * (attention + mlp + 4 * width + 6 * (width + 1) * width)
-    head = 2 * (width + 1) * width + (width + 1) * codes
-    tables = (codes + classes + 2) + 2 * (tokens + SPARE_POSITIONS) + (tokens + SPARE_STEPS) + 1
+    head = 2 * (width + 1) * width + (width + 1) * shape.codes
+    tables = shape.codes + shape.classes + 2 + 3 * shape.tokens + 2 * SPARE_POSITIONS + SPARE_STEPS + 1
     return blocks + head + tables * width
+
+
+def sampling_bytes(
+    config: RarConfig, shape: CodeShape, *, rows: int, guided: bool, bytes_per_number: int, device_type: str
+) -> int:
+    """See `models.generators.memory`."""
+    width, layers, streams, positions = config.width, config.layers, rows * (1 + guided), shape.tokens + 1
+    codes, classes = shape.codes, shape.classes
+    modulations = (6 * layers + 2) * width
+    block = 4 * width * width + 2 * width * config.mlp_width
+    own = layers * block + modulations * width + (2 * codes + classes + 3 * (positions + SPARE_POSITIONS)) * width
+    # Joined modulations lie beside the network's; on the CPU many rows read transposed weights of blocks and head.
+    is_copied = (device_type == "cpu" and streams > FEW_STREAMS) or bytes_per_number != 4
+    copied = bytes_per_number * layers * block + 4 * codes * width if is_copied else 0
+    weights = 4 * own + 4 * modulations * width + copied
+    cache = 2 * layers * streams * max(positions, SHORTEST_PRODUCT) * width
+    table = min(rows, classes + 1) * min(STRETCH, positions) * modulations
+    largest_table = max(table_bytes(device_type), SHORTEST_STRETCH * rows * modulations * 4)
+    work = streams * (modulations + 12 * width + config.mlp_width + 8 * codes + 2 * positions * config.heads)
+    passes = bytes_per_number * cache + 4 * work + min(4 * table, largest_table)
+    joining = 3 * 4 * modulations * width  # modulations as they are, in pieces and joined, before there is a cache
+    return weights + max(passes, joining)
+
+
+def table_bytes(device_type: str) -> int:
+    """What the modulations of a stretch may take on a device."""
+    return CPU_TABLE_BYTES if device_type == "cpu" else DEVICE_TABLE_BYTES

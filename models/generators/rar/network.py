@@ -2,7 +2,7 @@
 
 The sequence is [cls, condition, code, code, ...]; codes come in a given order, and each position knows where it is
 (`pos_embed`) and which position it has to predict (`target_aware_pos_embed`). Every block is modulated by class and
-step. Sampling with a cache is in `decoder`.
+step. `decoder` samples with a cache.
 
 B rows, T tokens of an image, N codes that are given (0..T), J = N + 2 positions, D width, K codes, C classes,
 U labels that modulations are computed for, M the width of a block's modulations (6D; 2D at the head)
@@ -11,15 +11,18 @@ Ids of the one embedding table: 0..K-1 codes, K unused, K+1+c class c, K+1+C no 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.generators.config import SPARE_POSITIONS, SPARE_STEPS, RarConfig
-from models.generators.rar.decoder import RarDecoder, sampling_bytes
+from models.generators.config import SPARE_POSITIONS, SPARE_STEPS, CodeShape, RarConfig
+from models.generators.generator import Generator, Streams
+from models.generators.orders import draw_drops, draw_orders, scan_order
 from models.layers.attention import CausalSelfAttention
 from models.layers.mlp import Mlp
 from models.layers.modulation import modulate, modulation
@@ -67,14 +70,19 @@ class HeadNorm(nn.Module):
         return modulate(self.norm(x_BJD), scale=scale, shift=shift)
 
 
-class Rar(nn.Module):
-    """The network. `checkpoint_blocks = True` trades a second forward pass of each block for its activations."""
+class Rar(Generator):
+    """The network."""
 
-    def __init__(self, config: RarConfig, *, codes: int, tokens: int, classes: int):
-        """codes: size K of the vocabulary; tokens: T per image; classes: C, at least 1."""
-        super().__init__()
-        self.config, self.codes, self.tokens, self.classes = config, codes, tokens, classes
-        self.checkpoint_blocks = False
+    scan_T: Tensor | None
+
+    def __init__(self, config: RarConfig, shape: CodeShape):
+        super().__init__(config, shape)
+        # The order of what is not random; None for raster.
+        scan_T = (
+            None if config.orders.scan == "raster" else torch.from_numpy(scan_order(config.orders.scan, shape.grid))
+        )
+        self.register_buffer("scan_T", scan_T, persistent=False)
+        codes, tokens, classes = shape.codes, shape.tokens, shape.classes
         width = config.width
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.embeddings = nn.Embedding(codes + classes + 2, width)
@@ -106,25 +114,39 @@ class Rar(nn.Module):
         for table in (self.embeddings.weight, self.pos_embed, self.target_aware_pos_embed, self.timesteps_embeddings):
             _cut_normal(table)
 
-    def loss(
-        self, codes_BT: Tensor, labels_B: Tensor, orders_BT: Tensor, dropped_B: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross entropy over all B*T predictions, and {"correct": share of argmax hits}.
+    def draws(self, streams: Streams, rows: int, step: int) -> dict[str, NDArray[Any]]:
+        """Orders (rows, T) as long as some are random, and which labels are withheld (rows,)."""
+        drawn: dict[str, NDArray[Any]] = {}
+        if ratio := self.config.orders.random_share(step):
+            scan_T = scan_order(self.config.orders.scan, self.shape.grid)
+            drawn["orders"] = draw_orders(streams("orders"), rows, scan_T, ratio)
+        if self.config.label_dropout:
+            drawn["dropped"] = draw_drops(streams("labels"), rows, self.config.label_dropout)
+        return drawn
 
-        codes_BT: raster codes in 0..K-1; labels_B in 0..C-1; orders_BT: a permutation of 0..T-1 per row;
-        dropped_B: booleans, True where the label is withheld. All integers int64.
-        """
-        shuffled_BT = codes_BT.gather(1, orders_BT)
-        labels_B = torch.where(dropped_B, self.classes, labels_B)
-        logits_BTK = self(shuffled_BT[:, :-1], labels_B, orders_BT).float()
-        loss = F.cross_entropy(logits_BTK.flatten(0, 1), shuffled_BT.flatten())
-        correct = (logits_BTK.detach().argmax(-1) == shuffled_BT).float().mean()
+    def loss(
+        self,
+        codes_BT: Tensor,
+        condition: Tensor | None,
+        *,
+        orders: Tensor | None = None,
+        dropped: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Generator`. orders: a permutation of 0..T-1 per row (B, T).  dropped: booleans (B,), True where the label is withheld."""
+        labels_B = condition if dropped is None else torch.where(dropped, self.shape.classes, condition)
+        orders = self.scan_T if orders is None else orders
+        if orders is not None:
+            orders = orders.expand_as(codes_BT)
+            codes_BT = codes_BT.gather(1, orders)
+        logits_BTK = self(codes_BT[:, :-1], labels_B, orders).float()
+        loss = F.cross_entropy(logits_BTK.flatten(0, 1), codes_BT.flatten())
+        correct = (logits_BTK.detach().argmax(-1) == codes_BT).float().mean()
         return loss, {"correct": correct}
 
-    def forward(self, shuffled_BN: Tensor, labels_B: Tensor, orders_BT: Tensor) -> Tensor:
+    def forward(self, shuffled_BN: Tensor, labels_B: Tensor, orders_BT: Tensor | None = None) -> Tensor:
         """Logits (B, N + 1, K) of steps 0..N, given the first N codes in generation order (N in 0..T).
 
-        labels_B in 0..C, where C stands for no class.
+        labels_B in 0..C, where C stands for no class.  orders_BT: default raster.
         """
         x_BJD = self.embed(shuffled_BN, labels_B, orders_BT)
         distinct_U, picks_B = self.distinct(labels_B)
@@ -136,9 +158,11 @@ class Rar(nn.Module):
                 x_BJD = block(x_BJD, activated_UJD, picks_B)
         return self.lm_head(self.adaln_before_head(x_BJD[:, 1:], activated_UJD[:, 1:], picks_B))
 
-    def embed(self, shuffled_BN: Tensor, labels_B: Tensor, orders_BT: Tensor) -> Tensor:
+    def embed(self, shuffled_BN: Tensor, labels_B: Tensor, orders_BT: Tensor | None) -> Tensor:
         """Input of block 0, (B, N + 2, D): what a position holds, where it is, and where its target is."""
         batch, given = shuffled_BN.shape
+        if orders_BT is None:
+            orders_BT = torch.arange(self.shape.tokens, device=shuffled_BN.device).expand(batch, -1)
         cls_B1D = self.cls_token.expand(batch, -1, -1)
         ids_BJ = torch.cat([self.condition_ids(labels_B)[:, None], shuffled_BN], dim=1)
         content_BJD = torch.cat([cls_B1D, self.embeddings(ids_BJ)], dim=1)
@@ -152,8 +176,8 @@ class Rar(nn.Module):
     def distinct(self, labels_B: Tensor) -> tuple[Tensor, Tensor | slice]:
         """Labels to compute modulations for, and which of them each row takes: every class once where there are fewer
         of them than rows, else each row for itself. The choice is by sizes alone, so no step waits for the labels."""
-        if self.classes + 1 < len(labels_B):
-            return torch.arange(self.classes + 1, device=labels_B.device), labels_B
+        if self.shape.classes + 1 < len(labels_B):
+            return torch.arange(self.shape.classes + 1, device=labels_B.device), labels_B
         return labels_B, slice(None)
 
     def condition(self, labels_B: Tensor, *, positions: int) -> Tensor:
@@ -161,21 +185,12 @@ class Rar(nn.Module):
         return self.embeddings(self.condition_ids(labels_B))[:, None] + self.timesteps_embeddings[:, :positions]
 
     def condition_ids(self, labels_B: Tensor) -> Tensor:
-        return labels_B + self.codes + 1
+        return labels_B + self.shape.codes + 1
 
-    def decoder(
-        self, *, rows: int, guided: bool, orders: Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> RarDecoder:
-        """A sampler's view of these weights as they are now, for passes of `rows` samples (see `RarDecoder`)."""
-        return RarDecoder(self, rows=rows, guided=guided, orders=orders, dtype=dtype)
+    def repeated_blocks(self) -> Iterable[nn.Module]:
+        return self.blocks
 
-    @staticmethod
-    def sampling_bytes(config: RarConfig, **asked: Any) -> int:
-        """Memory that sampling takes (see `decoder.sampling_bytes`)."""
-        return sampling_bytes(config, **asked)
-
-    @staticmethod
-    def decayed(name: str, parameter: Tensor) -> bool:
+    def decayed(self, name: str, parameter: Tensor) -> bool:
         """Whether weight decay applies. By substrings, as the published training chose: hence `cls_token` decays, and
         `adaln_before_head` does not, because its name happens to contain "ln"."""
         return parameter.ndim >= 2 and not any(part in name for part in UNDECAYED)

@@ -1,4 +1,4 @@
-"""One position of RAR through all blocks and the head, over a static cache: whole batches, on any device.
+"""One position of RAR through all blocks, over a static cache: whole batches, on any device.
 
 R streams, J positions of the cache, D width, H heads, E = D / H, K codes, M = 6 N + 2 modulations of N blocks and the head,
 I inputs and O outputs of a linear layer
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.generators.rar.memory import SHORTEST_PRODUCT
+
 if TYPE_CHECKING:
     from models.generators.rar.network import Block, Rar
     from models.layers.attention import CausalSelfAttention
-
-SHORTEST_PRODUCT = 16  # keys: batched products of fewer take a slow path on the CPU
 
 
 class RarStep:
@@ -27,7 +27,7 @@ class RarStep:
         self.streams, self.width, self.heads = streams, model.config.width, model.config.heads
         self.dtype, self.eps = dtype, model.adaln_before_head.norm.eps
         self.blocks = [_BlockWeights(block, dtype) for block in model.blocks]
-        self.head = _Affine(model.lm_head, torch.float32)  # guidance multiplies what rounding takes from logits
+        self.logits = _Affine(model.lm_head, torch.float32)  # guidance multiplies what rounding takes from logits
         on_device = {"dtype": dtype, "device": model.lm_head.weight.device}
         # With a gain of ones the kernel of the CPU takes two thirds of the time that it takes without one.
         device = on_device["device"]
@@ -35,7 +35,7 @@ class RarStep:
             (width, kind): (torch.ones(width, dtype=kind, device=device), torch.zeros(width, dtype=kind, device=device))
             for width, kind in ((self.width, torch.float32), (self.width // self.heads, dtype))
         }
-        length = max(model.tokens + 1, SHORTEST_PRODUCT)
+        length = max(model.shape.tokens + 1, SHORTEST_PRODUCT)
         shape = (len(self.blocks), streams, self.heads, length, self.width // self.heads)
         self.keys_RHJE = torch.zeros(shape, **on_device).unbind()
         self.values_RHJE = torch.zeros(shape, **on_device).unbind()
@@ -43,7 +43,7 @@ class RarStep:
         self.unseen_11J = ahead.triu(1)[:, None, None].unbind()
 
     def __call__(self, x_RD: Tensor, modulations_RMD: Tensor, position: int) -> Tensor:
-        """Float32 logits (R, K) of what follows; the position's keys and values join the cache.
+        """Float32 hidden states (R, D) before the head; the position's keys and values join the cache.
 
         modulations_RMD: per block shift, scale and gate of attention, then of the MLP; last scale and shift of the head.
         """
@@ -55,7 +55,7 @@ class RarStep:
             x_RD = torch.addcmul(x_RD, gate1, h_RD.float())
             h_RD = F.gelu(block.fc1(self._norm(x_RD, scale2, shift2).to(self.dtype)))
             x_RD = torch.addcmul(x_RD, gate2, block.fc2(h_RD).float())
-        return self.head(self._norm(x_RD, parts[-2], parts[-1]))
+        return self._norm(x_RD, parts[-2], parts[-1])
 
     def _norm(self, x_RD: Tensor, scale_RD: Tensor, shift_RD: Tensor) -> Tensor:
         return torch.addcmul(shift_RD, self._normalise(x_RD), scale_RD)

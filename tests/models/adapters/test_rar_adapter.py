@@ -11,9 +11,10 @@ import torch
 
 from models.adapters.layout import LayoutError
 from models.adapters.rar import recognise
-from models.generators.config import SIZES, RarConfig
+from models.generators.config import SIZES, CodeShape, RarConfig
 from models.generators.rar.network import Rar
 
+SHAPE = CodeShape(codes=5, grid=(2, 2), classes=3)
 LAYOUT = json.loads((Path(__file__).parents[2] / "golden" / "rar" / "official_layout.json").read_text())["rar"]
 
 
@@ -35,20 +36,20 @@ def published(name: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("size", ["b", "l", "xl", "xxl"])
 def test_published_files_are_recognised(size: str) -> None:
     found = recognise(published(f"rar_{size}"))
-    assert (found.size, found.codes, found.tokens, found.classes) == (size, 1024, 256, 1000)
+    assert (found.size, found.shape) == (size, CodeShape(codes=1024, grid=(16, 16), classes=1000))
     assert found.config == RarConfig(**SIZES[size])
 
 
 def tiny() -> dict[str, torch.Tensor]:
     config = RarConfig(width=8, layers=2, heads=2, mlp_width=16)
-    return Rar(config, codes=5, tokens=4, classes=3).state_dict()
+    return Rar(config, SHAPE).state_dict()
 
 
 def test_own_weights_come_back() -> None:
     state = tiny()
     found = recognise(state)
-    assert (found.size, found.config.layers, found.codes, found.tokens, found.classes) == (None, 2, 5, 4, 3)
-    Rar(found.config, codes=5, tokens=4, classes=3).load_state_dict(state, strict=True)
+    assert (found.size, found.config.layers, found.shape) == (None, 2, SHAPE)
+    Rar(found.config, found.shape).load_state_dict(state, strict=True)
 
 
 def test_every_difference_is_listed() -> None:
@@ -66,15 +67,15 @@ def test_every_difference_is_listed() -> None:
     assert "misshapen  lm_head.bias" in str(caught.value)
 
 
-@pytest.mark.parametrize("change", ["missing", "rank", "tokens", "heads"])
+@pytest.mark.parametrize("change", ["missing", "rank", "tokens", "no square", "heads"])
 def test_unreadable_sizes_are_refused(change: str) -> None:
     state = tiny()
     if change == "missing":
         del state["cls_token"]
     elif change == "rank":
         state["cls_token"] = torch.zeros(8)
-    elif change == "tokens":
-        state["pos_embed"] = torch.zeros(1, 1000, 8)
+    elif change in ("tokens", "no square"):
+        state["pos_embed"] = torch.zeros(1, 1000 if change == "tokens" else 1030, 8)
     else:
         state["blocks.0.attn.q_norm.weight"] = torch.zeros(3)
         state["cls_token"] = torch.zeros(1, 1, 7)

@@ -8,9 +8,11 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from models.generators.config import BUILDERS, SIZES, RarConfig
+from models.generators.config import GENERATORS, SIZES, CodeShape, RarConfig
+from models.generators.generator import Generator, build_generator
 from models.generators.rar.network import Rar
-from models.registry import build
+from models.generators.step_decoder import StepDecoder
+from models.registry import load
 
 NUMBERS = {"width": 8, "layers": 1, "heads": 2, "mlp_width": 16}
 
@@ -38,14 +40,51 @@ def test_refusals(fields: dict, message: str) -> None:
 
 
 def test_the_registry_builds_it() -> None:
-    network = build(RarConfig(**NUMBERS), BUILDERS, codes=5, tokens=4, classes=3)
+    shape = CodeShape(codes=5, grid=(2, 2), classes=3)
+    network = build_generator(RarConfig(**NUMBERS), shape)
     assert isinstance(network, Rar)
-    assert (network.codes, network.tokens, network.classes) == (5, 4, 3)
+    assert network.shape == shape
 
 
 def test_configs_are_free_of_torch() -> None:
     code = (
-        "import sys, models.generators.config, models.generators.orders, models.sampling.config, models.schedules;"
+        "import sys, models.generators.memory, models.generators.rar.memory, models.sampling.config, models.schedules;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("orders", "scan", "shares"),
+    [
+        ({"kind": "annealed", "start": 2, "end": 6}, "raster", {0: 1.0, 2: 1.0, 3: 0.75, 6: 0.0}),
+        ({"kind": "annealed", "start": 0, "end": 0, "scan": "spiral-in"}, "spiral-in", {0: 0.0}),
+        ({"kind": "z-curve"}, "z-curve", {0: 0.0, 9: 0.0}),
+    ],
+)
+def test_orders(orders: dict, scan: str, shares: dict[int, float]) -> None:
+    found = RarConfig.model_validate({**NUMBERS, "orders": orders}).orders
+    assert found.scan == scan
+    assert {step: found.random_share(step) for step in shares} == shares
+
+
+@pytest.mark.parametrize("orders", [{"kind": "annealed", "start": 3, "end": 2}, {"kind": "diagonal"}, {"end": 2}])
+def test_orders_that_mean_nothing_are_refused(orders: dict) -> None:
+    with pytest.raises(ValidationError):
+        RarConfig.model_validate({**NUMBERS, "orders": orders})
+
+
+def test_codes_that_a_generator_cannot_work_on_are_refused() -> None:
+    shape = CodeShape(codes=5, grid=(2, 2))
+    with pytest.raises(ValueError, match="these codes have none"):
+        build_generator(RarConfig(**NUMBERS), shape)
+    with pytest.raises(ValueError, match="no use for codes of another space"):
+        RarConfig(**NUMBERS).check(CodeShape(codes=5, grid=(2, 2), classes=3, condition=shape))
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_each_line_of_the_table_names_what_is_there(kind: str) -> None:
+    entry = GENERATORS[kind]
+    assert issubclass(load(entry.network), Generator)
+    assert issubclass(load(entry.decoder), StepDecoder)
+    assert entry.memory is None or callable(load(f"{entry.memory}:sampling_bytes"))

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from models.sampling.choice import choose, forbid_falls, invert, keep_top_k, keep_top_p
-from models.sampling.config import SamplingConfig
+from models.sampling.config import Filters
 
+PLAIN, GREEDY = Filters(1.0, None, None, greedy=False), Filters(1.0, None, None, greedy=True)
 LARGEST = 1 - 2.0**-53  # the largest uniform
 
 
@@ -53,7 +54,7 @@ def test_a_scan_that_falls_draws_no_code_of_probability_zero() -> None:
 def test_shares_are_the_probabilities() -> None:
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0])
     uniforms = (torch.arange(10_000) + 0.5) / 10_000
-    codes = choose(logits.expand(10_000, -1), uniforms, SamplingConfig(temperature=0.7))
+    codes = choose(logits.expand(10_000, -1), uniforms, Filters(0.7, None, None, greedy=False))
     shares = torch.bincount(codes, minlength=4) / 10_000
     torch.testing.assert_close(shares, (logits / 0.7).softmax(0), atol=2e-4, rtol=0)
 
@@ -74,12 +75,12 @@ def test_top_p_keeps_the_code_that_crosses() -> None:
 
 def test_greedy_takes_the_largest_whatever_the_uniform() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 5.0]])
-    assert choose(logits, torch.tensor([0.0, LARGEST]), SamplingConfig(greedy=True)).tolist() == [1, 0]
+    assert choose(logits, torch.tensor([0.0, LARGEST]), GREEDY).tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("config", [SamplingConfig(), SamplingConfig(greedy=True), SamplingConfig(top_k=2, top_p=0.5)])
+@pytest.mark.parametrize("filters", [PLAIN, GREEDY, PLAIN._replace(top_k=2, top_p=0.5)])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_give_the_impossible_code(config: SamplingConfig, bad: float) -> None:
+def test_logits_that_are_not_finite_give_the_impossible_code(filters: Filters, bad: float) -> None:
     logits = torch.tensor([[0.0, bad, 1.0], [0.0, 9.0, -torch.inf]])
-    codes = choose(logits, torch.tensor([0.5, 0.5]), config)
+    codes = choose(logits, torch.tensor([0.5, 0.5]), filters)
     assert codes.tolist() == [3, 1]

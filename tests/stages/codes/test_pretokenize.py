@@ -26,8 +26,8 @@ from pipeline.keys import sha256
 from smalti.arrays import MappedArray
 from stages.codes import pretokenize
 from stages.images import passes
+from stages.weights.cards import TokenizerCard
 from stages.weights.files import save_weights
-from stages.weights.identity import tokenizer_identity
 from tests.stages.conformance import (
     check_every_crash,
     check_same_bytes,
@@ -122,7 +122,7 @@ def test_says_all_about_itself(images: Artifact, codebook: Artifact, tmp_path: P
     artifact = make(tmp_path, images, codebook, {**TINY, "name": "spots", "provenance": provenance})
     facts = smalti.open_tokens(artifact.path).attributes
     assert (facts.name, facts.n_images, facts.n_crops, facts.grid, facts.codes) == ("spots", 16, 9, (2, 2), 6)
-    assert dict(facts.tokenizer) == tokenizer_identity(codebook)
+    assert dict(facts.tokenizer) == TokenizerCard.of(codebook).identity
     assert facts.tokenizer["family"] == "kmeans"
     assert facts.class_names == ("class-0", "class-1")
     assert [crop["id"] for crop in facts.crops][:2] == ["shift+0+0", "shift-1-1"]

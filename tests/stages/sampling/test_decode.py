@@ -24,6 +24,7 @@ from stages.images.image_files import open_pictures
 from stages.images.pictures import grid_png, interleave
 from stages.sampling.config import DecodeConfig
 from stages.sampling.decode import decode_tokens as decode
+from stages.weights.files import save_weights
 from stages.weights.networks import NetworkFile, load_tokenizer
 from tests.stages.conformance import draw_folder, index_folder, run_stage, zarr_members
 from tests.stages.small_artifacts import (
@@ -207,7 +208,8 @@ def test_a_code_out_of_range_is_named_with_its_row(tokenizer: Artifact, tmp_path
 
 
 def test_a_codebook_has_no_decoder(tokens: Artifact, tmp_path: Path) -> None:
-    codebook = made(Store(tmp_path), "codebook", lambda out: out.put("config", {"config.json": b"{}"}))
+    config = {"kind": "kmeans", "clusters": 8, "encoder": {"kind": "whitened-patches"}}
+    codebook = made(Store(tmp_path), "codebook", lambda out: save_weights(out, {}, config))
     with pytest.raises(CorruptError, match="a K-Means codebook, which has no decoder"):
         run(Store(tmp_path), tokens, codebook)
 

@@ -13,7 +13,7 @@ import zarr
 from PIL import Image
 
 import stages.sampling.generate
-from models.sampling.config import SamplingConfig
+from models.sampling.config import ConstantGuidance, SamplingConfig
 from pipeline.artifact import Artifact
 from pipeline.cluster import connect
 from pipeline.errors import CorruptError, NumericError, UsageError
@@ -38,7 +38,12 @@ from tests.stages.small_artifacts import (
 )
 
 CUT = {"shard_images": 8, "chunk_images": 4}
-SAMPLED: dict[str, Any] = {"images": 21, "rows_per_pass": 4, "seed": 5, "sampling": SamplingConfig(guidance_scale=3.0)}
+SAMPLED: dict[str, Any] = {
+    "images": 21,
+    "rows_per_pass": 4,
+    "seed": 5,
+    "sampling": SamplingConfig(guidance=ConstantGuidance(scale=(3.0,))),
+}
 SHOWN = {"grid_images": 12, "npz": True}
 CONFIG = GenerateConfig(**SAMPLED, **SHOWN, **CUT, rows_per_decoding=3)
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import stages.sampling.pass_rows
 from cli.main import app
 from models.generators.config import HistogramConfig, RarConfig, UniformConfig
-from models.sampling.config import SamplingConfig
+from models.sampling.config import ConstantGuidance, SamplingConfig
 from pipeline.artifact import Artifact
 from pipeline.config import Config
 from pipeline.stage import Inputs
@@ -22,39 +22,40 @@ from pipeline.store import Store
 from smalti.tokens import open_tokens
 from stages.sampling.config import SampleConfig
 from stages.sampling.pass_rows import SHARE, needed_bytes, propose_rows
-from stages.weights.networks import GeneratorCard
+from stages.weights.cards import GeneratorCard
 from tests.stages.small_artifacts import generator_artifact, tokenizer_artifact
 
 ROOT = Path(__file__).parents[3]
-GUIDED = SampleConfig(images=1000, sampling=SamplingConfig(guidance_scale=4.0))
+GUIDED = SampleConfig(images=1000, sampling=SamplingConfig(guidance=ConstantGuidance(scale=(4.0,))))
 RAR = RarConfig(width=256, layers=4, heads=8, mlp_width=1024)
 MEASURE = r"""
 import re, sys, torch
 from pathlib import Path
-from models.generators.config import RarConfig
+from models.generators.config import CodeShape, RarConfig
+from models.generators.generator import build_decoder
 from models.generators.rar.network import Rar
-from models.sampling.config import SamplingConfig
+from models.sampling.config import ConstantGuidance, SamplingConfig
 from models.sampling.loop import sample
 
-def draw(config, rows, **counts):
-    model = Rar(config, **counts).eval().requires_grad_(False)
-    labels_B = torch.arange(rows) % counts["classes"]
-    decoder = model.decoder(rows=rows, guided=True)
-    sample(decoder, labels_B, torch.arange(rows), config=SamplingConfig(guidance_scale=4.0), seed=0)
+def draw(config, rows, shape):
+    model = Rar(config, shape).eval().requires_grad_(False)
+    labels_B = torch.arange(rows) % shape.classes
+    decoder = build_decoder(model, rows=rows, guided=True)
+    sample(decoder, labels_B, torch.arange(rows), config=SamplingConfig(guidance=ConstantGuidance(scale=(4.0,))), seed=0)
 
 def peak():  # of this program alone: what getrusage says goes back to its parent's
     return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 torch.set_num_threads(1)
-draw(RarConfig(width=16, layers=1, heads=2, mlp_width=16), 2, codes=8, tokens=4, classes=3)
+draw(RarConfig(width=16, layers=1, heads=2, mlp_width=16), 2, CodeShape(codes=8, grid=(2, 2), classes=3))
 before = peak()
-draw(RarConfig.model_validate_json(sys.argv[1]), int(sys.argv[2]), codes=1024, tokens=int(sys.argv[3]), classes=1000)
+draw(RarConfig.model_validate_json(sys.argv[1]), int(sys.argv[2]), CodeShape(codes=1024, grid=(int(sys.argv[3]), 1), classes=1000))
 print(peak() - before)
 """
 
 
 def card(model: Config, *, grid: tuple[int, int] = (16, 16)) -> GeneratorCard:
-    said = {"model": model, "codes": 1024, "classes": 1000, "grid": grid, "tokenizer": {"id": "some"}}
+    said = {"model": model, "space": {"codes": 1024, "classes": 1000, "grid": grid}}
     return GeneratorCard.model_validate(said)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from models.generators.config import UniformConfig
-from models.sampling.config import SamplingConfig
+from models.sampling.config import ConstantGuidance, SamplingConfig
 from pipeline.artifact import Artifact
 from pipeline.cluster import Outcomes, Say, connect
 from pipeline.errors import CorruptError, NumericError, UsageError
@@ -23,7 +23,7 @@ from smalti.tokens import open_tokens, verify_tokens
 from stages.sampling.config import SampleConfig
 from stages.sampling.sample import draw_samples as sample
 from stages.sampling.sample import share_out, spread
-from stages.weights.identity import tokenizer_identity
+from stages.weights.cards import TokenizerCard
 from tests.stages.small_artifacts import (
     CLASSES,
     CODES,
@@ -37,7 +37,11 @@ from tests.stages.small_artifacts import (
 
 CONFIG = SampleConfig(images=21, rows_per_pass=4, shard_images=8, chunk_images=4, seed=5)
 THOUSAND = SampleConfig(
-    images=1000, rows_per_pass=50, shard_images=50, chunk_images=50, sampling=SamplingConfig(guidance_scale=2.0)
+    images=1000,
+    rows_per_pass=50,
+    shard_images=50,
+    chunk_images=50,
+    sampling=SamplingConfig(guidance=ConstantGuidance(scale=(2.0,))),
 )
 
 
@@ -81,7 +85,7 @@ def test_a_token_set_that_says_where_it_comes_from(samples: Artifact, tokenizer:
     tokens = verify_tokens(samples.path)
     assert tokens.labels.tolist() == [row % CLASSES for row in range(21)]
     assert tokens.keys[:2] == ["000000", "000001"]
-    assert tokens.attributes.tokenizer == tokenizer_identity(tokenizer) == samples.facts["tokenizer"]
+    assert tokens.attributes.tokenizer == TokenizerCard.of(tokenizer).identity == samples.facts["tokenizer"]
     assert tokens.attributes.class_names == ("zero", "one", "two")
     assert tokens.attributes.created_by == samples.key
     assert tokens.attributes.extra["sampled"]["seed"] == 5
@@ -156,7 +160,7 @@ def test_random_numbers_belong_to_the_sample_alone(uniform: Artifact, tmp_path: 
 
 
 def test_guidance_and_another_order_are_followed(samples: Artifact, generator: Artifact, tmp_path: Path) -> None:
-    guided = CONFIG.model_copy(update={"sampling": SamplingConfig(guidance_scale=8.0)})
+    guided = CONFIG.model_copy(update={"sampling": SamplingConfig(guidance=ConstantGuidance(scale=(8.0,)))})
     backwards = CONFIG.model_copy(update={"order": (3, 2, 1, 0)})
     found = [codes(run(Store(tmp_path), config, generator)) for config in (guided, backwards)]
     assert (found[0] != codes(samples)).any()

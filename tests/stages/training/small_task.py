@@ -66,15 +66,16 @@ class SmallTask(Task):
         self.seen.append(rows_B[share].tolist())
         noise_BI = stream(0, "noise", step).normal(0, 0.1, (len(rows_B), INPUTS))
         x_BI = np.stack([np.random.default_rng(row).normal(size=INPUTS) for row in rows_B]) + noise_BI
-        return torch.from_numpy(x_BI[share]).float(), torch.from_numpy(x_BI[share].sum(1)).float()
+        x_PI = torch.from_numpy(x_BI[share]).float()
+        return {"x": x_PI, "target": torch.from_numpy(x_BI[share].sum(1)).float()}
 
-    def shared_pass(self, modules: Modules, batch: Batch, step: int) -> Batch:
+    def shared_pass(self, modules: Modules, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         """Guesses of the main part, and targets."""
-        guess_B = modules["main"](batch[0])
+        guess_B = modules["main"](batch["x"])
         self.passes.append((float(guess_B.detach().sum()), guess_B.requires_grad))
-        return guess_B, batch[1]
+        return guess_B, batch["target"]
 
-    def losses(self, part: str, modules: Modules, batch: Batch, step: int) -> Losses:
+    def losses(self, part: str, modules: Modules, batch: Any, step: int) -> Losses:
         guess_B, target_B = batch
         if part == "critic":
             return Losses(

@@ -31,12 +31,12 @@ RAR = {
     "layers": LAYERS,
     "heads": 2,
     "mlp_width": 32,
+    "orders": {"kind": "annealed", "start": 2, "end": 4},
 }
 QUIET = {**RAR, "dropout": 0.0, "attention_dropout": 0.0}
 CONFIG: dict[str, Any] = {
     "model": RAR,
     "rows_per_pass": 8,
-    "orders": {"start": 2, "end": 4},
     "training": {
         "steps": STEPS,
         "batch": BATCH,
@@ -47,7 +47,7 @@ CONFIG: dict[str, Any] = {
         "schedule": {"kind": "constant"},
     },
 }
-DRAWN = {**CONFIG, "samples": {"every": 2, "images": 5, "sampling": {"guidance_scale": 2.0}}}
+DRAWN = {**CONFIG, "samples": {"every": 2, "images": 5, "sampling": {"guidance": {"kind": "constant", "scale": 2.0}}}}
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +147,10 @@ def test_two_processes_share_held_out_rows_and_grid(
         rows: list[int] = []
         loss = Rar.loss
 
-        def counted(self: Rar, codes_BT: torch.Tensor, *more: torch.Tensor) -> Any:
+        def counted(self: Rar, codes_BT: torch.Tensor, *more: torch.Tensor, **draws: torch.Tensor) -> Any:
             if not self.training:
                 rows.append(len(codes_BT))
-            return loss(self, codes_BT, *more)
+            return loss(self, codes_BT, *more, **draws)
 
         Rar.loss = counted  # type: ignore[method-assign]
         artifact = train_in(folder.parent / "store", config, tokens, held_out=held_out, tokenizer=tokenizer)
@@ -222,7 +222,7 @@ def test_settings_without_these_switches_keep_their_key(store: Store) -> None:
     from pipeline.keys import config_value
     from stages.training.config import TrainGeneratorConfig
 
-    assert set(config_value(TrainGeneratorConfig())) == {"model", "orders", "rows_per_pass", "training"}
+    assert set(config_value(TrainGeneratorConfig())) == {"model", "rows_per_pass", "training"}
 
 
 def test_what_does_not_belong_together_is_refused_before_data_is_read(

@@ -70,7 +70,7 @@ class TraceImages:
         return 2
 
     def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
-        return (pixels_of(step).mul(255).movedim(1, -1), torch.zeros(2))
+        return {"pixels": pixels_of(step).mul(255).movedim(1, -1), "labels": torch.zeros(2)}
 
 
 def pixels_of(step: int) -> Tensor:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import stages.training.rows
 from cli.main import app
-from models.generators.config import RarConfig
+from models.generators.config import CodeShape, RarConfig
 from pipeline.errors import MemoryExhausted
 from pipeline.recipe import load_recipe
 from pipeline.store import Store
@@ -23,25 +23,23 @@ from stages import stages as all_stages
 from stages.training.config import TrainGeneratorConfig
 from stages.training.rows import needed_bytes, refuse_rows, settle_rows
 from stages.training.train_generator import settle
-from stages.weights.networks import GeneratorCard
 from tests.stages.small_artifacts import token_artifact, tokenizer_artifact
 
 ROOT = Path(__file__).parents[3]
-SIZES: dict[str, Any] = {"codes": 1024, "tokens": 256, "classes": 1000, "device_type": "cuda"}
+SHAPE = CodeShape(codes=1024, grid=(16, 16), classes=1000)
 SMALL = RarConfig(width=256, layers=6, heads=8, mlp_width=1024)
 MEASURE = r"""
 import re, sys, torch
 from pathlib import Path
-from models.generators.config import RarConfig
+from models.generators.config import CodeShape, RarConfig
 from models.generators.rar.network import Rar
-from models.generators.orders import raster
 
-def step(config, rows, *, tokens, **counts):
-    model = Rar(config, tokens=tokens, **counts).train()
+def step(config, rows, shape):
+    model = Rar(config, shape).train()
     model.checkpoint_blocks = sys.argv[4] == "True"
     optimizer = torch.optim.AdamW(model.parameters())
-    codes_BT, labels_B = torch.zeros(rows, tokens, dtype=torch.int64), torch.arange(rows) % counts["classes"]
-    loss, _ = model.loss(codes_BT, labels_B, torch.from_numpy(raster(rows, tokens)), torch.zeros(rows, dtype=torch.bool))
+    codes_BT, labels_B = torch.zeros(rows, shape.tokens, dtype=torch.int64), torch.arange(rows) % shape.classes
+    loss, _ = model.loss(codes_BT, labels_B, dropped=torch.zeros(rows, dtype=torch.bool))
     loss.backward()
     optimizer.step()
 
@@ -49,9 +47,9 @@ def peak():  # of this program alone
     return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 torch.set_num_threads(1)
-step(RarConfig(width=16, layers=1, heads=2, mlp_width=16), 2, codes=8, tokens=4, classes=3)
+step(RarConfig(width=16, layers=1, heads=2, mlp_width=16), 2, CodeShape(codes=8, grid=(2, 2), classes=3))
 before = peak()
-step(RarConfig.model_validate_json(sys.argv[1]), int(sys.argv[2]), codes=1024, tokens=int(sys.argv[3]), classes=1000)
+step(RarConfig.model_validate_json(sys.argv[1]), int(sys.argv[2]), CodeShape(codes=1024, grid=(int(sys.argv[3]), 1), classes=1000))
 print(peak() - before)
 """
 
@@ -59,11 +57,6 @@ print(peak() - before)
 def config(**changes: Any) -> TrainGeneratorConfig:
     training = {"batch": 2048, "precision": "bfloat16", **changes.pop("training", {})}
     return TrainGeneratorConfig.model_validate({"model": {"kind": "rar", "size": "b"}, "training": training, **changes})
-
-
-def card(model: RarConfig) -> GeneratorCard:
-    said = {"model": model, "codes": 1024, "classes": 1000, "grid": (16, 16), "tokenizer": {"id": "some"}}
-    return GeneratorCard.model_validate(said)
 
 
 def give(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
@@ -82,8 +75,8 @@ def test_the_estimate_is_what_a_process_takes_and_a_little_more(rows: int, token
     own["OMP_NUM_THREADS"] = "1"
     found = [subprocess.run(words, cwd=ROOT, env=own, capture_output=True, check=True).stdout for _ in range(2)]
     asked = config(model=SMALL, training={"precision": "float32"}, checkpoints_activations=checkpoints)
-    sizes = {"codes": 1024, "tokens": tokens, "classes": 1000, "device_type": "cpu"}
-    needed, taken = needed_bytes(asked, rows, **sizes), max(map(int, found))
+    shape = CodeShape(codes=1024, grid=(tokens, 1), classes=1000)
+    needed, taken = needed_bytes(asked, shape, rows, "cpu"), max(map(int, found))
     assert 0.9 * taken <= needed <= 3 * taken
 
 
@@ -92,16 +85,16 @@ def test_auto_is_one_number_on_every_machine(monkeypatch: pytest.MonkeyPatch, si
     give(monkeypatch, 1e6)
     asked = config(model={"kind": "rar", "size": size}, training={"rows_per_pass": "auto"})
     assert not asked.is_settled
-    settled = settle_rows(asked, codes=1024, tokens=256, classes=1000)
+    settled = settle_rows(asked, SHAPE)
     assert (settled.training.rows_per_pass, settled.is_settled) == (rows, True)
 
 
 def test_auto_divides_the_batch_and_leaves_small_ones_whole() -> None:
     for batch, rows in ((48, 24), (33, 33), (37 * 2, 2), (16, 16)):
         asked = config(training={"rows_per_pass": "auto", "batch": batch})
-        assert settle_rows(asked, codes=1024, tokens=256, classes=1000).training.rows_per_pass == rows
+        assert settle_rows(asked, SHAPE).training.rows_per_pass == rows
     counting = config(model={"kind": "histogram"}, training={"rows_per_pass": "auto"})
-    assert settle_rows(counting, codes=1024, tokens=256, classes=1000).training.rows_per_pass is None
+    assert settle_rows(counting, SHAPE).training.rows_per_pass is None
 
 
 @pytest.mark.parametrize("size", ["b", "l", "xl", "xxl"])
@@ -112,24 +105,23 @@ def test_the_recipes_fit_one_gpu_of_80_gb(monkeypatch: pytest.MonkeyPatch, size:
     asked = step.config
     assert isinstance(asked, TrainGeneratorConfig)
     assert asked.training.rows is not None
-    assert needed_bytes(asked, asked.training.rows, **SIZES) < 0.75 * 80e9
-    assert needed_bytes(asked, 2048, **SIZES) > 10 * 80e9
+    assert needed_bytes(asked, SHAPE, asked.training.rows, "cuda") < 0.75 * 80e9
+    assert needed_bytes(asked, SHAPE, 2048, "cuda") > 10 * 80e9
 
 
 def test_rows_that_cannot_fit_are_refused_with_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
     give(monkeypatch, 80e9)
     whole = config()
-    own = card(RarConfig.model_validate({"size": "b"}))
     with pytest.raises(MemoryExhausted, match=r"a pass of 2,048 rows takes about .* GB .* has 80 GB free") as refused:
-        refuse_rows(whole, own, "cpu")
+        refuse_rows(whole, SHAPE, "cpu")
     assert refused.value.hint is not None
     assert "training.rows_per_pass to" in refused.value.hint
     rows = int(refused.value.hint.split("rows_per_pass to ")[1].split()[0])
-    assert needed_bytes(whole, rows, **{**SIZES, "device_type": "cpu"}) <= 80e9
-    refuse_rows(config(training={"rows_per_pass": rows}), own, "cpu")
+    assert needed_bytes(whole, SHAPE, rows, "cpu") <= 80e9
+    refuse_rows(config(training={"rows_per_pass": rows}), SHAPE, "cpu")
     give(monkeypatch, 1e9)
     with pytest.raises(MemoryExhausted) as refused:
-        refuse_rows(config(training={"rows_per_pass": 1}), own, "cpu")
+        refuse_rows(config(training={"rows_per_pass": 1}), SHAPE, "cpu")
     assert "checkpoints_activations" in str(refused.value.hint)
 
 

@@ -13,16 +13,22 @@ import torch
 from pipeline.artifact import Artifact
 from pipeline.errors import CorruptError, InputError
 from pipeline.store import Store
+from stages.weights.cards import CodeSpace, GeneratorCard, TokenizerCard, read_card
 from stages.weights.files import load_weights
-from stages.weights.identity import tokenizer_identity
-from stages.weights.networks import NetworkFile, load_generator, read_card
+from stages.weights.networks import NetworkFile, load_generator
 from tests.stages.conformance import check_every_crash, run_stage
 from tests.stages.small_artifacts import CLASSES, CODES, token_artifact, tokenizer_artifact
 
-MODEL = {"kind": "rar", "width": 16, "layers": 1, "heads": 2, "mlp_width": 32}
+MODEL = {
+    "kind": "rar",
+    "width": 16,
+    "layers": 1,
+    "heads": 2,
+    "mlp_width": 32,
+    "orders": {"kind": "annealed", "start": 1, "end": 3},
+}
 TINY: dict[str, Any] = {
     "model": MODEL,
-    "orders": {"start": 1, "end": 3},
     "rows_per_pass": 5,
     "training": {"steps": 4, "batch": 8},
 }
@@ -52,11 +58,11 @@ def test_it_learns_what_a_class_looks_like(tmp_path: Path, tokenizer: Artifact, 
     assert made.facts["held_out"]["loss"] < 0.3 * math.log(CODES)
     assert made.facts["held_out"]["correct"] > 0.7
     assert made.figure.startswith(f"loss {made.facts['loss']:.2f} (held-out ")
-    assert made.facts["tokenizer"] == tokenizer_identity(tokenizer)
+    assert made.facts["tokenizer"] == TokenizerCard.of(tokenizer).identity
     assert (made.facts["codes"], made.facts["tokens"], made.facts["classes"]) == (CODES, 4, CLASSES)
     network = load_generator(NetworkFile.of(made, "cpu"))
     assert made.facts["parameters"] == sum(one.numel() for one in network.parameters())
-    assert read_card(made).grid == (2, 2)
+    assert read_card(made).space.grid == (2, 2)
 
 
 @pytest.mark.crash
@@ -95,12 +101,17 @@ def test_the_published_split_of_weight_decay_is_used(tokens: Artifact) -> None:
     from stages.training.config import TrainGeneratorConfig
     from stages.training.generator import GeneratorTask
     from stages.training.tokens import TrainingTokens
-    from stages.training.train_generator import make_card
     from stages.training.trained_part import build_optimizer
 
     table = TrainingTokens([tokens], like=tokens)
     config = TrainGeneratorConfig()
-    task = GeneratorTask(config, make_card(config, table.attributes), table, None, torch.device("cpu"))
+    task = GeneratorTask(
+        config,
+        GeneratorCard(model=config.model, space=CodeSpace.of(table.attributes)),
+        table,
+        None,
+        torch.device("cpu"),
+    )
     decayed, others = build_optimizer(task.parts[0]).param_groups
     assert decayed["weight_decay"] == 0.03
     assert others["weight_decay"] == 0.0

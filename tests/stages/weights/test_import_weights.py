@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.generators.config import RarConfig
+from models.generators.config import CodeShape, RarConfig
 from models.generators.rar.network import Rar
 from models.losses.config import AdversarialConfig, PatchConfig
 from pipeline.artifact import Artifact
@@ -20,10 +20,10 @@ from pipeline.errors import CorruptError, InputError, StorageError, UsageError
 from smalti.tokens import open_tokens
 from stages import stages
 from stages.images.image_files import open_pictures
+from stages.weights.cards import TokenizerCard, read_card
 from stages.weights.files import load_config, load_weights
-from stages.weights.identity import tokenizer_identity
 from stages.weights.import_weights import LAYOUTS, ImportConfig
-from stages.weights.networks import NetworkFile, build_adversary, load_generator, load_tokenizer, read_card
+from stages.weights.networks import NetworkFile, build_adversary, load_generator, load_tokenizer
 from tests.hub import Hub
 from tests.stages.conformance import check_every_crash, draw_folder, index_folder, run_stage
 
@@ -42,7 +42,9 @@ def published(name: str) -> dict[str, torch.Tensor]:
 
 def rar_state(*, codes: int = CODES, classes: int = CLASSES, tokens: int = SIDE * SIDE) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    network = Rar(RarConfig(width=16, layers=2, heads=2, mlp_width=24), codes=codes, tokens=tokens, classes=classes)
+    network = Rar(
+        RarConfig(width=16, layers=2, heads=2, mlp_width=24), CodeShape(codes=codes, grid=(tokens, 1), classes=classes)
+    )
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return network.state_dict()
@@ -92,7 +94,7 @@ def test_imported_weights_go_through_the_pipeline(
     samples = run_stage("sample", store, {"images": 6, **cut}, inputs={"generator": generator})
     drawn = open_tokens(samples.path)
     assert len(np.unique(drawn.tokens.read())) > 5
-    assert drawn.attributes.tokenizer == tokenizer_identity(tokenizer) == tokens.facts["tokenizer"]
+    assert drawn.attributes.tokenizer == TokenizerCard.of(tokenizer).identity == tokens.facts["tokenizer"]
     decoded = run_stage("decode", store, cut, inputs={"tokens": samples, "tokenizer": tokenizer})
     pictures = open_pictures(decoded, size=16)
     assert (len(pictures), pictures.size) == (6, 16)
@@ -235,7 +237,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, tokenizer: Artifact) -> 
             imported(tmp_path / "store", file, config)
     with pytest.raises(UsageError, match="takes no tokenizer as input"):
         imported(tmp_path / "store", file, {"layout": "ibq"}, tokenizer=tokenizer)
-    with pytest.raises(CorruptError, match="no square grid"):
+    with pytest.raises(CorruptError, match="of a square grid"):
         imported(tmp_path / "store", saved(tmp_path, rar_state(tokens=6)), {"layout": "rar"})
     with pytest.raises(InputError, match="there is no weight file"):
         imported(tmp_path / "store", tmp_path / "absent.bin", {"layout": "rar"})
@@ -246,7 +248,7 @@ def test_names_of_the_classes_of_imagenet(tmp_path: Path) -> None:
         tmp_path / "store", saved(tmp_path, rar_state(classes=1000)), {"layout": "rar", "class_names": "imagenet"}
     )
     card = read_card(artifact)
-    assert [card.class_names[label] for label in (0, 207, 360, 387)] == [
+    assert [card.space.class_names[label] for label in (0, 207, 360, 387)] == [
         "tench",
         "golden retriever",
         "otter",

@@ -13,24 +13,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.generators.config import RarConfig
+from models.generators.config import CodeShape, RarConfig
+from models.generators.generator import build_decoder
 from models.generators.rar import core_step
 from models.generators.rar import decoder as rar_decoder
+from models.generators.rar import memory as rar_memory
 from models.generators.rar.core_step import RarCoreStep
 from models.generators.rar.decoder import FEW_STREAMS
 from models.generators.rar.network import Rar
 from models.generators.rar.step import RarStep
 from models.generators.step_graphs import Work
-from models.sampling.config import SamplingConfig
+from models.sampling.config import ConstantGuidance, SamplingConfig
 from models.sampling.loop import sample
-from tests.models.generators.conformance import GeneratorConformance
+from tests.models.generators.conformance import GeneratorConformance, teacher_forced
 from tests.models.generators.loud import make_loud
 
 CONFIG = RarConfig(width=16, layers=2, heads=2, mlp_width=24, dropout=0.0, attention_dropout=0.0)
 
 
 def build_loud() -> Rar:
-    return make_loud(Rar(CONFIG, codes=12, tokens=6, classes=3), linear=0.2, embeddings=0.5, modulations=0.1)
+    return make_loud(
+        Rar(CONFIG, CodeShape(codes=12, grid=(2, 3), classes=3)), linear=0.2, embeddings=0.5, modulations=0.1
+    )
 
 
 @pytest.mark.usefixtures("each_step")
@@ -43,16 +47,8 @@ class TestRar(GeneratorConformance):
                     parameter += 0.1 * torch.randn_like(parameter)
         return rar
 
-    def orders(self, model: Rar, rows: int) -> Tensor:
-        return torch.arange(model.tokens).expand(rows, -1)
-
-    def training_loss(self, model: Rar, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
-        return model.loss(
-            codes_BT, labels_B, self.orders(model, len(labels_B)), torch.zeros_like(labels_B, dtype=torch.bool)
-        )[0]
-
     def uncached(self, model: Rar, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
-        return model(codes_BT[:, :-1], labels_B, self.orders(model, len(labels_B)))
+        return model(codes_BT[:, :-1], labels_B)
 
     def test_modulations_are_computed_once_per_class_and_step(
         self, model: Rar, monkeypatch: pytest.MonkeyPatch
@@ -65,7 +61,7 @@ class TestRar(GeneratorConformance):
 
         monkeypatch.setattr(torch, "addmm", counting)
         monkeypatch.setattr(rar_decoder, "STRETCH", 4)  # seven positions in stretches of four and three
-        self.draw(model, [1, 1, 1, 2], [0, 1, 2, 3], SamplingConfig(guidance_scale=2.0))
+        self.draw(model, [1, 1, 1, 2], [0, 1, 2, 3], SamplingConfig(guidance=ConstantGuidance(scale=(2.0,))))
         assert rows == [4, 4, 4, 3, 3, 3]  # two classes and "no class"
 
     @pytest.mark.parametrize("stretch", [1, 3, 7, 64])
@@ -74,24 +70,24 @@ class TestRar(GeneratorConformance):
     ) -> None:
         codes_BT, labels_B = self.batch(model, 3)
         monkeypatch.setattr(rar_decoder, "STRETCH", stretch)
-        decoder = model.decoder(rows=3, guided=False)
-        logits = [decoder.prefill(labels_B), *(decoder.step(codes_B) for codes_B in codes_BT[:, :-1].T)]
+        decoder = build_decoder(model, rows=3, guided=False)
+        logits = teacher_forced(decoder, codes_BT, labels_B)
         expected = self.uncached(model, codes_BT, labels_B)
-        torch.testing.assert_close(torch.stack(logits, dim=1), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
     def test_large_tables_make_short_stretches(self, model: Rar, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(rar_decoder, "SHORTEST_STRETCH", 2)
-        decoder = model.decoder(rows=3, guided=True)
+        decoder = build_decoder(model, rows=3, guided=True)
         assert decoder._stretch_length() == 7
-        monkeypatch.setattr(rar_decoder, "CPU_TABLE_BYTES", 4 * decoder.modulations[1].nbytes * 3)
+        monkeypatch.setattr(rar_memory, "CPU_TABLE_BYTES", 4 * decoder.modulations[1].nbytes * 3)
         assert decoder._stretch_length() == 3
-        monkeypatch.setattr(rar_decoder, "CPU_TABLE_BYTES", 1)
+        monkeypatch.setattr(rar_memory, "CPU_TABLE_BYTES", 1)
         assert decoder._stretch_length() == 2
 
     def test_one_order_for_all_is_that_order_for_each(self, model: Rar) -> None:
         order_T = torch.tensor([3, 0, 5, 1, 4, 2])
         labels_B = torch.tensor([0, 2])
-        shared, own = (model.decoder(rows=2, guided=True, orders=o) for o in (order_T, order_T.expand(2, -1)))
+        shared, own = (build_decoder(model, rows=2, guided=True, orders=o) for o in (order_T, order_T.expand(2, -1)))
         assert torch.equal(shared.orders_BT, own.orders_BT)
         torch.testing.assert_close(shared.prefill(labels_B), own.prefill(labels_B))
         torch.testing.assert_close(shared.step(labels_B), own.step(labels_B))
@@ -104,10 +100,10 @@ class TestRar(GeneratorConformance):
 
     def test_bfloat16_is_near(self, model: Rar) -> None:
         labels_B = torch.tensor([0, 2])
-        exact, near = (model.decoder(rows=2, guided=True, dtype=dtype) for dtype in (None, torch.bfloat16))
-        logits = near.prefill(labels_B)
+        exact, near = (build_decoder(model, rows=2, guided=True, dtype=dtype) for dtype in (None, torch.bfloat16))
+        logits, wanted = (decoder.head.logits(decoder.prefill(labels_B)) for decoder in (near, exact))
         assert logits.dtype == torch.float32
-        torch.testing.assert_close(logits, exact.prefill(labels_B), atol=0.1, rtol=0.05)
+        torch.testing.assert_close(logits, wanted, atol=0.1, rtol=0.05)
         assert (logits != logits.bfloat16()).any(), "guidance would multiply what is rounded away"
 
     @pytest.mark.parametrize("guided", [False, True])
@@ -119,15 +115,15 @@ class TestRar(GeneratorConformance):
             recorded.append(work)
             return work
 
-        settings, ids_B = SamplingConfig(guidance_scale=3.0 * guided), torch.arange(2)
-        buffered, plain = (model.decoder(rows=2, guided=guided) for _ in range(2))
+        settings, ids_B = SamplingConfig(guidance=ConstantGuidance(scale=(3.0 if guided else 1.0,))), torch.arange(2)
+        buffered, plain = (build_decoder(model, rows=2, guided=guided) for _ in range(2))
         buffered.use_graphs(record)
         for labels in ([0, 2], [1, 1], [2, 0], [0, 2]):
             found, expected = (
                 sample(one, torch.tensor(labels), ids_B, config=settings, seed=3) for one in (buffered, plain)
             )
             assert torch.equal(found, expected)
-        assert len(recorded) == model.tokens + 1
+        assert len(recorded) == model.shape.tokens + 1
         first = buffered.prefill(torch.tensor([0, 1]))
         kept = first.clone()
         buffered.step(torch.tensor([0, 1]))
@@ -135,10 +131,16 @@ class TestRar(GeneratorConformance):
 
     def test_a_decoder_with_graphs_goes_with_its_last_user(self, model: Rar) -> None:
         """Its cache is gigabytes, for which no collection of cycles should have to come by."""
-        decoder = model.decoder(rows=2, guided=True)
+        decoder = build_decoder(model, rows=2, guided=True)
         decoder.use_graphs(lambda work: work)
         for _ in range(3):
-            sample(decoder, torch.tensor([0, 2]), torch.arange(2), config=SamplingConfig(guidance_scale=3.0), seed=3)
+            sample(
+                decoder,
+                torch.tensor([0, 2]),
+                torch.arange(2),
+                config=SamplingConfig(guidance=ConstantGuidance(scale=(3.0,))),
+                seed=3,
+            )
         gone = weakref.ref(decoder)
         gc.disable()
         try:
@@ -152,8 +154,8 @@ class TestRar(GeneratorConformance):
     @pytest.mark.parametrize("guided", [False, True])
     def test_graphs_draw_the_codes_of_single_kernels(self, model: Rar, dtype: torch.dtype, guided: bool) -> None:
         model = model.cuda()
-        settings, ids_B = SamplingConfig(guidance_scale=3.0 * guided), torch.arange(4)
-        graphs, plain = (model.decoder(rows=4, guided=guided, dtype=dtype) for _ in range(2))
+        settings, ids_B = SamplingConfig(guidance=ConstantGuidance(scale=(3.0 if guided else 1.0,))), torch.arange(4)
+        graphs, plain = (build_decoder(model, rows=4, guided=guided, dtype=dtype) for _ in range(2))
         assert graphs.graphs is not None
         plain.graphs = None
         for labels in ([0, 1, 2, 0], [1, 1, 1, 1], [2, 0, 0, 1], [0, 1, 2, 0]):
@@ -164,10 +166,10 @@ class TestRar(GeneratorConformance):
 
 
 def test_the_step_is_chosen_by_shape_and_precision() -> None:
-    rar = Rar(CONFIG, codes=12, tokens=6, classes=3)
+    rar = Rar(CONFIG, CodeShape(codes=12, grid=(2, 3), classes=3))
 
     def step(rows: int, dtype: torch.dtype | None = None) -> object:
-        return rar.decoder(rows=rows, guided=True, dtype=dtype).run
+        return build_decoder(rar, rows=rows, guided=True, dtype=dtype).run
 
     assert isinstance(step(FEW_STREAMS // 2), RarCoreStep)
     assert isinstance(step(FEW_STREAMS // 2 + 1), RarStep)
@@ -188,7 +190,7 @@ def test_both_steps_agree_for_any_number_of_rows(streams: int) -> None:
 
 def test_a_fresh_published_network_is_its_input_and_its_head() -> None:
     """The zero gates close every block, and nothing is modulated before the head."""
-    rar = Rar(RarConfig(width=8, layers=2, heads=2, mlp_width=16), codes=5, tokens=4, classes=3).eval()
+    rar = Rar(RarConfig(width=8, layers=2, heads=2, mlp_width=16), CodeShape(codes=5, grid=(2, 2), classes=3)).eval()
     codes_BT, labels_B, orders_BT = (
         torch.zeros(2, 4, dtype=torch.int64),
         torch.tensor([0, 1]),
@@ -203,7 +205,7 @@ def test_bfloat16_is_nearer_to_float32_than_autocast() -> None:
     """Residual stream and modulations are float32; guidance multiplies what is left of the error."""
     torch.manual_seed(0)
     config = RarConfig(width=128, layers=6, heads=4, mlp_width=256, dropout=0.0, attention_dropout=0.0)
-    quiet = Rar(config, codes=64, tokens=16, classes=3)
+    quiet = Rar(config, CodeShape(codes=64, grid=(4, 4), classes=3))
     rar = make_loud(quiet, linear=0.06, embeddings=0.5, modulations=0.05).eval()
     codes_BT, labels_B = torch.randint(64, (8, 16)), torch.randint(3, (8,))
     orders_BT = torch.arange(16).expand(8, -1)
@@ -212,9 +214,9 @@ def test_bfloat16_is_nearer_to_float32_than_autocast() -> None:
         return unconditional + 4 * (conditional - unconditional)
 
     def decoded(dtype: torch.dtype) -> Tensor:
-        decoder = rar.decoder(rows=8, guided=True, dtype=dtype)
-        logits = [decoder.prefill(labels_B), *(decoder.step(codes_B) for codes_B in codes_BT[:, :-1].T)]
-        return guided(*torch.stack(logits, dim=1).chunk(2))
+        decoder = build_decoder(rar, rows=8, guided=True, dtype=dtype)
+        logits = teacher_forced(decoder, codes_BT, labels_B)
+        return guided(*logits.chunk(2))
 
     exact = decoded(torch.float32)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -228,10 +230,10 @@ def test_bfloat16_is_nearer_to_float32_than_autocast() -> None:
 def test_dropped_labels_are_the_class_of_none() -> None:
     torch.manual_seed(0)
     rar = build_loud().eval()
-    codes_BT, orders_BT = torch.arange(6)[None], torch.arange(6)[None]
-    dropped = rar.loss(codes_BT, torch.tensor([1]), orders_BT, torch.tensor([True]))[0]
-    none = rar.loss(codes_BT, torch.tensor([3]), orders_BT, torch.tensor([False]))[0]
-    kept = rar.loss(codes_BT, torch.tensor([1]), orders_BT, torch.tensor([False]))[0]
+    codes_BT = torch.arange(6)[None]
+    dropped = rar.loss(codes_BT, torch.tensor([1]), dropped=torch.tensor([True]))[0]
+    none = rar.loss(codes_BT, torch.tensor([3]))[0]
+    kept = rar.loss(codes_BT, torch.tensor([1]), dropped=torch.tensor([False]))[0]
     assert torch.equal(dropped, none)
     assert not torch.equal(dropped, kept)
 
@@ -266,4 +268,4 @@ print(core_step.affine(np.ones((1, 2), np.float32), np.ones((3, 2), np.float32),
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda", "xpu"])
 def test_any_device_has_a_size_for_its_tables(device_type: str) -> None:
-    assert rar_decoder.table_bytes(device_type) > 0
+    assert rar_memory.table_bytes(device_type) > 0

@@ -8,20 +8,25 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.generators.config import SIZES, RarConfig
+from models.generators.config import SIZES, AnnealedOrders, CodeShape, FixedOrder, RarConfig
+from models.generators.generator import build_decoder
+from models.generators.orders import Scan, scan_order
 from models.generators.rar.network import Rar
-from models.sampling.config import SamplingConfig
+from models.sampling.config import PowerCosineGuidance, SamplingConfig
 from models.sampling.loop import guide, sample
 from models.schedules import power_cosine
+from tests.models.generators.conformance import teacher_forced
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "rar"
 SPEC = json.loads((GOLDEN / "rar.json").read_text())
 ARRAYS = load_file(GOLDEN / "rar.safetensors")
 CODES, TOKENS, CLASSES = 64, 16, 10
+SHAPE = CodeShape(codes=CODES, grid=(4, 4), classes=CLASSES)
 GUIDANCE = [(16.0, 2.75), (8.0, 1.2), (4.0, 0.0)]
 
 
@@ -34,7 +39,7 @@ def model() -> Rar:
         heads=numbers["num_attention_heads"],
         mlp_width=numbers["intermediate_size"],
     )
-    rar = Rar(config, codes=CODES, tokens=TOKENS, classes=CLASSES)
+    rar = Rar(config, SHAPE)
     weights = {k.removeprefix("weights/"): v.float() for k, v in ARRAYS.items() if k.startswith("weights/")}
     rar.load_state_dict(weights, strict=True)
     return rar.eval()
@@ -69,7 +74,8 @@ def test_training_forward(model: Rar) -> None:
 def test_loss_and_gradients(model: Rar, checkpointed: bool) -> None:
     model.zero_grad()
     model.checkpoint_blocks = checkpointed
-    loss, stats = model.loss(*training_batch())
+    codes_BT, labels_B, orders_BT, dropped_B = training_batch()
+    loss, stats = model.loss(codes_BT, labels_B, orders=orders_BT, dropped=dropped_B)
     loss.backward()
     model.checkpoint_blocks = False
     close(loss.detach()[None], "out/train_loss", "train_loss")
@@ -84,26 +90,24 @@ def test_loss_and_gradients(model: Rar, checkpointed: bool) -> None:
     )
 
 
-def teacher_forced(model: Rar, *, guided: bool, orders: torch.Tensor | None = None) -> torch.Tensor:
+def logits_of(model: Rar, *, guided: bool, orders: torch.Tensor | None = None) -> torch.Tensor:
     """Logits (R, T, K) of every step, the given codes being fed through the cache."""
     codes_BT = ARRAYS["in/tf_tokens"]
-    decoder = model.decoder(rows=len(codes_BT), guided=guided, orders=orders)
-    logits = [decoder.prefill(ARRAYS["in/tf_condition_ids"] - CODES - 1)]
-    logits += [decoder.step(code_B) for code_B in codes_BT[:, :-1].T]
-    return torch.stack(logits, dim=1)
+    decoder = build_decoder(model, rows=len(codes_BT), guided=guided, orders=orders)
+    return teacher_forced(decoder, codes_BT, ARRAYS["in/tf_condition_ids"] - CODES - 1)
 
 
 @pytest.mark.usefixtures("each_step")
 def test_cached_logits(model: Rar) -> None:
-    conditional, unconditional = teacher_forced(model, guided=True).chunk(2)
+    conditional, unconditional = logits_of(model, guided=True).chunk(2)
     close(conditional, "out/tf_cond_logits", "logits")
     close(unconditional, "out/tf_uncond_logits", "logits")
-    close(teacher_forced(model, guided=False), "out/tf_cond_logits", "logits")
+    close(logits_of(model, guided=False), "out/tf_cond_logits", "logits")
 
 
 @pytest.mark.usefixtures("each_step")
 def test_cached_logits_in_other_orders(model: Rar) -> None:
-    conditional, unconditional = teacher_forced(model, guided=True, orders=ARRAYS["in/tf_orders"]).chunk(2)
+    conditional, unconditional = logits_of(model, guided=True, orders=ARRAYS["in/tf_orders"]).chunk(2)
     close(conditional, "out/tf_cond_logits_orders", "logits")
     close(unconditional, "out/tf_uncond_logits_orders", "logits")
 
@@ -111,7 +115,7 @@ def test_cached_logits_in_other_orders(model: Rar) -> None:
 @pytest.mark.usefixtures("each_step")
 @pytest.mark.parametrize(("scale", "power"), GUIDANCE)
 def test_guided_logits(model: Rar, scale: float, power: float) -> None:
-    logits_RTK = teacher_forced(model, guided=True)
+    logits_RTK = logits_of(model, guided=True)
     weights_T = power_cosine(scale, power, TOKENS)
     guided = torch.stack([guide(logits_RTK[:, t], float(weights_T[t])) for t in range(TOKENS)], dim=1)
     close(guided, f"out/tf_cfg_logits/{scale}_{power}", "cfg_logits")
@@ -119,11 +123,11 @@ def test_guided_logits(model: Rar, scale: float, power: float) -> None:
 
 
 @pytest.mark.usefixtures("each_step")
-@pytest.mark.parametrize(("name", "scale", "power"), [*((f"{s}_{p}", s, p) for s, p in GUIDANCE), ("nocfg", 0.0, 1.0)])
+@pytest.mark.parametrize(("name", "scale", "power"), [*((f"{s}_{p}", s, p) for s, p in GUIDANCE), ("nocfg", 1.0, 1.0)])
 def test_greedy_sequences(model: Rar, name: str, scale: float, power: float) -> None:
-    config = SamplingConfig(guidance_scale=scale, guidance_power=power, greedy=True)
+    config = SamplingConfig(guidance=PowerCosineGuidance(scale=(scale,), power=power), greedy=True)
     labels_B = ARRAYS["in/class_labels"]
-    decoder = model.decoder(rows=len(labels_B), guided=config.guided)
+    decoder = build_decoder(model, rows=len(labels_B), guided=config.guided)
     codes_BT = sample(decoder, labels_B, torch.arange(len(labels_B)), config=config, seed=0)
     assert torch.equal(codes_BT, ARRAYS[f"out/greedy/{name}"])
 
@@ -148,9 +152,8 @@ def test_modulations_that_rows_share_are_those_of_each_row(model: Rar) -> None:
     labels_B = torch.arange(9) % 3
 
     def logits(rows: slice) -> torch.Tensor:
-        decoder = model.decoder(rows=len(labels_B[rows]), guided=True)
-        found = [decoder.prefill(labels_B[rows]), *(decoder.step(codes_B) for codes_B in codes_BT[rows, :-1].T)]
-        return torch.stack(found, dim=1)
+        decoder = build_decoder(model, rows=len(labels_B[rows]), guided=True)
+        return teacher_forced(decoder, codes_BT[rows], labels_B[rows])
 
     shared = logits(slice(None)).unflatten(0, (2, 9))
     own = torch.stack([logits(slice(row, row + 1)) for row in range(9)], dim=1)
@@ -180,7 +183,7 @@ def test_weight_decay_is_split_as_published(model: Rar) -> None:
 )
 def test_published_sizes(size: str, parameters: int, decayed: int | None) -> None:
     with torch.device("meta"):
-        rar = Rar(RarConfig.model_validate({"size": size}), codes=1024, tokens=256, classes=1000)
+        rar = Rar(RarConfig.model_validate({"size": size}), CodeShape(codes=1024, grid=(16, 16), classes=1000))
     assert sum(p.numel() for p in rar.parameters()) == parameters
     if decayed is not None:
         assert sum(p.numel() for name, p in rar.named_parameters() if rar.decayed(name, p)) == decayed
@@ -189,7 +192,7 @@ def test_published_sizes(size: str, parameters: int, decayed: int | None) -> Non
 
 def test_a_fresh_network_is_drawn_as_published() -> None:
     torch.manual_seed(0)
-    rar = Rar(RarConfig(width=64, layers=1, heads=2, mlp_width=64), codes=64, tokens=16, classes=10)
+    rar = Rar(RarConfig(width=64, layers=1, heads=2, mlp_width=64), SHAPE)
     for name, parameter in rar.state_dict().items():
         if name == "cls_token" or name.endswith("bias") or "adaLN_modulation" in name:
             assert not parameter.any(), name
@@ -198,3 +201,39 @@ def test_a_fresh_network_is_drawn_as_published() -> None:
         else:
             assert float(parameter.mean()) == pytest.approx(0.0, abs=0.002), name
             assert float(parameter.std()) == pytest.approx(0.02, rel=0.05), name
+
+
+@pytest.mark.parametrize("kind", ["raster", "spiral-in"])
+def test_without_randomness_the_order_is_the_configured_scan(model: Rar, kind: Scan) -> None:
+    """In the loss, and in a decoder: both as if the orders had been given."""
+    config = model.config.model_copy(update={"orders": FixedOrder(kind=kind)})
+    scanned = Rar(config, SHAPE).eval()
+    scanned.load_state_dict(model.state_dict())
+    codes_BT, labels_B, _, _ = training_batch()
+    orders_BT = torch.from_numpy(scan_order(kind, (4, 4))).expand_as(codes_BT)
+    assert torch.equal(scanned.loss(codes_BT, labels_B)[0], model.loss(codes_BT, labels_B, orders=orders_BT)[0])
+    given, own = (
+        sample(
+            build_decoder(one, rows=2, guided=False, orders=orders),
+            torch.tensor([0, 1]),
+            torch.arange(2),
+            config=SamplingConfig(),
+            seed=0,
+        )
+        for one, orders in ((model, orders_BT[0]), (scanned, None))
+    )
+    assert torch.equal(given, own)
+    assert (build_decoder(scanned, rows=2, guided=False).orders_BT is None) == (kind == "raster")
+
+
+def test_what_is_not_random_is_not_drawn(model: Rar) -> None:
+    def streams(name: str) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=len(name)))
+
+    def names(**changes: object) -> set[str]:
+        config = model.config.model_copy(update=changes)
+        return set(Rar(config, SHAPE).draws(streams, 3, 5))
+
+    assert names() == {"orders", "dropped"}
+    assert names(orders=AnnealedOrders(start=0, end=5)) == names(orders=FixedOrder()) == {"dropped"}
+    assert names(label_dropout=0.0, orders=FixedOrder(kind="alternate")) == set()

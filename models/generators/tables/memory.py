@@ -1,0 +1,13 @@
+"""About how much memory the generators take whose logits are a table; numbers are float32 whatever is asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models.generators.config import CodeShape, CountingSettings, HistogramConfig
+
+
+def sampling_bytes(config: CountingSettings, shape: CodeShape, *, rows: int, **asked: Any) -> int:
+    """Work per row; of the histogram also the counts, and the table of logits while it is made."""
+    table = 24 * (shape.classes + 1) * shape.tokens * shape.codes if isinstance(config, HistogramConfig) else 0
+    return table + rows * 32 * shape.codes

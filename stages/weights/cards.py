@@ -1,0 +1,187 @@
+"""What artifacts say of themselves in config.json: tokenizers and codebooks, and generators with the codes that they draw.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from models.config import Config
+from models.encoders.config import EncoderConfig
+from models.generators.config import CodeShape, GeneratorConfig
+from models.tokenizer_config import TokenizerConfig
+from pipeline.artifact import Artifact
+from pipeline.compatibility import made_by
+from pipeline.errors import CorruptError, UsageError
+from smalti.attributes import TokenAttributes
+from stages.weights.files import load_config
+from stages.weights.identity import check_same_tokenizer, identity_of
+
+CardT = TypeVar("CardT")
+
+
+class CodebookConfig(Config):
+    """config.json of a codebook: the features of an encoder, and how many centroids they have."""
+
+    kind: Literal["kmeans"]
+    clusters: int = Field(ge=1)
+    encoder: EncoderConfig
+
+
+@dataclass(frozen=True)
+class TokenizerCard:
+    """What makes codes: a tokenizer, or a codebook, which has no decoder.
+
+    codes: how many.  pixels: a side of the images that it was made for, None where it does not say.  identity: what tells it
+    from others (`stages.weights.identity`).
+    """
+
+    name: str
+    path: Path
+    config: TokenizerConfig | CodebookConfig
+    codes: int
+    pixels: int | None
+    identity: dict[str, str]
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Self:
+        """Of a tokenizer or codebook artifact; CorruptError (exit code 4) where its config does not fit this version."""
+        if artifact.kind == "codebook":
+            book = read_config(artifact, CodebookConfig)
+            identity = identity_of(artifact, book.kind)
+            return cls(artifact.name, artifact.path, book, book.clusters, book.encoder.image_size, identity)
+        config = read_config(artifact, TokenizerConfig)
+        pixels = artifact.facts.get("image_size", artifact.facts.get("resolution"))
+        identity = identity_of(artifact, config.quantizer.kind)
+        return cls(artifact.name, artifact.path, config, config.codebook_size, pixels and int(pixels), identity)
+
+    @property
+    def decoder(self) -> TokenizerConfig:
+        """The config of a tokenizer; CorruptError of a codebook."""
+        if isinstance(self.config, TokenizerConfig):
+            return self.config
+        raise CorruptError(
+            f"{self.name} is a K-Means codebook, which has no decoder: its codes cannot become images",
+            path=self.path,
+            hint="give a tokenizer of train-tokenizer or import-weights",
+        )
+
+    def grid(self, pixels: int) -> tuple[int, int]:
+        """Rows and columns of codes of a square image; UsageError where images of this size cannot be encoded."""
+        if isinstance(self.config, CodebookConfig):
+            if self.pixels != pixels:
+                raise UsageError(
+                    f"{self.name} takes images of {self.pixels} pixels, but views.size is {pixels}",
+                    hint=f"set views.size to {self.pixels}",
+                )
+            return self.config.encoder.grid
+        try:
+            return self.config.grid(pixels, pixels)
+        except ValueError as error:
+            raise UsageError(f"views.size {pixels} does not fit {self.name}: {error}") from error
+
+
+class CodeSpace(Config):
+    """The codes of a token set, as a generator keeps them.
+
+    tokenizer: identity of what made the codes; empty if that is not known.  resolution: pixels of the images behind them.
+    """
+
+    codes: int = Field(ge=1)
+    grid: tuple[int, int] = Field(strict=False)
+    classes: int = Field(ge=1)
+    class_names: tuple[str, ...] = Field((), strict=False)
+    factors: tuple[int, ...] = Field((), strict=False)
+    tokenizer: dict[str, str] = Field({})
+    resolution: int | None = None
+
+    @classmethod
+    def of(cls, attributes: TokenAttributes) -> Self:
+        return cls(
+            codes=attributes.codes,
+            grid=attributes.grid,
+            classes=attributes.classes,
+            class_names=attributes.class_names,
+            factors=attributes.factors or (),
+            tokenizer={name: str(value) for name, value in attributes.tokenizer.items()},
+            resolution=attributes.resolution,
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def shape(self) -> CodeShape:
+        return CodeShape(codes=self.codes, grid=self.grid, classes=self.classes, factors=self.factors)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a manifest says of these codes."""
+        return {
+            "codes": self.codes,
+            "grid": list(self.grid),
+            "classes": self.classes,
+            "tokenizer": self.tokenizer,
+            **({"factors": list(self.factors)} if self.factors else {}),
+        }
+
+
+class GeneratorCard(Config):
+    """config.json of a generator: the network, the codes that it draws, and those that it is given, if it is given some."""
+
+    model: GeneratorConfig
+    space: CodeSpace
+    condition: CodeSpace | None = None
+
+    @property
+    def shape(self) -> CodeShape:
+        """What the network is built for."""
+        return self.space.shape.model_copy(update={"condition": self.condition and self.condition.shape})
+
+    def join(self, tokenizer: TokenizerCard, *, what: str, path: Path) -> Self:
+        """With this tokenizer in it: that of a published generator is not in its file, but given beside it.
+
+        CorruptError (exit code 4) where it has other codes than the generator, or is not the tokenizer that the card names.
+        """
+        if tokenizer.codes != self.space.codes:
+            raise CorruptError(
+                f"{what} is a generator of {self.space.codes} codes, but {tokenizer.name} has {tokenizer.codes}",
+                path=path,
+                hint="give the tokenizer that it was trained with",
+            )
+        if self.space.tokenizer:
+            check_same_tokenizer(self.space.tokenizer, tokenizer.identity, what=what, by=tokenizer.name, path=path)
+        pixels = self.space.grid[0] * tokenizer.decoder.downsample
+        space = self.space.model_copy(update={"tokenizer": tokenizer.identity, "resolution": pixels})
+        return self.model_copy(update={"space": space})
+
+
+def read_card(artifact: Artifact) -> GeneratorCard:
+    return read_config(artifact, GeneratorCard)
+
+
+def digest_of(made: Artifact | None) -> str | None:
+    """What tells a finished tokenizer from others in `pipeline.compatibility`; None of one that is not made."""
+    if made is None:
+        return None
+    origin = made_by(TokenizerCard.of(made).identity, made.name)
+    return origin.digest if origin else None
+
+
+def read_config(artifact: Artifact, model: type[CardT]) -> CardT:
+    """Its config.json; one that does not validate belongs to another version or was altered: CorruptError (exit code 4)."""
+    try:
+        return TypeAdapter(model).validate_json(json.dumps(load_config(artifact)))
+    except ValidationError as error:
+        complaint = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in complaint["loc"])
+        raise CorruptError(
+            f"config.json of {artifact.name} does not fit this version: {place}: {complaint['msg']}", path=artifact.path
+        ) from error
