@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from models.config import Config
+from models.config import NEUTRAL, Config
 from models.generators.orders import Scan
 from models.schedules import random_ratio
 
@@ -143,6 +143,11 @@ class RarConfig(GeneratorSettings):
     attention_dropout: float = Field(0.1, ge=0, lt=1, description="on attention probabilities, in training")
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels dropped in training, for guidance")
     orders: OrdersConfig = Field(AnnealedOrders(), description="the orders in which codes are learnt and sampled")
+    modulated: bool = Field(
+        True,
+        json_schema_extra=NEUTRAL,
+        description="adaLN: class and step modulate every block; false: a plain transformer",
+    )
 
     @model_validator(mode="before")
     @classmethod

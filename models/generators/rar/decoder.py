@@ -57,7 +57,9 @@ class RarDecoder(StepDecoder):
         self.embeddings = model.embeddings.weight.float()
         self.cls_D = model.cls_token[0, 0].float()
         self.class_embeddings_CD = self.embeddings[self.shape.codes + 1 :]
-        self.steps_JD = model.timesteps_embeddings[0, : self.tokens + 1].float()
+        self.is_modulated = model.config.modulated
+        if self.is_modulated:
+            self.steps_JD = model.timesteps_embeddings[0, : self.tokens + 1].float()
         self.modulations = _join_modulations(model)
 
     def _choose_step(self, model: Rar) -> RarStep | RarCoreStep:
@@ -72,8 +74,7 @@ class RarDecoder(StepDecoder):
         """Feed cls and the label."""
         assert condition is not None
         labels_R = self.labels_of(condition)
-        self.distinct_U, self.picks_R = labels_R.unique(return_inverse=True)
-        self.stretch = range(0)
+        self._begin_modulations(labels_R)
         self._feed(self.streams_of((self.cls_D + self.places_JBD[0]).expand(self.rows, -1)), 0)
         self.position = 1
         classes_RD = self.class_embeddings_CD[labels_R]
@@ -96,6 +97,14 @@ class RarDecoder(StepDecoder):
         """One position through all blocks and the norm before the head."""
         x_RD, picked_RM = inputs
         return self.run(x_RD, picked_RM.view(self.streams, -1, x_RD.shape[1]), position)
+
+    def _begin_modulations(self, labels_R: Tensor) -> None:
+        self.distinct_U, self.picks_R = labels_R.unique(return_inverse=True)
+        self.stretch = range(0)
+        if not self.is_modulated:  # every class has the same, and every step
+            self.picks_R.zero_()
+            self.stretch = range(self.tokens + 1)
+            self.table_USM = self.modulations[1].expand(1, self.tokens + 1, -1)
 
     def _pick_modulations(self, position: int) -> Tensor:
         """The modulations of each stream at this position, (R, M D); where there is a buffer for them, that one."""
@@ -131,15 +140,21 @@ def _join_modulations(model: Rar) -> list[Tensor]:
 
     Since (x w + b)(1 + s) + t = x (w + w s) + (b + b s + t) and s and t are linear in the condition, the affine of the
     norm and the 1 go into weights and biases. Per block: shift, scale, gate of attention, then of the MLP; last scale
-    and shift of the head.
+    and shift of the head. Of a plain transformer the affines alone are left: (M D, 0) and (M D).
     """
     parts: list[Tensor] = []
     for block in model.blocks:
         # A bias is one more column.
-        shift1, scale1, gate1, shift2, scale2, gate2 = _with_bias(block.adaLN_modulation[0]).chunk(6)
+        shift1, scale1, gate1, shift2, scale2, gate2 = _with_bias(block.adaLN_modulation, block.norm1, 6)
+        if block.adaLN_modulation is None:
+            gate1, gate2 = _one_of(gate1).expand_as(gate1), _one_of(gate2).expand_as(gate2)
         parts += [*_fold(block.norm1, scale1, shift1), gate1, *_fold(block.norm2, scale2, shift2), gate2]
-    scale, shift = _with_bias(model.adaln_before_head.adaLN_modulation[0]).chunk(2)
-    scale = scale + _one_of(scale)
+    head = model.adaln_before_head
+    scale, shift = _with_bias(head.adaLN_modulation, head.norm, 2)
+    if head.adaLN_modulation is None:
+        shift, scale = _fold(head.norm, scale, shift)
+    else:
+        scale = scale + _one_of(scale)
     joined = torch.cat([*parts, scale, shift])
     return [joined[:, :-1].contiguous(), joined[:, -1].contiguous()]
 
@@ -155,8 +170,11 @@ def _one_of(part: Tensor) -> Tensor:
     return F.one_hot(torch.tensor(part.shape[1] - 1, device=part.device), part.shape[1]).to(part.dtype)
 
 
-def _with_bias(linear: nn.Linear) -> Tensor:
-    return torch.cat([linear.weight, linear.bias[:, None]], dim=1).float()
+def _with_bias(modulation: nn.Sequential | None, norm: nn.LayerNorm, parts: int) -> tuple[Tensor, ...]:
+    """Weights and biases of each part, (D, D + 1); without a modulation zeros, (D, 1)."""
+    if modulation is None:
+        return norm.weight.new_zeros(parts, norm.weight.numel(), 1).unbind()
+    return torch.cat([modulation[0].weight, modulation[0].bias[:, None]], dim=1).float().chunk(parts)
 
 
 def _places(model: Rar, orders: Tensor) -> Tensor:

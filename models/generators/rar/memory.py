@@ -52,7 +52,9 @@ def block_bytes(config: RarConfig, *, tokens: int, product: int, device_type: st
     """Activations of one block per position."""
     on_cpu = device_type == "cpu"
     mask = product if on_cpu else 1
-    kept = config.width * (24 + 19 * product + 2 * mask) + config.mlp_width * (2 * product + mask)
+    kept = config.width * (24 + (12 + 7 * config.modulated) * product + 2 * mask) + config.mlp_width * (
+        2 * product + mask
+    )
     if on_cpu and config.attention_dropout:  # the one kernel that drops there keeps three whole matrices
         kept += 3 * 4 * config.heads * (tokens + 1)
     return kept
@@ -63,10 +65,11 @@ def parameters(config: RarConfig, shape: CodeShape) -> int:
     width, hidden = config.width, config.mlp_width
     attention = 4 * width * width + 4 * width + 4 * config.head_width
     mlp = 2 * width * hidden + width + hidden
-    blocks = config.layers * (attention + mlp + 4 * width + 6 * (width + 1) * width)
-    head = 2 * (width + 1) * width + (width + 1) * shape.codes
-    tables = shape.codes + shape.classes + 2 + 3 * shape.tokens + 2 * SPARE_POSITIONS + SPARE_STEPS + 1
-    return blocks + head + tables * width
+    modulations = (6 * config.layers + 2) * (width + 1) * width if config.modulated else 2 * width
+    blocks = config.layers * (attention + mlp + 4 * width)
+    tables = shape.codes + shape.classes + 2 + 2 * (shape.tokens + SPARE_POSITIONS) + 1
+    tables += (shape.tokens + SPARE_STEPS) * config.modulated
+    return blocks + modulations + (width + 1) * shape.codes + tables * width
 
 
 def sampling_bytes(
@@ -77,17 +80,18 @@ def sampling_bytes(
     codes, classes = shape.codes, shape.classes
     modulations = (6 * layers + 2) * width
     block = 4 * width * width + 2 * width * config.mlp_width
-    own = layers * block + modulations * width + (2 * codes + classes + 3 * (positions + SPARE_POSITIONS)) * width
+    of_modulations = modulations * (width if config.modulated else 1)
+    own = layers * block + of_modulations + (2 * codes + classes + 3 * (positions + SPARE_POSITIONS)) * width
     # Joined modulations lie beside the network's; on the CPU many rows read transposed weights of blocks and head.
     is_copied = (device_type == "cpu" and streams > FEW_STREAMS) or bytes_per_number != 4
     copied = bytes_per_number * layers * block + 4 * codes * width if is_copied else 0
-    weights = 4 * own + 4 * modulations * width + copied
+    weights = 4 * own + 4 * of_modulations + copied
     cache = 2 * layers * streams * max(positions, SHORTEST_PRODUCT) * width
-    table = min(rows, classes + 1) * min(STRETCH, positions) * modulations
+    table = min(rows, classes + 1) * min(STRETCH, positions) * modulations if config.modulated else 0
     largest_table = max(table_bytes(device_type), SHORTEST_STRETCH * rows * modulations * 4)
     work = streams * (modulations + 12 * width + config.mlp_width + 8 * codes + 2 * positions * config.heads)
     passes = bytes_per_number * cache + 4 * work + min(4 * table, largest_table)
-    joining = 3 * 4 * modulations * width  # modulations as they are, in pieces and joined, before there is a cache
+    joining = 3 * 4 * of_modulations  # modulations as they are, in pieces and joined, before there is a cache
     return weights + max(passes, joining)
 
 

@@ -2,7 +2,7 @@
 
 The sequence is [cls, condition, code, code, ...]; codes come in a given order, and each position knows where it is
 (`pos_embed`) and which position it has to predict (`target_aware_pos_embed`). Every block is modulated by class and
-step. `decoder` samples with a cache.
+step, unless the config asks for a plain transformer. `decoder` samples with a cache.
 
 B rows, T tokens of an image, N codes that are given (0..T), J = N + 2 positions, D width, K codes, C classes,
 U labels that modulations are computed for, M the width of a block's modulations (6D; 2D at the head)
@@ -47,9 +47,12 @@ class Block(nn.Module):
         )
         self.norm2 = nn.LayerNorm(config.width, eps=EPS)
         self.mlp = Mlp(config.width, config.mlp_width, dropout=config.dropout)
-        self.adaLN_modulation = modulation(config.width, 6)
+        self.adaLN_modulation = modulation(config.width, 6) if config.modulated else None
 
-    def forward(self, x_BJD: Tensor, activated_UJD: Tensor, picks_B: Tensor | slice) -> Tensor:
+    def forward(self, x_BJD: Tensor, activated_UJD: Tensor | None, picks_B: Tensor | slice) -> Tensor:
+        if self.adaLN_modulation is None:
+            x_BJD = x_BJD + self.attn(self.norm1(x_BJD))
+            return x_BJD + self.mlp(self.norm2(x_BJD))
         modulations_BJM = self.adaLN_modulation(activated_UJD)[picks_B]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations_BJM.chunk(6, dim=-1)
         x_BJD = x_BJD + gate1 * self.attn(modulate(self.norm1(x_BJD), scale=scale1, shift=shift1))
@@ -57,14 +60,20 @@ class Block(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """LayerNorm without affine, then a modulation whose scale comes first and shift second (unlike the blocks)."""
+    """LayerNorm without affine, then a modulation whose scale comes first and shift second (unlike the blocks).
 
-    def __init__(self, width: int):
+    In a plain transformer, a LayerNorm with affine.
+    """
+
+    def __init__(self, width: int, *, modulated: bool):
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=EPS, elementwise_affine=False)
-        self.adaLN_modulation = modulation(width, 2)
+        self.norm = nn.LayerNorm(width, eps=EPS, elementwise_affine=not modulated)
+        self.adaLN_modulation = modulation(width, 2) if modulated else None
 
-    def forward(self, x_BJD: Tensor, activated_UJD: Tensor, picks_B: Tensor | slice) -> Tensor:
+    def forward(self, x_BJD: Tensor, activated_UJD: Tensor | None, picks_B: Tensor | slice) -> Tensor:
+        if self.adaLN_modulation is None:
+            normed_BJD: Tensor = self.norm(x_BJD)
+            return normed_BJD
         modulations_BJM = self.adaLN_modulation(activated_UJD)[picks_B]
         scale, shift = modulations_BJM.chunk(2, dim=-1)
         return modulate(self.norm(x_BJD), scale=scale, shift=shift)
@@ -88,9 +97,10 @@ class Rar(Generator):
         self.embeddings = nn.Embedding(codes + classes + 2, width)
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens + SPARE_POSITIONS, width))
         self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, tokens + SPARE_POSITIONS, width))
-        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, tokens + SPARE_STEPS, width))
+        if config.modulated:
+            self.timesteps_embeddings = nn.Parameter(torch.zeros(1, tokens + SPARE_STEPS, width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.adaln_before_head = HeadNorm(width)
+        self.adaln_before_head = HeadNorm(width, modulated=config.modulated)
         self.lm_head = nn.Linear(width, codes)
         self.initialise()
 
@@ -111,8 +121,13 @@ class Rar(Generator):
             if isinstance(module, nn.Linear):
                 (nn.init.zeros_ if "adaLN_modulation" in name else _cut_normal)(module.weight)
                 nn.init.zeros_(module.bias)
-        for table in (self.embeddings.weight, self.pos_embed, self.target_aware_pos_embed, self.timesteps_embeddings):
+        for table in self.tables():
             _cut_normal(table)
+
+    def tables(self) -> list[Tensor]:
+        """Everything that is looked up."""
+        tables = [self.embeddings.weight, self.pos_embed, self.target_aware_pos_embed]
+        return [*tables, self.timesteps_embeddings] if self.config.modulated else tables
 
     def draws(self, streams: Streams, rows: int, step: int) -> dict[str, NDArray[Any]]:
         """Orders (rows, T) as long as some are random, and which labels are withheld (rows,)."""
@@ -150,13 +165,16 @@ class Rar(Generator):
         """
         x_BJD = self.embed(shuffled_BN, labels_B, orders_BT)
         distinct_U, picks_B = self.distinct(labels_B)
-        activated_UJD = F.silu(self.condition(distinct_U, positions=x_BJD.shape[1]))
+        activated_UJD = later_UJD = None
+        if self.config.modulated:
+            activated_UJD = F.silu(self.condition(distinct_U, positions=x_BJD.shape[1]))
+            later_UJD = activated_UJD[:, 1:]
         for block in self.blocks:
             if self.checkpoint_blocks and self.training:
                 x_BJD = checkpoint(block, x_BJD, activated_UJD, picks_B, use_reentrant=False)
             else:
                 x_BJD = block(x_BJD, activated_UJD, picks_B)
-        return self.lm_head(self.adaln_before_head(x_BJD[:, 1:], activated_UJD[:, 1:], picks_B))
+        return self.lm_head(self.adaln_before_head(x_BJD[:, 1:], later_UJD, picks_B))
 
     def embed(self, shuffled_BN: Tensor, labels_B: Tensor, orders_BT: Tensor | None) -> Tensor:
         """Input of block 0, (B, N + 2, D): what a position holds, where it is, and where its target is."""

@@ -16,7 +16,7 @@ def make_loud(rar: Rar, *, linear: float, embeddings: float, modulations: float)
         for name, module in rar.named_modules():
             if isinstance(module, nn.Linear):
                 module.weight.normal_(std=modulations if "adaLN_modulation" in name else linear)
-        for table in (rar.embeddings.weight, rar.pos_embed, rar.target_aware_pos_embed, rar.timesteps_embeddings):
+        for table in rar.tables():
             table.normal_(std=embeddings)
     return rar
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.generators.config import CodeShape, RarConfig
+from models.generators.config import CodeShape, FixedOrder, RarConfig
 from models.generators.generator import build_decoder
 from models.generators.rar import core_step
 from models.generators.rar import decoder as rar_decoder
@@ -29,23 +29,57 @@ from tests.models.generators.conformance import GeneratorConformance, teacher_fo
 from tests.models.generators.loud import make_loud
 
 CONFIG = RarConfig(width=16, layers=2, heads=2, mlp_width=24, dropout=0.0, attention_dropout=0.0)
+PLAIN_CONFIG = RarConfig(**{**CONFIG.model_dump(), "modulated": False, "orders": FixedOrder(kind="spiral-out")})
 
 
-def build_loud() -> Rar:
+def build_loud(config: RarConfig = CONFIG) -> Rar:
     return make_loud(
-        Rar(CONFIG, CodeShape(codes=12, grid=(2, 3), classes=3)), linear=0.2, embeddings=0.5, modulations=0.1
+        Rar(config, CodeShape(codes=12, grid=(2, 3), classes=3)), linear=0.2, embeddings=0.5, modulations=0.1
     )
+
+
+def build_uneven(config: RarConfig) -> Rar:
+    """With affines and biases that are not the identity."""
+    rar = build_loud(config)
+    with torch.no_grad():
+        for parameter in rar.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return rar
+
+
+@pytest.mark.usefixtures("each_step")
+class TestPlainTransformer(GeneratorConformance):
+    """Without adaLN, and along a spiral: one of the published ablations."""
+
+    def build(self) -> Rar:
+        return build_uneven(PLAIN_CONFIG)
+
+    def uncached(self, model: Rar, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
+        orders_BT = model.scan_T.expand_as(codes_BT)
+        return model(codes_BT[:, :-1], labels_B, orders_BT)
+
+    def test_graphs_change_nothing(self, model: Rar) -> None:
+        buffered, plain = (build_decoder(model, rows=2, guided=True) for _ in range(2))
+        buffered.use_graphs(lambda work: work)
+        settings = SamplingConfig(guidance=ConstantGuidance(scale=(3.0,)))
+        for labels in ([0, 2], [1, 1], [2, 0]):
+            found, expected = (
+                sample(one, torch.tensor(labels), torch.arange(2), config=settings, seed=3) for one in (buffered, plain)
+            )
+            assert torch.equal(found, expected)
+
+    def test_nothing_of_the_modulations_is_left(self, model: Rar) -> None:
+        names = {name for name, _ in model.named_parameters()}
+        assert not any("adaLN" in name or "timesteps" in name for name in names)
+        assert rar_memory.parameters(model.config, model.shape) == sum(one.numel() for one in model.parameters())
+        assert rar_memory.parameters(CONFIG, model.shape) == sum(one.numel() for one in build_loud().parameters())
 
 
 @pytest.mark.usefixtures("each_step")
 class TestRar(GeneratorConformance):
     def build(self) -> Rar:
-        rar = build_loud()
-        with torch.no_grad():  # affines and biases that are not the identity
-            for parameter in rar.parameters():
-                if parameter.ndim == 1:
-                    parameter += 0.1 * torch.randn_like(parameter)
-        return rar
+        return build_uneven(CONFIG)
 
     def uncached(self, model: Rar, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
         return model(codes_BT[:, :-1], labels_B)
