@@ -45,11 +45,15 @@ class StepDecoder(ABC):
         self.device, self.dtype = weight.device, dtype or weight.dtype
         self.rows, self.guided, self.streams = rows, guided, rows * (1 + guided)
         self.shape, self.tokens, self.subtokens = model.shape, model.shape.tokens, model.config.subtokens(model.shape)
-        self.orders_BT = None if orders is None else orders.to(self.device).expand(rows, -1)
+        self.lay(orders)
         self.position = 0
         self.graphs: StepGraphs | None = None
         self.buffers: tuple[Tensor, ...] = ()
         self.hidden_RD: Tensor | None = None
+
+    def lay(self, orders: Tensor | None) -> None:
+        """Let the next passes lay the codes in these orders: (T,) for all rows, (rows, T) one each, or raster order."""
+        self.orders_BT = None if orders is None else orders.to(self.device).expand(self.rows, -1)
 
     @torch.inference_mode()
     def prefill(self, condition: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, added to the key after each round
 ROUNDS = 10
+ORDERS = 2**16 - 1  # stream of the orders in which codes are laid
 
 
 def uniforms(seed: int, ids_B: Tensor, *, steps: int, subtoken: int = 0, stream: int = 0) -> Tensor:
@@ -25,6 +26,11 @@ def uniforms(seed: int, ids_B: Tensor, *, steps: int, subtoken: int = 0, stream:
     counter = (ids_B1 & WORD, ids_B1 >> 32, steps_1S, torch.full_like(steps_1S, stream << 16 | subtoken))
     high_BS, low_BS, _, _ = philox4x32(counter, (seed & WORD, seed >> 32 & WORD))
     return ((high_BS >> 5) << 26 | low_BS >> 6).to(torch.float64) * 2.0**-53
+
+
+def random_orders(seed: int, ids_B: Tensor, tokens: int) -> Tensor:
+    """A uniform random permutation of 0..tokens-1 for each sample id, (B, tokens), from a stream that draws no codes."""
+    return uniforms(seed, ids_B, steps=tokens, stream=ORDERS).argsort(dim=1, stable=True)
 
 
 def philox4x32(

@@ -44,14 +44,19 @@ class RarDecoder(StepDecoder):
         dtype: torch.dtype | None = None,
     ):
         orders = model.scan_T if orders is None else orders
+        self.tables = model.pos_embed[0], model.target_aware_pos_embed[0]
         super().__init__(model, rows=rows, guided=guided, orders=orders, dtype=dtype)
         with torch.inference_mode():
-            every_T = torch.arange(self.tokens) if orders is None else orders
-            self.places_JBD = _places(model, every_T.to(self.device)).float()
             self._read_weights(model)
             self.run = self._choose_step(model)
             self.head = CodeHead(self.run.logits)
         self.use_graphs_on_cuda()
+
+    @torch.inference_mode()
+    def lay(self, orders: Tensor | None) -> None:
+        super().lay(orders)
+        every_T = torch.arange(self.tokens) if orders is None else orders
+        self.places_JBD = _places(*self.tables, every_T.to(self.device)).float()
 
     def _read_weights(self, model: Rar) -> None:
         self.embeddings = model.embeddings.weight.float()
@@ -177,10 +182,10 @@ def _with_bias(modulation: nn.Sequential | None, norm: nn.LayerNorm, parts: int)
     return torch.cat([modulation[0].weight, modulation[0].bias[:, None]], dim=1).float().chunk(parts)
 
 
-def _places(model: Rar, orders: Tensor) -> Tensor:
-    """Both position tables as one: what position j of a sequence in these orders adds, (J, B or 1, D)."""
-    places_TB = 2 + orders.reshape(-1, model.shape.tokens).T
-    own_TBD, target_TBD = model.pos_embed[0][places_TB], model.target_aware_pos_embed[0][places_TB]
-    first_1BD = model.pos_embed[0, :1, None].expand_as(own_TBD[:1])
-    second_1BD = model.pos_embed[0, 1] + target_TBD[:1]
+def _places(places_LD: Tensor, targets_LD: Tensor, orders: Tensor) -> Tensor:
+    """Both position tables as one: what position j of a sequence in these orders (T,) or (B, T) adds, (J, B or 1, D)."""
+    places_TB = 2 + torch.atleast_2d(orders).T
+    own_TBD, target_TBD = places_LD[places_TB], targets_LD[places_TB]
+    first_1BD = places_LD[:1, None].expand_as(own_TBD[:1])
+    second_1BD = places_LD[1] + target_TBD[:1]
     return torch.cat([first_1BD, second_1BD, own_TBD[:-1] + target_TBD[1:]])

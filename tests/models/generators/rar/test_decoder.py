@@ -25,6 +25,7 @@ from models.generators.rar.step import RarStep
 from models.generators.step_graphs import Work
 from models.sampling.config import ConstantGuidance, SamplingConfig
 from models.sampling.loop import sample
+from models.sampling.philox import random_orders
 from tests.models.generators.conformance import GeneratorConformance, teacher_forced
 from tests.models.generators.loud import make_loud
 
@@ -125,6 +126,22 @@ class TestRar(GeneratorConformance):
         assert torch.equal(shared.orders_BT, own.orders_BT)
         torch.testing.assert_close(shared.prefill(labels_B), own.prefill(labels_B))
         torch.testing.assert_close(shared.step(labels_B), own.step(labels_B))
+
+    def test_orders_may_change_between_passes(self, model: Rar) -> None:
+        labels_B, ids_B = torch.tensor([0, 2]), torch.tensor([5, 9])
+        orders_BT = random_orders(3, ids_B, model.shape.tokens)
+        assert orders_BT.sort(dim=1).values.tolist() == [list(range(6))] * 2
+        assert orders_BT[0].tolist() != orders_BT[1].tolist()
+        assert torch.equal(orders_BT[1:], random_orders(3, ids_B[1:], model.shape.tokens))
+        changed = build_decoder(model, rows=2, guided=False)
+        sample(changed, labels_B, ids_B, config=SamplingConfig(), seed=3)
+        changed.lay(orders_BT)
+        own = build_decoder(model, rows=2, guided=False, orders=orders_BT)
+        found, expected = (sample(one, labels_B, ids_B, config=SamplingConfig(), seed=3) for one in (changed, own))
+        assert torch.equal(found, expected)
+        codes_BT = torch.gather(found, 1, orders_BT)
+        logits_BTK = model(codes_BT[:, :-1], labels_B, orders_BT)
+        torch.testing.assert_close(teacher_forced(changed, codes_BT, labels_B), logits_BTK, atol=1e-5, rtol=1e-4)
 
     def test_nonsense_is_not_hidden(self, model: Rar) -> None:
         with torch.no_grad():
