@@ -78,6 +78,7 @@ def check_sampling(
     shape: CodeShape | None,
     *,
     order: Sequence[int] | None = None,
+    is_random: bool = False,
 ) -> None:
     """ValueError, with the reason, if a generator of such codes, as far as they are known, cannot be sampled like that."""
     if model.conditions_on == "codes":
@@ -89,11 +90,9 @@ def check_sampling(
         )
     if shape is not None:
         sampling.check(len(model.subtokens(shape)))
-    if order is None:
-        return
-    if not model.takes_orders:
+    if (order is not None or is_random) and not model.takes_orders:
         raise ValueError(f"a generator of kind {model.kind} lays the codes of an image in its own order alone")
-    if shape is not None and sorted(order) != list(range(shape.tokens)):
+    if order is not None and shape is not None and sorted(order) != list(range(shape.tokens)):
         raise ValueError(
             f"order must name each of the positions 0 to {shape.tokens - 1} once, found {len(order)} numbers"
         )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from models.sampling.config import SamplingConfig
 from pipeline.images import Views
@@ -30,11 +30,24 @@ class SampleConfig(ShardSizes):
     order: tuple[int, ...] | None = Field(
         default=None, description="the image position that each step produces, left out for raster order"
     )
+    random_order: bool = Field(
+        default=False,
+        json_schema_extra=NEUTRAL,
+        description="lay the codes of each sample in a random order of its own, as in trainings without an annealing",
+    )
     precision: Precision = Field(
         default="float32",
         description="tf32: float32 with the products that CUDA rounds to 11 bits, as published; bfloat16: blocks and cache",
     )
     rows_per_pass: int = Field(default=64, ge=1, description="samples that go through the network together")
+
+    @model_validator(mode="after")
+    def _has_one_order(self) -> Self:
+        if self.order is not None and self.random_order:
+            raise ValueError(
+                "order names one order for all samples, and random_order asks for others; give one of them"
+            )
+        return self
 
 
 class ImagesConfig(ShardSizes):

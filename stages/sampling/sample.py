@@ -64,7 +64,7 @@ def foresee(config: SampleConfig, inputs: KnownInputs) -> Facts:
     check_labels(config.classes, classes, inputs)
     if model := model_of(generator):
         try:
-            check_sampling(config.sampling, model, shape_of(facts), order=config.order)
+            check_sampling(config.sampling, model, shape_of(facts), order=config.order, is_random=config.random_order)
         except ValueError as error:
             raise inputs.refusal(f"cannot sample {generator.name}: {error}") from error
     labels = {"labels": max(config.classes) + 1} if config.classes else {}
@@ -117,7 +117,7 @@ def known_card(config: SampleConfig, inputs: Inputs) -> GeneratorCard:
     artifact = inputs["generator"]
     card = read_card(artifact)
     try:
-        check_sampling(config.sampling, card.model, card.shape, order=config.order)
+        check_sampling(config.sampling, card.model, card.shape, order=config.order, is_random=config.random_order)
     except ValueError as error:
         raise UsageError(f"cannot sample {artifact.name}: {error}") from error
     if TOKENIZER not in inputs:
@@ -201,6 +201,7 @@ def sampled_passes(
     import torch
 
     from models.generators.generator import loop_of
+    from models.sampling.philox import random_orders
 
     rows, settings = config.rows_per_pass, load_generator(generator).config
     sample, takes_labels = loop_of(settings), settings.conditions_on == "class"
@@ -208,6 +209,8 @@ def sampled_passes(
     for first in range(start, stop, rows):
         ids_B = np.arange(first, first + rows)
         ids_B[ids_B >= stop] = first
+        if config.random_order:
+            decoder.lay(random_orders(config.seed, torch.from_numpy(ids_B), decoder.tokens))
         labels_B = torch.from_numpy(labels_I[ids_B].astype(np.int64)) if takes_labels else None
         try:
             with products(config.precision):

@@ -162,9 +162,13 @@ def test_random_numbers_belong_to_the_sample_alone(uniform: Artifact, tmp_path: 
 def test_guidance_and_another_order_are_followed(samples: Artifact, generator: Artifact, tmp_path: Path) -> None:
     guided = CONFIG.model_copy(update={"sampling": SamplingConfig(guidance=ConstantGuidance(scale=(8.0,)))})
     backwards = CONFIG.model_copy(update={"order": (3, 2, 1, 0)})
-    found = [codes(run(Store(tmp_path), config, generator)) for config in (guided, backwards)]
-    assert (found[0] != codes(samples)).any()
-    assert (found[1] != codes(samples)).any()
+    shuffled = CONFIG.model_copy(update={"random_order": True})
+    found = [codes(run(Store(tmp_path), config, generator)) for config in (guided, backwards, shuffled)]
+    assert all((one != codes(samples)).any() for one in found)
+    few = shuffled.model_copy(update={"images": 3})
+    assert (codes(run(Store(tmp_path), few, generator)) == found[2][:3]).all()
+    with pytest.raises(ValueError, match="give one of them"):
+        SampleConfig(order=(0, 1), random_order=True)
 
 
 def test_only_the_asked_classes(generator: Artifact, tmp_path: Path) -> None:
