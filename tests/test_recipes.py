@@ -170,6 +170,41 @@ def _without_size(generator: dict[str, Any]) -> dict[str, Any]:
     return {**generator, "model": 0, "training": {**generator["training"], "rows_per_pass": 0}}
 
 
+# FID of RAR-L without adaLN by the epochs between which orders are annealed (625 steps each), and by the order that remains.
+ANNEALED = {
+    "0-0": 3.08, "0-100": 2.68, "0-200": 2.41, "0-300": 2.40, "0-400": 2.43, "100-100": 2.48, "100-200": 2.28,
+    "100-300": 2.33, "100-400": 2.39, "200-200": 2.39, "200-300": 2.18, "200-400": 2.55, "300-300": 2.41, "300-400": 2.74,
+    "400-400": 3.01,
+}  # fmt: skip
+SCANS = {"z-curve": 2.29, "subsample": 2.39, "spiral-out": 2.46, "alternate": 2.48, "spiral-in": 2.50}
+ABLATION = ROOT / "recipes" / "imagenet256" / "rar-l-ablation.yaml"
+
+
+@pytest.mark.parametrize(("row", "fid"), [*ANNEALED.items(), *SCANS.items()])
+def test_every_row_of_rars_ablations_plans(row: str, fid: float, tmp_path: Path) -> None:
+    settings = [f"generator.model.orders.scan={row}"]
+    if row in ANNEALED:
+        steps = [625 * int(epoch) for epoch in row.split("-")]
+        places = ("start", "end")
+        settings = [f"generator.model.orders.{name}={step}" for name, step in zip(places, steps, strict=True)]
+    recipe = load_recipe(ABLATION, stages(), settings=[*settings, f"images.random_order={row == '400-400'}".lower()])
+    assert re.search(rf"\b{row} {fid:.2f}\b", ABLATION.read_text())
+    assert plan(recipe, Store(tmp_path / "store"))[-1].step.name == "score"
+    configs = {step.name: step.config for step in recipe.steps}
+    model = configs["generator"].model
+    assert not model.modulated
+    assert model.orders.scan == (row if row in SCANS else "raster")
+    assert configs["images"].sampling.guidance.kind == "linear"
+    assert configs["tokens"].views.kind == "center+flip"
+
+
+def test_what_the_ablations_recipe_is_alone_is_the_best_row() -> None:
+    recipe = load(ABLATION)
+    orders = {step.name: step.config for step in recipe.steps}["generator"].model.orders
+    assert (orders.start, orders.end, orders.scan) == (625 * 200, 625 * 300, "raster")
+    assert "FID 2.18" in recipe.title
+
+
 def test_rar_training_is_the_published_one() -> None:
     steps = {step.name: step.config for step in load(ROOT / "recipes" / "imagenet256" / "rar-b.yaml").steps}
     config = steps["generator"]
