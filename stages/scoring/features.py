@@ -143,8 +143,9 @@ class ImageFeatures:
 
     @property
     def description(self) -> Description:
-        origins = tuple(Origin(f"{one.kind} {one.id[:12]}", digest=one.id) for one in self.of_distances)
-        return Description(origins, self.artifact.facts["size"], self.artifact.facts["views"])
+        names = [f"classifier {one.id[:12]}" if one.kind == "classifier" else one.id for one in self.of_distances]
+        origins = [Origin(name, digest=one.id) for name, one in zip(names, self.of_distances, strict=True)]
+        return Description(tuple(origins), self.artifact.facts["size"], self.artifact.facts["views"])
 
     def read(self, name: str) -> NDArray[Any]:
         return MappedArray(self.path / name).read()
