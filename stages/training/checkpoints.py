@@ -23,13 +23,13 @@ from models.adapters.layout import compare, how_many, shapes, table
 from pipeline.draft import SCRATCH, Draft
 from pipeline.errors import CorruptError, NumericError
 from stages.devices import free_bytes
+from stages.training.trained_part import State
 from stages.weights.files import write_tensors
 
 KEEP = 2  # the last ones; an older one helps nobody but costs disk
 PREFIX = "checkpoint-"
 BEST = "best-"
 
-State = dict[str, Tensor]
 REST = 20.0  # times the duration of a save until the next one
 SMALL = 2**26  # bytes that are written in less time than a step is worth
 ROOM = 2.0  # times the size of a copy that has to be free for it
@@ -60,8 +60,9 @@ def newest_checkpoint(out: Draft) -> Path | None:
     return out.files(units[-1])[0] if units else None
 
 
-def best_file(out: Draft, step: int) -> Path:
-    return out.path / _file(f"{BEST}{step:08d}")
+def best_beside(checkpoint: Path, step: int) -> Path:
+    """File of the weights kept as best after `step` steps, in the folder of a checkpoint that knows of them."""
+    return checkpoint.with_name(Path(_file(f"{BEST}{step:08d}")).name)
 
 
 def write_state(out: Draft, unit: str, state: State) -> None:
@@ -83,7 +84,10 @@ def read_state(path: Path) -> State:
 
 
 def check_fits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
-    """CorruptError (exit code 4) with a table where names or shapes differ from those of this training."""
+    """CorruptError (exit code 4) with a table where names or shapes differ from those of this training, but for its optimizer's."""
+    found, wanted = (
+        {name: one for name, one in state.items() if not name.startswith("optimizer.")} for state in (found, wanted)
+    )
     differences = compare(shapes(found), shapes(wanted))
     if differences:
         raise CorruptError(
@@ -91,11 +95,6 @@ def check_fits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: 
             path=path,
             hint="remove the draft folder to begin anew",
         )
-
-
-def part_of(state: Mapping[str, Tensor], prefix: str) -> State:
-    """Tensors whose name begins with `prefix`, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _units(out: Draft, prefix: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.durable import make_folder, refusals
 from pipeline.runtime import Runtime
+from stages.training.config import TrainingConfig
 
 LINES = 200  # log lines of one training, whatever its length
 TENSORBOARD_STEPS = 2000  # shorter trainings are over before anybody opens it
@@ -22,26 +23,27 @@ TENSORBOARD_STEPS = 2000  # shorter trainings are over before anybody opens it
 class Metrics:
     """Says when a step is logged, and where its figures go."""
 
-    def __init__(self, run: Runtime, *, steps: int, batch: int, images: int, first_step: int, has_board: bool):
+    def __init__(self, run: Runtime, config: TrainingConfig, *, images: int, first_step: int, has_board: bool):
         """Continue the log of the first `first_step` steps.  images: of the data, in which epochs are counted."""
         run.progress.forget_after(first_step)
         self._run, self._images = run, images
-        self._every = max(1, steps // LINES)
-        self._steps, self._batch = steps, batch
+        self._every = max(1, config.steps // LINES)
+        self._steps, self._batch = config.steps, config.batch
         self._since, self._at = first_step, time.monotonic()
-        has_board = has_board and steps >= TENSORBOARD_STEPS
+        has_board = has_board and config.steps >= TENSORBOARD_STEPS
         self._board = Board(run.log / "tensorboard", first_step=first_step) if has_board else None
 
-    def is_due(self, step: int) -> bool:
-        return (step + 1) % self._every == 0 or step + 1 == self._steps
+    def is_due(self, steps: int) -> bool:
+        """Whether figures are logged after so many steps."""
+        return steps % self._every == 0 or steps == self._steps
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
-        """Log the figures of a finished step, with the rate since the last line and the epochs since the first step."""
+    def write(self, steps: int, figures: dict[str, float]) -> None:
+        """Log the figures of the step after which `steps` are done, with the rate since the last line, and the epochs."""
         now = time.monotonic()
-        rate = (step + 1 - self._since) * self._batch / max(now - self._at, 1e-9)
-        self._since, self._at = step + 1, now
-        epochs = round((step + 1) * self._batch / self._images, 4)
-        self.record("train", step + 1, {**figures, "rows_per_second": round(rate, 2), "epochs": epochs})
+        rate = (steps - self._since) * self._batch / max(now - self._at, 1e-9)
+        self._since, self._at = steps, now
+        epochs = round(steps * self._batch / self._images, 4)
+        self.record("train", steps, {**figures, "rows_per_second": round(rate, 2), "epochs": epochs})
 
     def record(self, event: str, step: int, figures: dict[str, float]) -> None:
         self._run.progress.record(event, step=step, **figures)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stages.training import checkpoints
 from stages.training.config import TrainingConfig
 from stages.training.replicas import Replicas
 from stages.training.task import Part
 
+State = dict[str, Tensor]
 DECAYS = "decays"  # of a group: whether weight decay applies to it
 
 
@@ -100,7 +100,7 @@ class TrainedPart:
         set_step(self.optimizer, rate=self.rate(step, steps), decay=self.part.optimizer.decay(step, steps=steps))
         self.optimizer.step()
 
-    def state(self) -> checkpoints.State:
+    def state(self) -> State:
         name = self.part.name
         state = {f"model.{name}.{key}": tensor for key, tensor in self.part.module.state_dict().items()}
         for parameter, moments in self.optimizer.state.items():
@@ -109,11 +109,11 @@ class TrainedPart:
             state |= {f"average.{name}.{key}": tensor for key, tensor in self.average.tensors.items()}
         return state
 
-    def load(self, state: checkpoints.State) -> None:
+    def load(self, state: State) -> None:
         """Take over a state that fits."""
         name = self.part.name
-        self.part.module.load_state_dict(checkpoints.part_of(state, f"model.{name}."))
-        moments = checkpoints.part_of(state, f"optimizer.{name}.")
+        self.part.module.load_state_dict(part_of(state, f"model.{name}."))
+        moments = part_of(state, f"optimizer.{name}.")
         known = self.optimizer.state_dict()
         known["state"] = {
             place: own
@@ -122,11 +122,16 @@ class TrainedPart:
         }
         self.optimizer.load_state_dict(known)
         if self.average is not None:
-            for key, tensor in checkpoints.part_of(state, f"average.{name}.").items():
+            for key, tensor in part_of(state, f"average.{name}.").items():
                 self.average.tensors[key].copy_(tensor)
 
 
-def _moments_of(moments: checkpoints.State, name: str) -> dict[str, Any]:
+def _moments_of(moments: State, name: str) -> dict[str, Any]:
     """Optimizer state of one parameter, in memory of torch's own (a mapped file may be aligned otherwise)."""
     found = {key: moments.get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
     return {key: tensor.clone() for key, tensor in found.items() if tensor is not None}
+
+
+def part_of(state: Mapping[str, Tensor], prefix: str) -> State:
+    """Tensors whose name begins with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -18,9 +18,10 @@ from pipeline.progress import Progress
 from pipeline.runtime import Runtime
 from stages.training.config import AdamW, OneCycle, TrainingConfig
 from stages.training.draws import stream
-from stages.training.engine import Outcome, Trainer, train
+from stages.training.engine import Outcome, train
 from stages.training.task import Batch, Losses, Modules, Part, Task
 from stages.training.trained_part import TrainedPart
+from stages.training.trainer import Trainer
 
 ROWS, INPUTS = 24, 6
 SCHEDULE = OneCycle()

@@ -26,12 +26,11 @@ from models.tokenizer import Tokenizer
 from pipeline.recipe import load_recipe
 from stages import stages
 from stages.training.config import TrainTokenizerConfig
-from stages.training.engine import Trainer
 from stages.training.replicas import Replicas
 from stages.training.task import Batch, Losses
 from stages.training.tokenizer import PART, TokenizerTask, TrainedNetworks
 from stages.training.trained_part import TrainedPart
-from tests.stages.training.small_task import draft_in
+from stages.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[3]
 ARRAYS = load_file(ROOT / "tests/golden/ibq/train_steps.safetensors")
@@ -100,7 +99,7 @@ class TraceTrainer(Trainer):
 class Trace:
     """The run itself, and what it left behind."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         config = published_config()
         found = ibq.recognise({name: tensor for name, tensor in PLAIN.items() if not name.startswith("loss.")})
         tokenizer = Tokenizer(found.config)
@@ -119,8 +118,8 @@ class Trace:
             learns="tokenizer",
             adversarial=config.adversarial,
         )
-        self.task.replicas = Replicas(device="cpu", precision=config.training.precision)
-        self.trainer = TraceTrainer(self.task, config.training, self.task.replicas, draft_in(folder))
+        replicas = Replicas(device="cpu", precision=config.training.precision)
+        self.trainer = TraceTrainer(self.task, config.training, replicas)
         self.logs: list[dict[str, float]] = []
         for step in range(STEPS):
             losses = self.trainer.advance(self.task.batch(step, np.arange(2), slice(0, 2)))
@@ -164,8 +163,8 @@ def in_their_names(ours: dict[str, float]) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    return Trace(tmp_path_factory.mktemp("trace"))
+def trace() -> Trace:
+    return Trace()
 
 
 def test_the_recipe_has_the_settings_of_the_trace() -> None:
