@@ -12,7 +12,7 @@ import sys
 from benchmarks import large
 from benchmarks.machine import describe_machine
 
-MODULES = ("tokens", "sampling", "quantizers", "recipe")
+MODULES = ("tokens", "sampling", "llama", "quantizers", "recipe")
 
 
 def main() -> None:

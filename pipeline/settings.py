@@ -192,7 +192,7 @@ def _fresh(part: type[BaseModel], definitions: Definitions) -> dict[str, Any]:
         schema = schema_of(part, {}, definitions)
         more = part.model_config.get("json_schema_extra")
         if callable(more):
-            more(schema)  # type: ignore[call-arg]  # pydantic allows a second argument, ours take one
+            more(schema, part)  # type: ignore[call-arg]  # pydantic allows one argument, ours take both
         definitions[name] = {**schema, "required": [KIND]} if KIND in part.model_fields else schema
     return {"$ref": f"#/$defs/{name}"}
 

@@ -6,6 +6,8 @@ trained on: its `CodeShape`, which the network is built from beside the config.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -22,6 +24,19 @@ SIZES: dict[str, dict[str, int]] = {
     "xl": {"width": 1280, "layers": 32, "heads": 16, "mlp_width": 5120},
     "xxl": {"width": 1408, "layers": 40, "heads": 16, "mlp_width": 6144},
 }
+
+LLAMA_SIZES: dict[str, dict[str, float]] = {
+    "b": {"width": 1024, "layers": 16, "heads": 16, "gate_scale": 1e-3},
+    "l": {"width": 1280, "layers": 20, "heads": 20, "gate_scale": 1e-3},
+    "xl": {"width": 1536, "layers": 24, "heads": 24, "gate_scale": 1e-4},
+    "xxl": {"width": 1920, "layers": 30, "heads": 30, "gate_scale": 1e-5},
+}
+FACTORIZED_SIZES: dict[str, dict[str, int]] = {
+    "b": {"width": 1024, "layers": 24, "head_layers": 2, "heads": 16},
+    "l": {"width": 1280, "layers": 36, "head_layers": 3, "heads": 20},
+    "xl": {"width": 1536, "layers": 48, "head_layers": 4, "heads": 24},
+}
+MLP_MULTIPLE = 256  # the hidden width of SwiGLU is rounded up to a multiple of it
 
 SPARE_POSITIONS = 1024  # rows of RAR's position tables that nothing reads; published files carry them
 SPARE_STEPS = 100
@@ -120,34 +135,21 @@ class FixedOrder(Config):
 OrdersConfig = Annotated[AnnealedOrders | FixedOrder, Field(discriminator="kind")]
 
 
-def _offer_size(schema: dict[str, Any]) -> None:
-    """In the JSON schema, as in a recipe, a size may stand for the four numbers."""
-    schema["properties"]["size"] = {"enum": list(SIZES), "description": "a published size, instead of its numbers"}
+def _offer_size(schema: dict[str, Any], kind: type[TransformerSettings]) -> None:
+    """In the JSON schema, as in a recipe, a size may stand for its numbers."""
+    schema["properties"]["size"] = {"enum": list(kind.sizes), "description": "a published size, instead of its numbers"}
 
 
-class RarConfig(GeneratorSettings):
-    """RAR: a causal transformer over permuted codes, modulated by class and step (arXiv 2411.00776).
+class TransformerSettings(GeneratorSettings):
+    """A transformer that is conditioned on the class. `size: b` stands for the numbers of a published size."""
 
-    `size: b` stands for the four numbers of a published size.
-    """
-
-    takes_orders: ClassVar = True
     model_config = ConfigDict(json_schema_extra=_offer_size)
+    sizes: ClassVar[Mapping[str, Mapping[str, float]]] = {}
 
-    kind: Literal["rar"] = "rar"
     width: int = Field(gt=0, description="width of the residual stream")
     layers: int = Field(gt=0, description="transformer blocks")
     heads: int = Field(gt=0, description="attention heads; they share the width equally")
-    mlp_width: int = Field(gt=0, description="hidden width of the MLPs")
-    dropout: float = Field(0.1, ge=0, lt=1, description="after attention, after GELU and after the MLP, in training")
-    attention_dropout: float = Field(0.1, ge=0, lt=1, description="on attention probabilities, in training")
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels dropped in training, for guidance")
-    orders: OrdersConfig = Field(AnnealedOrders(), description="the orders in which codes are learnt and sampled")
-    modulated: bool = Field(
-        True,
-        json_schema_extra=NEUTRAL,
-        description="adaLN: class and step modulate every block; false: a plain transformer",
-    )
 
     @model_validator(mode="before")
     @classmethod
@@ -156,12 +158,12 @@ class RarConfig(GeneratorSettings):
             return fields
         fields = dict(fields)
         size = fields.pop("size")
-        if size not in SIZES:
-            raise ValueError(f"size is {size!r}, known are {', '.join(SIZES)}")
-        doubled = sorted(set(SIZES[size]) & set(fields))
+        if size not in cls.sizes:
+            raise ValueError(f"size is {size!r}, known are {', '.join(cls.sizes)}")
+        doubled = sorted(set(cls.sizes[size]) & set(fields))
         if doubled:
             raise ValueError(f"size {size} already says {', '.join(doubled)}; give either the size or the numbers")
-        return {**SIZES[size], **fields}
+        return {**cls.sizes[size], **fields}
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -176,6 +178,88 @@ class RarConfig(GeneratorSettings):
     @property
     def can_be_guided(self) -> bool:
         return self.label_dropout > 0
+
+
+class RarConfig(TransformerSettings):
+    """RAR: a causal transformer over permuted codes, modulated by class and step (arXiv 2411.00776)."""
+
+    sizes: ClassVar = SIZES
+    takes_orders: ClassVar = True
+
+    kind: Literal["rar"] = "rar"
+    mlp_width: int = Field(gt=0, description="hidden width of the MLPs")
+    dropout: float = Field(0.1, ge=0, lt=1, description="after attention, after GELU and after the MLP, in training")
+    attention_dropout: float = Field(0.1, ge=0, lt=1, description="on attention probabilities, in training")
+    orders: OrdersConfig = Field(AnnealedOrders(), description="the orders in which codes are learnt and sampled")
+    modulated: bool = Field(
+        True,
+        json_schema_extra=NEUTRAL,
+        description="adaLN: class and step modulate every block; false: a plain transformer",
+    )
+
+
+class LlamaSettings(TransformerSettings):
+    """What both kinds of Llama-style generators share."""
+
+    dropout: float = Field(0.1, ge=0, lt=1, description="after attention and after the MLP, in training")
+    token_dropout: float = Field(0.1, ge=0, lt=1, description="on the embeddings of class and codes, in training")
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if self.head_width % 4:
+            raise ValueError(
+                f"heads of width {self.head_width} must be a multiple of 4, for rotary positions in rows and columns"
+            )
+        return self
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of SwiGLU: two thirds of four times the width, rounded up."""
+        return -(-(8 * self.width // 3) // MLP_MULTIPLE) * MLP_MULTIPLE
+
+
+class LlamaConfig(LlamaSettings):
+    """IBQ's generator: a Llama-style transformer over codes, modulated by the class (arXiv 2412.02692)."""
+
+    sizes: ClassVar = LLAMA_SIZES
+
+    kind: Literal["llama"] = "llama"
+    gate_scale: float = Field(1e-3, gt=0, le=1, description="factor of the weights of gates when they are drawn")
+
+
+class FactorizedConfig(LlamaSettings):
+    """Open-MAGVIT2's generator: a Llama-style transformer that draws each code as sub-tokens (arXiv 2409.04410)."""
+
+    sizes: ClassVar = FACTORIZED_SIZES
+
+    kind: Literal["factorized"] = "factorized"
+    head_layers: int = Field(gt=0, description="blocks of the transformer over the sub-tokens of a code")
+    factors: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (),
+        strict=False,
+        description="number of values of each sub-token, the lowest first, such as [64, 4096] for 6 + 12 bits; "
+        "default: the factors of the codes",
+    )
+
+    def subtokens(self, shape: CodeShape) -> tuple[int, ...]:
+        return self.factors or shape.factors
+
+    def check(self, shape: CodeShape) -> None:
+        super().check(shape)
+        factors = self.subtokens(shape)
+        written = " x ".join(map(str, factors))
+        if not factors:
+            raise ValueError(
+                f"it draws codes as sub-tokens, and these {shape.codes} codes name no factors; give some whose product is "
+                f"{shape.codes} as factors"
+            )
+        if len(factors) < 2:
+            raise ValueError(f"it draws codes as two or more sub-tokens, and factors name one, of {written} values")
+        if math.prod(factors) != shape.codes:
+            raise ValueError(
+                f"factors {written} multiply to {math.prod(factors)}, but there are {shape.codes} codes; a factor is the "
+                f"number of values of a sub-token (64 for 6 bits)"
+            )
 
 
 class CountingSettings(GeneratorSettings):
@@ -201,7 +285,9 @@ class UniformConfig(CountingSettings):
     kind: Literal["uniform"] = "uniform"
 
 
-GeneratorConfig = Annotated[RarConfig | HistogramConfig | UniformConfig, Field(discriminator="kind")]
+GeneratorConfig = Annotated[
+    RarConfig | LlamaConfig | FactorizedConfig | HistogramConfig | UniformConfig, Field(discriminator="kind")
+]
 
 
 class Entry(NamedTuple):
@@ -217,6 +303,14 @@ GENERATORS: dict[str, Entry] = {
     "rar": Entry(
         "models.generators.rar.network:Rar", "models.generators.rar.decoder:RarDecoder", "models.generators.rar.memory"
     ),
+    **{
+        kind: Entry(
+            "models.generators.llama.network:Llama",
+            "models.generators.llama.decoder:LlamaDecoder",
+            "models.generators.llama.memory",
+        )
+        for kind in ("llama", "factorized")
+    },
     "histogram": Entry(
         "models.generators.tables.network:Histogram",
         "models.generators.tables.decoder:TableDecoder",

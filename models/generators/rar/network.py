@@ -26,6 +26,7 @@ from models.generators.orders import draw_drops, draw_orders, scan_order
 from models.layers.attention import CausalSelfAttention
 from models.layers.mlp import Mlp
 from models.layers.modulation import modulate, modulation
+from models.losses.head_cross_entropy import head_cross_entropy
 
 EPS = 1e-6
 INIT_STD = 0.02
@@ -153,16 +154,19 @@ class Rar(Generator):
         if orders is not None:
             orders = orders.expand_as(codes_BT)
             codes_BT = codes_BT.gather(1, orders)
-        logits_BTK = self(codes_BT[:, :-1], labels_B, orders).float()
-        loss = F.cross_entropy(logits_BTK.flatten(0, 1), codes_BT.flatten())
-        correct = (logits_BTK.detach().argmax(-1) == codes_BT).float().mean()
-        return loss, {"correct": correct}
+        features_BTD = self.features(codes_BT[:, :-1], labels_B, orders)
+        loss, hits = head_cross_entropy(features_BTD.flatten(0, 1), self.lm_head, codes_BT.flatten())
+        return loss, {"correct": hits.float().mean()}
 
     def forward(self, shuffled_BN: Tensor, labels_B: Tensor, orders_BT: Tensor | None = None) -> Tensor:
         """Logits (B, N + 1, K) of steps 0..N, given the first N codes in generation order (N in 0..T).
 
         labels_B in 0..C, where C stands for no class.  orders_BT: default raster.
         """
+        return self.lm_head(self.features(shuffled_BN, labels_B, orders_BT))
+
+    def features(self, shuffled_BN: Tensor, labels_B: Tensor, orders_BT: Tensor | None) -> Tensor:
+        """What the head takes, (B, N + 1, D)."""
         x_BJD = self.embed(shuffled_BN, labels_B, orders_BT)
         distinct_U, picks_B = self.distinct(labels_B)
         activated_UJD = later_UJD = None
@@ -174,7 +178,7 @@ class Rar(Generator):
                 x_BJD = checkpoint(block, x_BJD, activated_UJD, picks_B, use_reentrant=False)
             else:
                 x_BJD = block(x_BJD, activated_UJD, picks_B)
-        return self.lm_head(self.adaln_before_head(x_BJD[:, 1:], later_UJD, picks_B))
+        return self.adaln_before_head(x_BJD[:, 1:], later_UJD, picks_B)
 
     def embed(self, shuffled_BN: Tensor, labels_B: Tensor, orders_BT: Tensor | None) -> Tensor:
         """Input of block 0, (B, N + 2, D): what a position holds, where it is, and where its target is."""

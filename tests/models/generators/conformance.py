@@ -7,7 +7,9 @@ class TestMine(GeneratorConformance):
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -15,7 +17,9 @@ import torch
 from torch import Tensor
 
 from models.generators.generator import build_decoder
-from models.sampling.config import PowerCosineGuidance, SamplingConfig
+from models.generators.step_decoder import StepDecoder
+from models.generators.step_graphs import Work
+from models.sampling.config import ConstantGuidance, PowerCosineGuidance, SamplingConfig
 from models.sampling.loop import sample
 
 GUIDED = SamplingConfig(
@@ -25,9 +29,24 @@ PLAIN = SamplingConfig()
 
 
 def teacher_forced(decoder: Any, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
-    """Logits (R, T, K) of every step, the given codes being fed through the cache."""
-    hidden = [decoder.prefill(labels_B), *(decoder.step(codes_B) for codes_B in codes_BT[:, :-1].T)]
-    return torch.stack([decoder.head.logits(hidden_RD) for hidden_RD in hidden], dim=1)
+    """Logits (R, T, K) of every step, the given codes being fed through the cache; those of sub-tokens side by side."""
+    logits = [drawn_logits(decoder, decoder.prefill(labels_B), codes_BT[:, 0])]
+    for step in range(1, codes_BT.shape[1]):
+        logits.append(drawn_logits(decoder, decoder.step(codes_BT[:, step - 1]), codes_BT[:, step]))
+    return torch.stack(logits, dim=1)
+
+
+def drawn_logits(decoder: Any, hidden_RD: Tensor, codes_B: Tensor) -> Tensor:
+    """What these codes are drawn from, (R, K)."""
+    logits = []
+
+    def choose(subtoken: int, logits_RK: Tensor) -> Tensor:
+        logits.append(logits_RK)
+        return codes_B // math.prod(decoder.subtokens[:subtoken]) % decoder.subtokens[subtoken]
+
+    with torch.inference_mode():
+        assert torch.equal(decoder.head.draw(hidden_RD, choose), codes_B)
+    return torch.cat(logits, dim=-1)
 
 
 class GeneratorConformance:
@@ -37,7 +56,7 @@ class GeneratorConformance:
         raise NotImplementedError
 
     def uncached(self, model: Any, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
-        """Logits (B, T, K) of every code given those before it, by the training forward pass."""
+        """Logits (B, T, K) of every code given those before it, by the training forward pass; of sub-tokens side by side."""
         raise NotImplementedError
 
     @pytest.fixture
@@ -77,7 +96,11 @@ class GeneratorConformance:
             changed_BT = codes_BT.clone()
             changed_BT[:, step:] = (changed_BT[:, step:] + 1) % model.shape.codes
             after = self.uncached(model, changed_BT, labels_B)
-            torch.testing.assert_close(after[:, : step + 1], before[:, : step + 1])
+            torch.testing.assert_close(after[:, :step], before[:, :step])
+            first = model.config.subtokens(model.shape)[
+                0
+            ]  # of the code itself, its later sub-tokens see the earlier ones
+            torch.testing.assert_close(after[:, step, :first], before[:, step, :first])
 
     def test_cached_equals_uncached(self, model: Any) -> None:
         codes_BT, labels_B = self.batch(model, 3)
@@ -98,7 +121,7 @@ class GeneratorConformance:
         logits = []
         for labels in ([0, 1, 2, 1], [0, 0, 2, 0]):
             decoder = build_decoder(model, rows=4, guided=config.guided)
-            logits += [decoder.head.logits(decoder.prefill(torch.tensor(labels)))]
+            logits += [drawn_logits(decoder, decoder.prefill(torch.tensor(labels)), torch.tensor([3, 1, 2, 0]))]
         assert torch.equal(logits[0][[0, 2]], logits[1][[0, 2]])
 
     def test_a_decoder_serves_many_passes(self, model: Any) -> None:
@@ -113,3 +136,80 @@ class GeneratorConformance:
         assert codes_BT.shape == (3, model.shape.tokens)
         assert codes_BT.dtype == torch.int64
         assert 0 <= int(codes_BT.min()) <= int(codes_BT.max()) < model.shape.codes
+
+
+class StepConformance(GeneratorConformance):
+    """Generators that are sampled with a cache: other precisions, and steps that are recorded as graphs."""
+
+    recorded: int
+    """How many graphs a pass takes."""
+
+    def test_bfloat16_is_near(self, model: Any) -> None:
+        labels_B = torch.tensor([0, 2])
+        exact, near = (build_decoder(model, rows=2, guided=True, dtype=dtype) for dtype in (None, torch.bfloat16))
+        codes_B = torch.tensor([3, 1])
+        logits, wanted = (drawn_logits(decoder, decoder.prefill(labels_B), codes_B) for decoder in (near, exact))
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, wanted, atol=0.1, rtol=0.05)
+        assert (logits != logits.bfloat16()).any(), "guidance would multiply what is rounded away"
+
+    @pytest.mark.parametrize("guided", [False, True])
+    def test_buffers_that_never_move_change_nothing(self, model: Any, guided: bool) -> None:
+        """What graphs replay, here by running it again: passes before, while and after it is recorded are the same."""
+        recorded: list[Work] = []
+
+        def record(work: Work) -> Work:
+            recorded.append(work)
+            return work
+
+        settings, ids_B = SamplingConfig(guidance=ConstantGuidance(scale=(3.0 if guided else 1.0,))), torch.arange(2)
+        buffered, plain = (build_decoder(model, rows=2, guided=guided) for _ in range(2))
+        buffered.use_graphs(record)
+        for labels in ([0, 2], [1, 1], [2, 0], [0, 2]):
+            found, expected = (
+                sample(one, torch.tensor(labels), ids_B, config=settings, seed=3) for one in (buffered, plain)
+            )
+            assert torch.equal(found, expected)
+        assert len(recorded) == self.recorded
+        first = buffered.prefill(torch.tensor([0, 1]))
+        kept = first.clone()
+        buffered.step(torch.tensor([0, 1]))
+        assert torch.equal(first, kept), "logits that were given stay as they are"
+
+    def test_a_decoder_with_graphs_goes_with_its_last_user(self, model: Any) -> None:
+        """Its cache is gigabytes, for which no collection of cycles should have to come by."""
+        decoder = build_decoder(model, rows=2, guided=True)
+        decoder.use_graphs(lambda work: work)
+        for _ in range(3):
+            sample(
+                decoder,
+                torch.tensor([0, 2]),
+                torch.arange(2),
+                config=SamplingConfig(guidance=ConstantGuidance(scale=(3.0,))),
+                seed=3,
+            )
+        gone = weakref.ref(decoder)
+        gc.disable()
+        try:
+            del decoder
+            assert gone() is None
+        finally:
+            gc.enable()
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("guided", [False, True])
+    def test_graphs_draw_the_codes_of_single_kernels(
+        self, model: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, guided: bool
+    ) -> None:
+        model = model.cuda()
+        settings, ids_B = SamplingConfig(guidance=ConstantGuidance(scale=(3.0 if guided else 1.0,))), torch.arange(4)
+        graphs = build_decoder(model, rows=4, guided=guided, dtype=dtype)
+        assert graphs.graphs is not None
+        monkeypatch.setattr(StepDecoder, "use_graphs_on_cuda", lambda decoder: None)
+        plain = build_decoder(model, rows=4, guided=guided, dtype=dtype)
+        for labels in ([0, 1, 2, 0], [1, 1, 1, 1], [2, 0, 0, 1], [0, 1, 2, 0]):
+            found, expected = (
+                sample(one, torch.tensor(labels), ids_B, config=settings, seed=3) for one in (graphs, plain)
+            )
+            assert torch.equal(found, expected)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
@@ -22,11 +20,10 @@ from models.generators.rar.core_step import RarCoreStep
 from models.generators.rar.decoder import FEW_STREAMS
 from models.generators.rar.network import Rar
 from models.generators.rar.step import RarStep
-from models.generators.step_graphs import Work
 from models.sampling.config import ConstantGuidance, SamplingConfig
 from models.sampling.loop import sample
 from models.sampling.philox import random_orders
-from tests.models.generators.conformance import GeneratorConformance, teacher_forced
+from tests.models.generators.conformance import StepConformance, teacher_forced
 from tests.models.generators.loud import make_loud
 
 CONFIG = RarConfig(width=16, layers=2, heads=2, mlp_width=24, dropout=0.0, attention_dropout=0.0)
@@ -50,8 +47,10 @@ def build_uneven(config: RarConfig) -> Rar:
 
 
 @pytest.mark.usefixtures("each_step")
-class TestPlainTransformer(GeneratorConformance):
+class TestPlainTransformer(StepConformance):
     """Without adaLN, and along a spiral: one of the published ablations."""
+
+    recorded = 7  # positions
 
     def build(self) -> Rar:
         return build_uneven(PLAIN_CONFIG)
@@ -59,16 +58,6 @@ class TestPlainTransformer(GeneratorConformance):
     def uncached(self, model: Rar, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
         orders_BT = model.scan_T.expand_as(codes_BT)
         return model(codes_BT[:, :-1], labels_B, orders_BT)
-
-    def test_graphs_change_nothing(self, model: Rar) -> None:
-        buffered, plain = (build_decoder(model, rows=2, guided=True) for _ in range(2))
-        buffered.use_graphs(lambda work: work)
-        settings = SamplingConfig(guidance=ConstantGuidance(scale=(3.0,)))
-        for labels in ([0, 2], [1, 1], [2, 0]):
-            found, expected = (
-                sample(one, torch.tensor(labels), torch.arange(2), config=settings, seed=3) for one in (buffered, plain)
-            )
-            assert torch.equal(found, expected)
 
     def test_nothing_of_the_modulations_is_left(self, model: Rar) -> None:
         names = {name for name, _ in model.named_parameters()}
@@ -78,7 +67,9 @@ class TestPlainTransformer(GeneratorConformance):
 
 
 @pytest.mark.usefixtures("each_step")
-class TestRar(GeneratorConformance):
+class TestRar(StepConformance):
+    recorded = 7  # positions
+
     def build(self) -> Rar:
         return build_uneven(CONFIG)
 
@@ -148,72 +139,6 @@ class TestRar(GeneratorConformance):
             model.blocks[0].attn.qkv.weight[20, 3] = torch.nan  # a key's
         with pytest.raises(FloatingPointError):
             self.draw(model, [0, 1], [0, 1], SamplingConfig())
-
-    def test_bfloat16_is_near(self, model: Rar) -> None:
-        labels_B = torch.tensor([0, 2])
-        exact, near = (build_decoder(model, rows=2, guided=True, dtype=dtype) for dtype in (None, torch.bfloat16))
-        logits, wanted = (decoder.head.logits(decoder.prefill(labels_B)) for decoder in (near, exact))
-        assert logits.dtype == torch.float32
-        torch.testing.assert_close(logits, wanted, atol=0.1, rtol=0.05)
-        assert (logits != logits.bfloat16()).any(), "guidance would multiply what is rounded away"
-
-    @pytest.mark.parametrize("guided", [False, True])
-    def test_buffers_that_never_move_change_nothing(self, model: Rar, guided: bool) -> None:
-        """What graphs replay, here by running it again: passes before, while and after it is recorded are the same."""
-        recorded: list[Work] = []
-
-        def record(work: Work) -> Work:
-            recorded.append(work)
-            return work
-
-        settings, ids_B = SamplingConfig(guidance=ConstantGuidance(scale=(3.0 if guided else 1.0,))), torch.arange(2)
-        buffered, plain = (build_decoder(model, rows=2, guided=guided) for _ in range(2))
-        buffered.use_graphs(record)
-        for labels in ([0, 2], [1, 1], [2, 0], [0, 2]):
-            found, expected = (
-                sample(one, torch.tensor(labels), ids_B, config=settings, seed=3) for one in (buffered, plain)
-            )
-            assert torch.equal(found, expected)
-        assert len(recorded) == model.shape.tokens + 1
-        first = buffered.prefill(torch.tensor([0, 1]))
-        kept = first.clone()
-        buffered.step(torch.tensor([0, 1]))
-        assert torch.equal(first, kept), "logits that were given stay as they are"
-
-    def test_a_decoder_with_graphs_goes_with_its_last_user(self, model: Rar) -> None:
-        """Its cache is gigabytes, for which no collection of cycles should have to come by."""
-        decoder = build_decoder(model, rows=2, guided=True)
-        decoder.use_graphs(lambda work: work)
-        for _ in range(3):
-            sample(
-                decoder,
-                torch.tensor([0, 2]),
-                torch.arange(2),
-                config=SamplingConfig(guidance=ConstantGuidance(scale=(3.0,))),
-                seed=3,
-            )
-        gone = weakref.ref(decoder)
-        gc.disable()
-        try:
-            del decoder
-            assert gone() is None
-        finally:
-            gc.enable()
-
-    @pytest.mark.gpu
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("guided", [False, True])
-    def test_graphs_draw_the_codes_of_single_kernels(self, model: Rar, dtype: torch.dtype, guided: bool) -> None:
-        model = model.cuda()
-        settings, ids_B = SamplingConfig(guidance=ConstantGuidance(scale=(3.0 if guided else 1.0,))), torch.arange(4)
-        graphs, plain = (build_decoder(model, rows=4, guided=guided, dtype=dtype) for _ in range(2))
-        assert graphs.graphs is not None
-        plain.graphs = None
-        for labels in ([0, 1, 2, 0], [1, 1, 1, 1], [2, 0, 0, 1], [0, 1, 2, 0]):
-            found, expected = (
-                sample(one, torch.tensor(labels), ids_B, config=settings, seed=3) for one in (graphs, plain)
-            )
-            assert torch.equal(found, expected)
 
 
 def test_the_step_is_chosen_by_shape_and_precision() -> None:

@@ -1,0 +1,1 @@
+"""Llama-style generators: raster order, rotary positions, the class before all codes."""

@@ -1,0 +1,36 @@
+"""Rotary positions of a grid (arXiv 2104.09864, in two dimensions), as published Llama-style image generators have them.
+
+Half of a head's pairs of channels turn by the row of a code, the other half by its column. The row of the table before
+all codes, which belongs to the class, is zero: not a rotation by nothing, but cosine and sine both 0, so that the query
+and the key there are zero vectors. Every query gives the class a score of 0; its value still counts.
+
+J = 1 + h w positions, E width of a head, F = E / 2 pairs of adjacent channels
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BASE = 10_000
+
+
+def rope_table(grid: tuple[int, int], head_width: int) -> Tensor:
+    """Cosine and sine of each pair at each position, (J, F, 2) float32; head_width is a multiple of 4."""
+    height, width = grid
+    frequencies = BASE ** (-torch.arange(0, head_width // 2, 2).float() / (head_width // 2))
+    rows, columns = (torch.outer(torch.arange(size).float(), frequencies) for size in grid)
+    angles_hwF = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1)
+    angles_TF = angles_hwF.flatten(0, 1)
+    table_TF2 = torch.stack([angles_TF.cos(), angles_TF.sin()], dim=-1)
+    return torch.cat([torch.zeros_like(table_TF2[:1]), table_TF2])
+
+
+def rotate(x_BJHE: Tensor, table_JF2: Tensor) -> Tensor:
+    """Turn the pairs of all heads, in float32: (a cos - b sin, b cos + a sin)."""
+    cos_JF, sin_JF = table_JF2.unbind(-1)
+    cos_J1E = cos_JF.repeat_interleave(2, dim=-1)[:, None]
+    sin_J1E = torch.stack([-sin_JF, sin_JF], dim=-1).flatten(1)[:, None]
+    x_BJHE = x_BJHE.float()
+    swapped_BJHE = x_BJHE.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x_BJHE * cos_J1E, swapped_BJHE, sin_J1E)
