@@ -11,12 +11,16 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 
+from models.generators.config import CodeShape
+from models.generators.generator import build_generator
 from pipeline.recipe import Recipe, dump_schema, load_recipe, recipe_name
 from pipeline.recipe_text import parse_yaml, read_written
 from pipeline.runner import plan
 from pipeline.store import Store
 from stages import stages
+from stages.training.config import TrainingConfig
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -168,6 +172,73 @@ def test_rar_recipes_differ_in_size_and_sampling_alone() -> None:
 def _without_size(generator: dict[str, Any]) -> dict[str, Any]:
     """What does not follow from the network's size: all but the network, and the rows that fit a GPU together."""
     return {**generator, "model": 0, "training": {**generator["training"], "rows_per_pass": 0}}
+
+
+# Rows of the published tables: figures, guidance scales, temperatures, parameters.
+GENERATORS = {
+    "ibq-b": ("FID 2.88, IS 254.73", (2.25,), (1.1,), 342_994_944),
+    "ibq-l": ("FID 2.45, IS 267.48", (2.0,), (1.0,), 649_640_960),
+    "ibq-xl": ("FID 2.14, IS 278.99", (2.35,), (1.15,), 1_076_103_168),
+    "ibq-xxl": ("FID 2.05, IS 286.73", (2.85,), (1.2,), 2_063_331_840),
+    "open-magvit2-b": ("FID 3.08, IS 258.26", (1.9, 2.0), (1.0, 1.0), 343_570_432),
+    "open-magvit2-l": ("FID 2.51, IS 271.70", (1.9, 1.9), (1.1, 1.0), 804_362_240),
+    "open-magvit2-xl": ("FID 2.33, IS 271.77", (1.75, 1.85), (1.1, 1.0), 1_486_679_040),
+}
+PER_EPOCH = 1669  # steps of 768 of the 1,281,166 images
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_every_row_of_the_llama_style_generators_has_a_recipe_that_plans(name: str, tmp_path: Path) -> None:
+    figures, scales, temperatures, parameters = GENERATORS[name]
+    recipe = load(ROOT / "recipes" / "imagenet256" / f"{name}.yaml")
+    assert figures in recipe.title
+    assert {item.step.name for item in plan(recipe, Store(tmp_path / "store"))} >= {"tokens", "generator", "score"}
+    configs = {step.name: step.config for step in recipe.steps}
+    assert configs["train-images"].without == ("n06596364/n06596364_9591.JPEG",)
+    sampling, images = configs["images"].sampling, configs["images"]
+    assert (sampling.guidance.kind, sampling.guidance.scale, sampling.temperature) == ("constant", scales, temperatures)
+    assert (images.images, images.labels, images.precision) == (50_000, "balanced", "float32")
+    assert (sampling.top_k, sampling.top_p) == (None, None)
+    codes = 2**18 if "magvit2" in name else 2**14
+    with torch.device("meta"):
+        network = build_generator(configs["generator"].model, CodeShape(codes=codes, grid=(16, 16), classes=1000))
+    assert sum(one.numel() for one in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize("size", ["B", "L", "XL", "XXL"])
+def test_ibqs_generators_have_the_published_training(size: str) -> None:
+    rows = json.loads((ROOT / "tests/golden/ibq/schedules.json").read_text())["schedules"][size]
+    training = _training(f"ibq-{size.lower()}")
+    _check_llama_style(training, steps=rows["epochs"] * PER_EPOCH)
+    for row in rows["rows"]:
+        step = row["iteration"]
+        rate = training.schedule.rate(step, base=training.optimizer.learning_rate, steps=training.steps)
+        assert rate == pytest.approx(row["lr"], rel=1e-9)
+        decay = training.optimizer.decay(step, steps=training.steps)
+        assert decay == pytest.approx(row["wd_decay_group"], rel=1e-9) == row["wd_nodecay_group"]
+
+
+@pytest.mark.parametrize(("size", "epochs", "rate"), [("b", 300, 3e-4), ("l", 300, 3e-4), ("xl", 350, 2.4e-4)])
+def test_open_magvit2s_generators_have_the_published_training(size: str, epochs: int, rate: float) -> None:
+    training = _training(f"open-magvit2-{size}")
+    _check_llama_style(training, steps=epochs * PER_EPOCH)
+    assert (training.optimizer.learning_rate, training.optimizer.weight_decay_end) == (rate, None)
+    schedule = training.schedule
+    assert (schedule.kind, schedule.start, schedule.end) == ("warmup-plateau-linear", 0.005, 0.1)
+    assert schedule.warmup == epochs // 50 * PER_EPOCH
+
+
+def _training(name: str) -> TrainingConfig:
+    recipe = load(ROOT / "recipes" / "imagenet256" / f"{name}.yaml")
+    training: TrainingConfig = next(step for step in recipe.steps if step.name == "generator").config.training  # type: ignore[attr-defined]
+    return training
+
+
+def _check_llama_style(training: TrainingConfig, *, steps: int) -> None:
+    """What all published trainings of IBQ's and Open-MAGVIT2's generators have in common."""
+    assert (training.steps, training.batch, training.clip, training.ema) == (steps, 768, 1.0, None)
+    optimizer = training.optimizer
+    assert (optimizer.betas, optimizer.weight_decay, optimizer.decays) == ((0.9, 0.95), 0.05, "all")
 
 
 # FID of RAR-L without adaLN by the epochs between which orders are annealed (625 steps each), and by the order that remains.
