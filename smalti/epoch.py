@@ -12,9 +12,10 @@ time, at random, and shuffles within them. That order is approximate (Epoch.is_e
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +25,7 @@ from smalti.errors import UsageError
 Shuffle = Literal["exact", "blocks"]
 Batch = tuple[NDArray[np.int64], NDArray[Any], NDArray[np.int32]]
 Item = tuple[NDArray[np.int64], int]
+Arrays = TypeVar("Arrays", bound=tuple[NDArray[Any], ...])
 WINDOW_ROWS = 4096
 WINDOWS = 16
 
@@ -56,6 +58,21 @@ def block_order(
     groups = [starts[first : first + windows] for first in range(0, len(starts), windows)]
     pools = (np.concatenate([np.arange(start, min(start + window_rows, rows)) for start in group]) for group in groups)
     return np.concatenate([generator.permutation(pool) for pool in pools])
+
+
+def batches_of(order: NDArray[np.int64], batch: int, *, start: int, stop: int) -> Iterator[NDArray[np.int64]]:
+    """The global batches of an epoch from position `start` to `stop`; the last one may be shorter."""
+    return (order[low : min(low + batch, stop)] for low in range(start, stop, batch))
+
+
+def read_ahead(
+    rows_of_batches: Iterable[NDArray[np.int64]], read: Callable[[NDArray[np.int64]], Arrays], *, batches: int
+) -> Iterator[Arrays]:
+    """What `read` gives for the rows of each batch: a tuple of arrays, whose first axis is rows. Rows of `batches` batches are read at once."""
+    coming = iter(rows_of_batches)
+    while window := list(islice(coming, batches)):
+        ends = np.cumsum([len(rows_B) for rows_B in window])[:-1]
+        yield from zip(*(np.split(array, ends) for array in read(np.concatenate(window))), strict=True)
 
 
 class Epoch:
@@ -112,23 +129,17 @@ class Epoch:
         return rows_B, codes_BT, labels_B
 
     def _read(self) -> Iterator[Batch]:
-        """This rank's batches, gathered a window of batches at a time."""
-        step = self._batch * self._look_ahead
-        for low in range(self.position, self._stop, step):
-            high = min(low + step, self._stop)
-            parts = [self._part(first, min(first + self._batch, high)) for first in range(low, high, self._batch)]
-            rows_W = np.concatenate(parts)
-            codes_WT, labels_W = self._table.codes_of(rows_W), self._table.labels_of(rows_W)
-            ends = np.cumsum([len(part) for part in parts])
-            for part, end in zip(parts, ends, strict=True):
-                mine = slice(end - len(part), end)
-                yield rows_W[mine], codes_WT[mine], labels_W[mine]
+        """This rank's batches."""
+        batches = batches_of(self._order, self._batch, start=self.position, stop=self._stop)
+        return read_ahead(map(self._part, batches), self._read_rows, batches=self._look_ahead)
 
-    def _part(self, first: int, last: int) -> NDArray[np.int64]:
-        """This rank's rows of the global batch at [first, last) of the order."""
-        size = last - first
-        low, high = (size * rank // self._world for rank in (self._rank, self._rank + 1))
-        return self._order[first + low : first + high]
+    def _part(self, rows_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """This rank's rows of a global batch."""
+        low, high = (len(rows_B) * rank // self._world for rank in (self._rank, self._rank + 1))
+        return rows_B[low:high]
+
+    def _read_rows(self, rows_W: NDArray[np.int64]) -> Batch:
+        return rows_W, self._table.codes_of(rows_W), self._table.labels_of(rows_W)
 
 
 class TokenDataset:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stages.training.config import TrainingConfig
-from stages.training.draws import rows_of_step, share_of
+from stages.training.draws import rows_of_steps, share_of
 from stages.training.replicas import Replicas
 from stages.training.task import Batch, Task
 
@@ -20,21 +21,17 @@ READ_AHEAD = 2
 def read_batches(task: Task, config: TrainingConfig, replicas: Replicas, first: int) -> Iterator[Batch]:
     """This process's share of every batch from step `first` on; read ahead by a thread where reading takes time."""
     share = share_of(config.batch, rank=replicas.rank, world=replicas.world)
-
-    def read(step: int) -> Batch:
-        rows_B = rows_of_step(step, rows=task.rows, batch=config.batch, seed=config.seed)
-        return task.batch(step, rows_B, share)
-
+    rows_of_batches = rows_of_steps(first, rows=task.rows, batch=config.batch, seed=config.seed)
+    data = task.read(islice(rows_of_batches, config.steps - first), share)
+    batches = (task.batch(step, found, share) for step, found in enumerate(data, first))
     if not task.reads_ahead:
-        yield from map(read, range(first, config.steps))
+        yield from batches
         return
     with ThreadPoolExecutor(1) as reader:
-        coming = [reader.submit(read, step) for step in range(first, min(first + READ_AHEAD, config.steps))]
+        coming = [reader.submit(next, batches, None) for _ in range(READ_AHEAD)]
         try:
-            for step in range(first, config.steps):
-                batch = coming.pop(0).result()
-                if step + READ_AHEAD < config.steps:
-                    coming.append(reader.submit(read, step + READ_AHEAD))
+            while (batch := coming.pop(0).result()) is not None:
+                coming.append(reader.submit(next, batches, None))
                 yield batch
         finally:
             reader.shutdown(cancel_futures=True)

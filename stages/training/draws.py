@@ -7,14 +7,15 @@ an interruption changes what a row of a batch meets.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from pipeline.stage_cache import cached
 from smalti.counting import counted
-from smalti.epoch import exact_order
+from smalti.epoch import batches_of, exact_order
 
 # B rows of a global batch, N rows of the data
 
@@ -31,18 +32,20 @@ def torch_seed(seed: int, name: str, step: int, number: int = 0) -> int:
     return int.from_bytes(_digest(seed, f"{name}/{number}", step)[:8], "little") >> 1
 
 
-def rows_of_step(step: int, *, rows: int, batch: int, seed: int) -> Rows_B:
-    """Which of `rows` data rows make up the global batch of a step: epochs of whole batches, each a new permutation.
+def rows_of_steps(first: int, *, rows: int, batch: int, seed: int) -> Iterator[Rows_B]:
+    """Which of `rows` data rows make up the global batch of each step from `first` on: epochs of whole batches, each a new permutation.
 
-    It is the order of `TokenSet.epoch(batch, seed=seed, epoch=...)`.
+    It is the order of `TokenSet.epoch(batch, seed=seed, epoch=...)`, epoch after epoch.
     """
     if batch > rows:
         raise UsageError(
             f"training.batch is {batch}, but there are only {counted(rows, 'row')} to train on",
             hint="lower training.batch",
         )
-    epoch, place = divmod(step, rows // batch)
-    return _order(rows, seed, epoch)[place * batch : (place + 1) * batch]
+    each = rows // batch * batch
+    for epoch in count(first * batch // each):
+        start = max(0, first * batch - epoch * each)
+        yield from batches_of(exact_order(rows, seed=seed, epoch=epoch), batch, start=start, stop=each)
 
 
 def share_of(batch: int, *, rank: int, world: int) -> slice:
@@ -59,11 +62,6 @@ def passes_of(share: int, rows_per_pass: int | None) -> int:
     """The number of equal passes, of at most `rows_per_pass` rows each, in which a process computes its share."""
     fewest = 1 if rows_per_pass is None else -(-share // rows_per_pass)
     return next(passes for passes in range(fewest, share + 1) if share % passes == 0)
-
-
-@cached(2)
-def _order(rows: int, seed: int, epoch: int) -> Rows_B:
-    return exact_order(rows, seed=seed, epoch=epoch)
 
 
 def _digest(seed: int, name: str, step: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -10,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models.generators.generator import Generator, build_generator
+from smalti.epoch import read_ahead
 from stages.training.config import TrainGeneratorConfig
-from stages.training.draws import rows_of_step, stream
+from stages.training.draws import stream
 from stages.training.grids import draw_samples
 from stages.training.task import Batch, Losses, Modules, Part, Task
 from stages.training.tokens import TrainingTokens
@@ -75,13 +77,19 @@ class GeneratorTask(Task):
         self.judged_rows = len(held_out) if held_out else 0
         # Loaded rows are read at once, but their orders take a while to draw, for which no GPU should wait.
         self.reads_ahead = not tokens.are_loaded or device.type == "cuda"
-        self._window: tuple[int, list[tuple[NDArray[np.int64], NDArray[np.int64]]]] = (-1, [])
 
-    def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
+    def read(
+        self, rows_of_batches: Iterator[NDArray[np.int64]], share: slice
+    ) -> Iterator[tuple[NDArray[np.int64], ...]]:
+        """Codes and labels of this process's share; those of many steps together where sets are mapped."""
+        together = 1 if self.tokens.are_loaded else LOOK_AHEAD
+        return read_ahead((rows_B[share] for rows_B in rows_of_batches), self.tokens.read, batches=together)
+
+    def batch(self, step: int, data: tuple[NDArray[np.int64], ...], share: slice) -> Batch:
         """Codes (P, T), their condition, and what the generator draws, of this process's share of the rows."""
-        codes_PT, labels_P = self._read(step, rows_B, share)
+        codes_PT, labels_P = data
         streams = partial(stream, self.config.training.seed, step=step)
-        drawn = self.network.draws(streams, len(rows_B), step)
+        drawn = self.network.draws(streams, self.config.training.batch, step)
         return {
             "codes": torch.from_numpy(codes_PT),
             **self._condition(labels_P),
@@ -117,19 +125,3 @@ class GeneratorTask(Task):
         assert self.tokenizer is not None
         grid = draw_samples(self.config.samples, self.card, self.network, self.tokenizer, self.replicas, step)
         return {f"samples-{step:08d}.png": grid} if grid else {}
-
-    def _read(self, step: int, rows_B: NDArray[np.int64], share: slice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Codes and labels of this process's share; of mapped sets a window of steps is read at once."""
-        if self.tokens.are_loaded:
-            return self.tokens.read(rows_B[share])
-        window, place = divmod(step, LOOK_AHEAD)
-        if self._window[0] != window:
-            self._window = (window, self._read_window(window * LOOK_AHEAD, share))
-        return self._window[1][place]
-
-    def _read_window(self, first: int, share: slice) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        training = self.config.training
-        steps = range(first, min(first + LOOK_AHEAD, training.steps))
-        rows = [rows_of_step(step, rows=self.rows, batch=training.batch, seed=training.seed)[share] for step in steps]
-        codes_WT, labels_W = self.tokens.read(np.concatenate(rows))
-        return list(zip(np.split(codes_WT, len(rows)), np.split(labels_W, len(rows)), strict=True))

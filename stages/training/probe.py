@@ -19,6 +19,7 @@ from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
 from smalti.attributes import TokenAttributes
 from smalti.counting import counted
+from smalti.epoch import batches_of, exact_order
 from smalti.tokens import TokenSet, open_tokens
 from stages.codes.reservoir import smallest_rows
 from stages.training.config import ProbeConfig
@@ -212,15 +213,15 @@ def fit_in_batches(
     saved = time.monotonic()
     with run.progress.bar("probe", total=steps * BATCH, unit="rows") as bar:
         bar.skip(int(model.step) * BATCH)
-        while model.step < steps:
-            turn, place = divmod(int(model.step), batches)
-            order = np.random.Generator(np.random.Philox(key=[config.seed, turn])).permutation(len(rows_N))
-            rows_B = np.sort(rows_N[order[place * BATCH : (place + 1) * BATCH]])
-            model.advance(parts(train.codes_of(rows_B), train.codes, centroids_KD), train.labels_of(rows_B))
-            bar.advance(BATCH)
-            if time.monotonic() - saved >= max(run.checkpoint_seconds, CALM_SECONDS):
-                save(model, out)
-                saved = time.monotonic()
+        for epoch in range(int(model.step) // batches, config.passes):
+            order, start = exact_order(len(rows_N), seed=config.seed, epoch=epoch), int(model.step) % batches * BATCH
+            for chosen_B in batches_of(order, BATCH, start=start, stop=len(rows_N)):
+                rows_B = np.sort(rows_N[chosen_B])
+                model.advance(parts(train.codes_of(rows_B), train.codes, centroids_KD), train.labels_of(rows_B))
+                bar.advance(BATCH)
+                if time.monotonic() - saved >= max(run.checkpoint_seconds, CALM_SECONDS):
+                    save(model, out)
+                    saved = time.monotonic()
     return lambda codes_BT: model.predict(parts(codes_BT, train.codes, centroids_KD)), steps
 
 

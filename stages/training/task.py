@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -73,9 +73,16 @@ class Task(ABC):
     replicas: Replicas
     """All processes of the training, which the engine sets: evaluations and drawings are shared between them."""
 
+    def read(self, rows_of_batches: Iterator[NDArray[np.int64]], share: slice) -> Iterator[Any]:
+        """What belongs to the rows of each global batch that comes, or to this process's share of them; here their numbers."""
+        return rows_of_batches
+
     @abstractmethod
-    def batch(self, step: int, rows_B: NDArray[np.int64], share: slice) -> Batch:
-        """CPU tensors of this process's share of a step's global batch, first axis = rows; drawn by (seed, step)."""
+    def batch(self, step: int, data: Any, share: slice) -> Batch:
+        """CPU tensors of this process's share of a step's global batch, first axis = rows; drawn by (seed, step).
+
+        data: what `read` gave, by default the numbers (B,) of all rows of the global batch.
+        """
 
     def survey(self, pieces: Sequence[Batch]) -> None:  # noqa: B027 - most tasks look at one piece after the other
         """See all pieces of this process's share of a batch, before the passes over them are made one by one."""

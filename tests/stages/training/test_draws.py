@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pytest
 
 from pipeline.errors import UsageError
 from smalti.epoch import exact_order
-from stages.training.draws import passes_of, rows_of_step, share_of, stream, torch_seed
+from stages.training.draws import passes_of, rows_of_steps, share_of, stream, torch_seed
 
 
 def test_an_epoch_sees_every_row_of_its_whole_batches_once() -> None:
-    epoch = np.concatenate([rows_of_step(step, rows=23, batch=5, seed=1) for step in range(4, 8)])
+    epoch = np.concatenate(list(islice(rows_of_steps(4, rows=23, batch=5, seed=1), 4)))
     assert len(set(epoch.tolist())) == 20
     np.testing.assert_array_equal(epoch, exact_order(23, seed=1, epoch=1)[:20])
 
 
+def test_steps_may_begin_anywhere() -> None:
+    whole = [rows_B.tolist() for rows_B in islice(rows_of_steps(0, rows=23, batch=5, seed=1), 11)]
+    for first in range(11):
+        rest = islice(rows_of_steps(first, rows=23, batch=5, seed=1), 11 - first)
+        assert [rows_B.tolist() for rows_B in rest] == whole[first:]
+
+
 def test_epochs_and_seeds_differ() -> None:
-    orders = [rows_of_step(step, rows=64, batch=64, seed=seed).tolist() for step, seed in ((0, 0), (1, 0), (0, 1))]
+    orders = [
+        next(rows_of_steps(step, rows=64, batch=64, seed=seed)).tolist() for step, seed in ((0, 0), (1, 0), (0, 1))
+    ]
     assert len({tuple(order) for order in orders}) == 3
 
 

@@ -23,7 +23,7 @@ from pipeline.progress import Progress
 from pipeline.runtime import Terminated
 from stages.training import checkpoints
 from stages.training.config import AdamW, Constant
-from stages.training.draws import rows_of_step
+from stages.training.draws import rows_of_steps
 from tests.stages.training import small_task
 from tests.stages.training.small_task import Network, SmallTask, draft_in, first_gradients, tiny, train_in, weights_of
 from tests.two_processes import die, run_two
@@ -345,7 +345,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     two = train_two(tmp_path / "two")
     for step in range(12):
         together = two[0]["seen"][step] + two[1]["seen"][step]
-        assert together == one.task.seen[step] == rows_of_step(step, rows=24, batch=8, seed=0).tolist()
+        assert together == one.task.seen[step] == next(rows_of_steps(step, rows=24, batch=8, seed=0)).tolist()
     assert alone
     for own, shared in zip(alone, two[0]["first"], strict=True):
         assert torch.allclose(torch.tensor(own), torch.tensor(shared), atol=1e-5)
