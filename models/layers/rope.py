@@ -28,9 +28,11 @@ def rope_table(grid: tuple[int, int], head_width: int) -> Tensor:
 
 def rotate(x_BJHE: Tensor, table_JF2: Tensor) -> Tensor:
     """Turn the pairs of all heads, in float32: (a cos - b sin, b cos + a sin)."""
-    cos_JF, sin_JF = table_JF2.unbind(-1)
-    cos_J1E = cos_JF.repeat_interleave(2, dim=-1)[:, None]
-    sin_J1E = torch.stack([-sin_JF, sin_JF], dim=-1).flatten(1)[:, None]
-    x_BJHE = x_BJHE.float()
-    swapped_BJHE = x_BJHE.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(x_BJHE * cos_J1E, swapped_BJHE, sin_J1E)
+    pairs_BJHF2, table_J1F2 = x_BJHE.float().unflatten(-1, (-1, 2)), table_JF2[:, None]
+    if (
+        not torch.compiler.is_compiling()
+    ):  # as complex numbers in a quarter of the time, but compilers know only real ones
+        turned_BJHF = torch.view_as_complex(pairs_BJHF2) * torch.view_as_complex(table_J1F2)
+        return torch.view_as_real(turned_BJHF).flatten(-2)
+    (first, second), (cos, sin) = pairs_BJHF2.unbind(-1), table_J1F2.unbind(-1)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.generators.config import CodeShape, FactorizedConfig, LlamaConfig, LlamaSettings
 from models.generators.llama.network import Llama
-from models.layers.rope import rope_table
+from models.layers.rope import rope_table, rotate
 from models.losses import head_cross_entropy
 from tests.models.generators.llama.fixtures import IBQ, MAGVIT2, load, published_names, read
 
@@ -36,6 +36,15 @@ def test_rotary_positions(width: int, wanted: Tensor) -> None:
     """The first row is zero, and not a rotation by nothing."""
     close(rope_table((4, 4), width), wanted, IBQ_SPEC["tolerances"]["freqs_cis"])
     assert not wanted[0].any()
+
+
+def test_compiled_blocks_rotate_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilers get real numbers, and whoever runs the operations one by one complex ones."""
+    torch.manual_seed(0)
+    x_BJHE, table_JF2 = torch.randn(2, 17, 3, 32), rope_table((4, 4), 32)
+    complex_BJHE = rotate(x_BJHE, table_JF2)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotate(x_BJHE, table_JF2), complex_BJHE)
 
 
 def test_logits_of_ibq() -> None:
