@@ -13,6 +13,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text()
+TEST_OF_THE_GENERATOR = """
+import torch
+from conformance import GeneratorConformance
+from models.generators.config import BigramConfig, CodeShape
+from models.generators.generator import build_generator
+
+
+class TestBigram(GeneratorConformance):
+    def build(self):
+        return build_generator(BigramConfig(width=16), CodeShape(codes=12, grid=(2, 3), classes=3))
+
+    def uncached(self, model, codes_BT, labels_B):
+        return model(codes_BT[:, :-1], labels_B)
+"""
 PACKAGES = ("smalti", "pipeline", "models", "stages", "cli")
 
 
@@ -48,17 +62,30 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_example_is_short() -> None:
-    tokenizer, stage = PAGE.split("## Another stage")
-    for part in (tokenizer, stage):
+    parts = PAGE.split("\n## ")[1:]
+    parts = [part for part in parts if "\n```python file=" in part]
+    assert len(parts) == 3
+    for part in parts:
         code = re.findall(r"^```(?:python|diff)[^\n]*\n(.*?)^```$", part, re.MULTILINE | re.DOTALL)
         assert 0 < sum(text.count("\n") for text in code) < 100
+
+
+def test_the_generator_keeps_to_what_every_generator_does(copy: Path) -> None:
+    folder = copy / "checked"
+    folder.mkdir()
+    shutil.copy(ROOT / "tests" / "models" / "generators" / "conformance.py", folder)
+    (folder / "test_bigram.py").write_text(TEST_OF_THE_GENERATOR)
+    environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(folder), "-p", "no:cacheprovider", str(folder)]
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_commands_of_the_page_run(copy: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(copy), "SMALTI_STORE": str(copy / "store"), "OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-c", "from cli.main import main; main()"]
     lines = [line for head, text in blocks("sh") if "in=copy" in head for line in text.splitlines() if line]
-    assert len(lines) == 5
+    assert len(lines) == 11
     for line in lines:
         words = line.split()
         assert words[0] == "smalti"

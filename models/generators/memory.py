@@ -27,6 +27,7 @@ def sampling_bytes(config: GeneratorSettings, shape: CodeShape, **asked: Any) ->
 
 
 def _estimate(name: str, config: GeneratorSettings, shape: CodeShape, asked: dict[str, Any]) -> int | None:
-    module = GENERATORS[config.kind].memory
+    entry = GENERATORS.get(config.kind)
+    module = entry and entry.memory
     estimate = module and getattr(import_module(module), name, None)
     return int(estimate(config, shape, **asked)) if estimate else None

@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from models.generators.config import CodeShape, GeneratorSettings
 from pipeline.artifact import Artifact
-from pipeline.errors import CorruptError, InputError
+from pipeline.compatibility import Known, KnownInputs
+from pipeline.errors import CorruptError, InputError, UsageError
 from pipeline.store import Store
+from stages.training.config import TrainGeneratorConfig
+from stages.training.rows import settle_rows
+from stages.training.train_generator import foresee
 from stages.weights.cards import CodeSpace, GeneratorCard, TokenizerCard, read_card
 from stages.weights.files import load_weights
 from stages.weights.networks import NetworkFile, load_generator
@@ -160,3 +165,34 @@ def test_a_code_beyond_the_codebook_is_refused_with_its_row(
         odd = make_tokens(tmp_path / "odd", tokenizer, codes=5)
     with pytest.raises(CorruptError, match=r"row 5 \(image 2, crop 1\) holds code 5"):
         run_stage("train-generator", tmp_path, TINY, inputs={"tokens": [odd]})
+
+
+class Even(GeneratorSettings):
+    """A kind that learns grids of even height alone."""
+
+    kind: str = "even"
+
+    def check(self, shape: CodeShape) -> None:
+        super().check(shape)
+        if shape.grid[0] % 2:
+            raise ValueError(f"it needs an even number of rows of codes, and there are {shape.grid[0]}")
+
+
+def test_codes_that_a_generator_cannot_learn_are_refused_when_the_recipe_is_read() -> None:
+    config = TrainGeneratorConfig().model_copy(update={"model": Even()})
+
+    def asked(rows: int) -> KnownInputs:
+        facts = {"codes": 8, "grid": (rows, 4), "classes": 3}
+        return KnownInputs("generator", {"tokens": [Known("tokens", "token-set", facts)]}, step="some")
+
+    assert foresee(config, asked(2))["model"] == Even()
+    with pytest.raises(
+        UsageError, match=r"step generator cannot train .* even: it needs an even number of rows .* are 3"
+    ):
+        foresee(config, asked(3))
+
+
+def test_a_kind_without_an_estimate_of_its_memory_takes_a_number_of_rows() -> None:
+    config = TrainGeneratorConfig.model_validate({"training": {"rows_per_pass": "auto"}})
+    with pytest.raises(ValueError, match="kind even has no estimate of its memory"):
+        settle_rows(config.model_copy(update={"model": Even()}), CodeShape(codes=8, grid=(2, 2), classes=3))
