@@ -28,7 +28,7 @@ class SampleConfig(ShardSizes):
         default=SamplingConfig.model_validate({}), description="guidance, temperature, top-k, top-p, greedy"
     )
     order: tuple[int, ...] | None = Field(
-        default=None, description="the image position that each step produces, left out for raster order"
+        default=None, description="the image position that each step produces, left out for the generator's own"
     )
     random_order: bool = Field(
         default=False,

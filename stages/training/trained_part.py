@@ -92,12 +92,17 @@ class TrainedPart:
         self.names = {id(parameter): name for name, parameter in part.module.named_parameters()}
         self.average = None if config.ema is None else Average(part.module, config.ema, warms_up=config.ema_warmup)
 
-    def rate(self, step: int, steps: int) -> float:
-        return self.part.schedule.rate(step, base=self.part.optimizer.learning_rate, steps=steps)
+    def rates(self, step: int, steps: int) -> dict[str, float]:
+        """What changes over the steps, by name."""
+        optimizer = self.part.optimizer
+        rates = {"learning_rate": self.part.schedule.rate(step, base=optimizer.learning_rate, steps=steps)}
+        is_constant = optimizer.weight_decay_end is None
+        return rates if is_constant else rates | {"weight_decay": optimizer.decay(step, steps=steps)}
 
     def update(self, step: int, steps: int) -> None:
         """Move the parameters by their gradients, with learning rate and weight decay of this step."""
-        set_step(self.optimizer, rate=self.rate(step, steps), decay=self.part.optimizer.decay(step, steps=steps))
+        rate = self.rates(step, steps)["learning_rate"]
+        set_step(self.optimizer, rate=rate, decay=self.part.optimizer.decay(step, steps=steps))
         self.optimizer.step()
 
     def state(self) -> State:

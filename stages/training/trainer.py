@@ -122,10 +122,9 @@ class Trainer(Generic[TaskT]):
         named = losses.losses | losses.stats
         values = self.replicas.mean(torch.stack([value.detach().float() for value in named.values()])) if named else []
         rates = {
-            "learning_rate" if place == 0 else f"learning_rate_{trained.part.name}": trained.rate(
-                self.step - 1, self.config.steps
-            )
-            for place, trained in enumerate(self.parts)
+            name if trained is self.main else f"{name}_{trained.part.name}": value
+            for trained in self.parts
+            for name, value in trained.rates(self.step - 1, self.config.steps).items()
         }
         return {"loss": self.loss, **dict(zip(named, values, strict=True)), **rates}
 

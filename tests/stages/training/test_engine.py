@@ -317,6 +317,8 @@ def test_metrics_have_every_loss_and_rate(tmp_path: Path) -> None:
     steps = [line for line in lines if line["event"] == "train"]
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert {"loss", "error", "judged", "guess", "critic", "learning_rate", "learning_rate_critic"} <= steps[-1].keys()
+    assert (steps[0]["weight_decay"], steps[-1]["weight_decay"]) == pytest.approx((0.1, 0.3))
+    assert "weight_decay_critic" not in steps[-1]
     assert "critic" not in steps[2]
     assert "critic" in steps[3]
 
