@@ -38,6 +38,16 @@ FACTORIZED_SIZES: dict[str, dict[str, int]] = {
 }
 MLP_MULTIPLE = 256  # the hidden width of SwiGLU is rounded up to a multiple of it
 
+GPT_SIZES: dict[str, dict[str, Any]] = {
+    "base": {"width": 1024, "layers": 16, "heads": 16, "mlp_width": 4096, "norm": "post"},
+    # Its heads are not published. 16 are those of GPT-3's model of this width and depth, which fairseq calls large, too.
+    "large": {"width": 1536, "layers": 24, "heads": 16, "mlp_width": 6144, "norm": "post"},
+    # The pixel decoders of both, and the baseline that has pixel codes alone.
+    "pixels": {"width": 1024, "layers": 16, "heads": 16, "mlp_width": 4096, "norm": "pre"},
+}
+SPECIALS = 5  # of fairseq's vocabulary, beside the codes: start of text, padding, end, unknown (the mask), line feed
+UNREAD_POSITIONS = 2  # first rows of fairseq's position tables
+
 SPARE_POSITIONS = 1024  # rows of RAR's position tables that nothing reads; published files carry them
 SPARE_STEPS = 100
 
@@ -68,8 +78,6 @@ class GeneratorSettings(Config):
     kind: str
     trained_by: ClassVar[Literal["gradient", "counting"]] = "gradient"
     """gradient: by its `loss`; counting: by one look at the data, `fit`."""
-    sampled_by: ClassVar[Literal["steps", "masks"]] = "steps"
-    """steps: one position after the other; masks: all positions at once, again and again."""
     takes_orders: ClassVar[bool] = False
     """Whether it can draw the positions of an image in any order."""
 
@@ -77,6 +85,11 @@ class GeneratorSettings(Config):
     def conditions_on(self) -> Literal["none", "class", "codes"]:
         """What is given for each image: nothing, its class, or its codes of another space."""
         return "class"
+
+    @property
+    def sampled_by(self) -> Literal["steps", "masks"]:
+        """steps: one position after the other; masks: all positions at once, again and again."""
+        return "steps"
 
     @property
     def can_be_guided(self) -> bool:
@@ -141,15 +154,14 @@ def _offer_size(schema: dict[str, Any], kind: type[TransformerSettings]) -> None
 
 
 class TransformerSettings(GeneratorSettings):
-    """A transformer that is conditioned on the class. `size: b` stands for the numbers of a published size."""
+    """A transformer. `size: b` stands for the numbers of a published size."""
 
     model_config = ConfigDict(json_schema_extra=_offer_size)
-    sizes: ClassVar[Mapping[str, Mapping[str, float]]] = {}
+    sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     width: int = Field(gt=0, description="width of the residual stream")
     layers: int = Field(gt=0, description="transformer blocks")
     heads: int = Field(gt=0, description="attention heads; they share the width equally")
-    label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels dropped in training, for guidance")
 
     @model_validator(mode="before")
     @classmethod
@@ -175,12 +187,18 @@ class TransformerSettings(GeneratorSettings):
     def head_width(self) -> int:
         return self.width // self.heads
 
+
+class LabelSettings(TransformerSettings):
+    """One that is conditioned on the class, and learns to do without it."""
+
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels dropped in training, for guidance")
+
     @property
     def can_be_guided(self) -> bool:
         return self.label_dropout > 0
 
 
-class RarConfig(TransformerSettings):
+class RarConfig(LabelSettings):
     """RAR: a causal transformer over permuted codes, modulated by class and step (arXiv 2411.00776)."""
 
     sizes: ClassVar = SIZES
@@ -198,7 +216,7 @@ class RarConfig(TransformerSettings):
     )
 
 
-class LlamaSettings(TransformerSettings):
+class LlamaSettings(LabelSettings):
     """What both kinds of Llama-style generators share."""
 
     dropout: float = Field(0.1, ge=0, lt=1, description="after attention and after the MLP, in training")
@@ -262,6 +280,48 @@ class FactorizedConfig(LlamaSettings):
             )
 
 
+class GptConfig(TransformerSettings):
+    """GPT: DiGIT's generators of semantic codes, pixel decoders, and baseline (arXiv 2410.12490)."""
+
+    sizes: ClassVar = GPT_SIZES
+
+    kind: Literal["gpt"] = "gpt"
+    mlp_width: int = Field(gt=0, description="hidden width of the MLPs")
+    norm: Literal["post", "pre"] = Field(description="norms after the sums of attention and MLP, or before these")
+    condition: Literal["none", "class", "codes"] = Field(description="what is given for each image")
+    sampling: Literal["steps", "masks"] = Field(
+        "steps", description="codes one after the other, or all at once and the least likely ones again"
+    )
+    positions: int = Field(
+        1024, gt=0, description="most positions of the codes, their start included, and of the condition"
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="on embeddings, after attention and after the MLP, in training")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="share of a target that all of the vocabulary gets")
+
+    @property
+    def conditions_on(self) -> Literal["none", "class", "codes"]:
+        return self.condition
+
+    @property
+    def sampled_by(self) -> Literal["steps", "masks"]:
+        return self.sampling
+
+    def vocabulary(self, shape: CodeShape) -> int:
+        """Rows of the embedding table: codes and specials, then classes, or specials and codes of the condition."""
+        conditions = {
+            "none": 0,
+            "class": shape.classes,
+            "codes": SPECIALS + shape.condition.codes if shape.condition else 0,
+        }
+        return shape.codes + SPECIALS + conditions[self.condition]
+
+    def check(self, shape: CodeShape) -> None:
+        super().check(shape)
+        needed = max(shape.tokens + 1, shape.condition.tokens if shape.condition else 0)
+        if needed > self.positions:
+            raise ValueError(f"it has {self.positions} positions, and these codes take {needed}: raise positions")
+
+
 class CountingSettings(GeneratorSettings):
     """A table of the codes that each class shows at each position, from one look at the data."""
 
@@ -286,7 +346,8 @@ class UniformConfig(CountingSettings):
 
 
 GeneratorConfig = Annotated[
-    RarConfig | LlamaConfig | FactorizedConfig | HistogramConfig | UniformConfig, Field(discriminator="kind")
+    RarConfig | GptConfig | LlamaConfig | FactorizedConfig | HistogramConfig | UniformConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -311,6 +372,11 @@ GENERATORS: dict[str, Entry] = {
         )
         for kind in ("llama", "factorized")
     },
+    "gpt": Entry(
+        "models.generators.gpt.network:Gpt",
+        "models.generators.gpt.decoder:decoder_of",
+        "models.generators.gpt.memory",
+    ),
     "histogram": Entry(
         "models.generators.tables.network:Histogram",
         "models.generators.tables.decoder:TableDecoder",
@@ -323,5 +389,5 @@ GENERATORS: dict[str, Entry] = {
     ),
 }
 
-LOOPS: dict[str, str] = {"steps": "models.sampling.loop:sample"}
+LOOPS: dict[str, str] = {"steps": "models.sampling.loop:sample", "masks": "models.sampling.masks:sample_masks"}
 """What samples, by `sampled_by`."""

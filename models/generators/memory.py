@@ -7,6 +7,9 @@ from typing import Any
 
 from models.generators.config import GENERATORS, CodeShape, GeneratorSettings
 
+FEWEST_ROWS = 4  # whose products on the CPU take weights as they are: see `models.generators.products`
+SHORTEST_PRODUCT = 16  # keys: batched products of fewer take a slow path on the CPU
+
 
 def training_bytes(config: GeneratorSettings, shape: CodeShape, **asked: Any) -> int | None:
     """Of one process that trains with passes of `rows`: parameters, optimizer, and a pass with its gradients.

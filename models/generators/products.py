@@ -5,24 +5,49 @@ R rows, I inputs, O outputs
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.generators.memory import FEWEST_ROWS
+
 
 class Product:
-    """x W^T. On the CPU the weight is kept as oneDNN's kernel reads it: a step of few rows lasts as long as its weights take
-    to arrive from memory, and this way it takes half to two thirds of the time of a weight in its usual order."""
+    """x W^T + b.
 
-    def __init__(self, weight_OI: Tensor, *, rows: int, dtype: torch.dtype):
-        """dtype: of the product.  rows: of x."""
-        weight_OI = weight_OI.to(dtype)
-        self.is_packed = (
-            weight_OI.device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
-        )
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI, rows) if self.is_packed else weight_OI
+    On the CPU a step of few rows lasts as long as its weights take to arrive from memory. Very few rows are multiplied by a
+    loop that numba compiles; for more, the weight is kept as oneDNN's kernel reads it, which takes half to two thirds of the time
+    of a weight in its usual order.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, rows: int, dtype: torch.dtype):
+        """dtype: of the product.  rows: of x, where it has two dimensions; x of more dimensions is multiplied as it comes."""
+        weight_OI = weight_OI.detach().to(dtype)
+        bias_O = None if bias_O is None else bias_O.detach().to(dtype)
+        self.weight_OI, self.bias_O = weight_OI, bias_O
+        self.multiply: Callable[[Tensor], Tensor] = self._plain
+        if weight_OI.device.type == "cpu" and dtype == torch.float32:
+            self.multiply = compiled(weight_OI, bias_O) if rows <= FEWEST_ROWS else packed(weight_OI, bias_O, rows)
 
     def __call__(self, x_RI: Tensor) -> Tensor:
-        if self.is_packed:
-            return torch.ops.mkldnn._linear_pointwise(x_RI, self.weight, None, "none", [], "")
-        return F.linear(x_RI, self.weight)
+        return self.multiply(x_RI) if x_RI.ndim == 2 else self._plain(x_RI)
+
+    def _plain(self, x_RI: Tensor) -> Tensor:
+        return F.linear(x_RI, self.weight_OI, self.bias_O)
+
+
+def compiled(weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """By a loop, over the weight as it is."""
+    from models.generators.core_kernels import affine  # numba, which only this needs
+
+    bias_O = weight_OI.new_zeros(len(weight_OI)) if bias_O is None else bias_O
+    weight, bias = weight_OI.contiguous().numpy(), bias_O.numpy()
+    return lambda x_RI: torch.from_numpy(affine(x_RI.contiguous().numpy(), weight, bias))
+
+
+def packed(weight_OI: Tensor, bias_O: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
+    """By oneDNN, over a copy of the weight."""
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI, rows)
+    return lambda x_RI: torch.ops.mkldnn._linear_pointwise(x_RI, weight, bias_O, "none", [], "")

@@ -2,7 +2,7 @@
 
 In float32, a sum over 262,144 codes leaves a third of them out of reach: their share is below its rounding.
 
-B rows, K codes
+B rows, K codes, V logits (K, or more)
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from torch import Tensor
 from models.sampling.config import Filters
 
 
-def choose(logits_BK: Tensor, uniforms_B: Tensor, filters: Filters) -> Tensor:
+def choose(logits_BV: Tensor, uniforms_B: Tensor, filters: Filters, *, codes: int | None = None) -> Tensor:
     """A code per row, (B,) int64, from float32 logits and float64 uniforms in [0, 1).
+
+    codes: K, default V. What follows these is never drawn, but has its share of the probabilities that top_p adds up.
 
     A row without a finite largest logit gives the impossible code K, for the caller to look for.
     """
     if filters.greedy:
-        largest_B, codes_B = logits_BK.max(-1)
-        return torch.where(largest_B.isfinite(), codes_B, logits_BK.shape[-1])
-    logits_BK = logits_BK / filters.temperature
+        largest_B, codes_B = logits_BV[:, :codes].max(-1)
+        return torch.where(largest_B.isfinite(), codes_B, codes or logits_BV.shape[-1])
+    logits_BV = logits_BV / filters.temperature
     if filters.top_k is not None:
-        logits_BK = keep_top_k(logits_BK, filters.top_k)
-    probabilities_BK = logits_BK.softmax(-1)
+        logits_BV = keep_top_k(logits_BV[:, :codes], filters.top_k)
+    probabilities_BK = logits_BV.softmax(-1)[:, :codes]
     if filters.top_p is not None:
         probabilities_BK = keep_top_p(probabilities_BK, filters.top_p)
     return invert(probabilities_BK, uniforms_B)

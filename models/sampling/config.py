@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import core_schema
 
-from models.config import Config
+from models.config import NEUTRAL, Config
 from models.schedules import power_cosine
 
 SCALE = "weight of the condition, or one for each sub-token of a code; 1 is no guidance"
@@ -96,6 +96,12 @@ class SamplingConfig(Config):
     top_k: Counts | None = Field(None, description="keep the k likeliest codes (and what ties with the last)")
     top_p: Shares | None = Field(None, description="keep the likeliest codes that together reach this")
     greedy: bool = Field(False, description="take the likeliest code instead of drawing")
+    iterations: int = Field(
+        8, ge=1, le=1024, description="how often codes are drawn that are sampled by masks", json_schema_extra=NEUTRAL
+    )
+    noise: float = Field(
+        4.5, ge=0, description="of the choice of codes that are masked again, at first", json_schema_extra=NEUTRAL
+    )
 
     @property
     def guided(self) -> bool:

@@ -56,7 +56,7 @@ def sample(
     pass by any of them and drop those rows. Raises ValueError where decoder, condition and config do not belong
     together, and FloatingPointError where logits are not finite.
     """
-    _check(decoder, condition, ids_B, config)
+    check_pass(decoder, condition, ids_B, config)
     tokens, counts = decoder.tokens, decoder.subtokens
     ids_B = ids_B.to(decoder.device)
     uniforms_SBT = [
@@ -69,7 +69,7 @@ def sample(
     def draw(subtoken: int, logits_RK: Tensor) -> Tensor:
         nonlocal is_bad_B
         logits_BK = guide(logits_RK, float(weights_ST[subtoken][step])) if decoder.guided else logits_RK
-        values_B = choose(logits_BK, uniforms_SBT[subtoken][:, step], filters_S[subtoken])
+        values_B = choose(logits_BK, uniforms_SBT[subtoken][:, step], filters_S[subtoken], codes=counts[subtoken])
         is_impossible_B = values_B == counts[subtoken]
         is_bad_B = is_bad_B | is_impossible_B
         return values_B.masked_fill(is_impossible_B, 0)
@@ -91,7 +91,16 @@ def guide(logits_RK: Tensor, weight: float) -> Tensor:
     return torch.add(unconditional_BK, conditional_BK - unconditional_BK, alpha=weight)
 
 
-def _check(decoder: Decoder, condition: Tensor | None, ids_B: Tensor, config: SamplingConfig) -> None:
+class Pass(Protocol):
+    """What every decoder says of its passes."""
+
+    rows: int
+    guided: bool
+    subtokens: tuple[int, ...]
+
+
+def check_pass(decoder: Pass, condition: Tensor | None, ids_B: Tensor, config: SamplingConfig) -> None:
+    """ValueError where decoder, condition, sample ids and config do not belong together."""
     config.check(len(decoder.subtokens))
     if decoder.guided != config.guided:
         raise ValueError(f"the decoder has guided={decoder.guided}, but {config.guidance!r} needs {config.guided}")

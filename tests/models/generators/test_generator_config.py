@@ -48,7 +48,7 @@ def test_the_registry_builds_it() -> None:
 
 def test_configs_are_free_of_torch() -> None:
     code = (
-        "import sys, models.generators.memory, models.generators.rar.memory, models.sampling.config, models.schedules;"
+        "import sys, models.generators.memory, models.generators.rar.memory, models.generators.gpt.memory, models.sampling.config, models.schedules;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -86,5 +86,6 @@ def test_codes_that_a_generator_cannot_work_on_are_refused() -> None:
 def test_each_line_of_the_table_names_what_is_there(kind: str) -> None:
     entry = GENERATORS[kind]
     assert issubclass(load(entry.network), Generator)
-    assert issubclass(load(entry.decoder), StepDecoder)
+    decoder = load(entry.decoder)
+    assert issubclass(decoder, StepDecoder) if isinstance(decoder, type) else callable(decoder)
     assert entry.memory is None or callable(load(f"{entry.memory}:sampling_bytes"))

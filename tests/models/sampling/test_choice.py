@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from models.sampling.choice import choose, forbid_falls, invert, keep_top_k, keep_top_p
 from models.sampling.config import Filters
 
+GOLDEN = Path(__file__).parents[2] / "golden"
 PLAIN, GREEDY = Filters(1.0, None, None, greedy=False), Filters(1.0, None, None, greedy=True)
 LARGEST = 1 - 2.0**-53  # the largest uniform
 
@@ -84,3 +88,37 @@ def test_logits_that_are_not_finite_give_the_impossible_code(filters: Filters, b
     logits = torch.tensor([[0.0, bad, 1.0], [0.0, 9.0, -torch.inf]])
     codes = choose(logits, torch.tensor([0.5, 0.5]), filters)
     assert codes.tolist() == [3, 1]
+
+
+def published_filters() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "digit" / "vq_baseline.safetensors")
+
+
+@pytest.mark.parametrize(("name", "p"), [("topp_0.8", 0.8), ("topp_300.0", 300.0)])
+def test_the_published_top_p(name: str, p: float) -> None:
+    """The fixture's probabilities do not sum to 1: the first are those of codes, and banned ones have the rest."""
+    found = published_filters()
+    probabilities = found["in/filter_logprobs"].exp()
+    kept = keep_top_p(probabilities, p)
+    expected = torch.zeros_like(kept).scatter_add(1, found[f"out/{name}/indices"], found[f"out/{name}/probs"])
+    torch.testing.assert_close(kept, expected, atol=1e-7, rtol=0)
+
+
+def test_the_published_top_k() -> None:
+    found = published_filters()
+    kept = keep_top_k(found["in/filter_logprobs"], 7)
+    expected = torch.zeros_like(kept).scatter(1, found["out/topk_7/indices"], found["out/topk_7/probs"])
+    torch.testing.assert_close(kept.exp(), expected, atol=1e-7, rtol=0)
+
+
+def test_what_is_banned_has_its_share_of_top_p() -> None:
+    """As published: codes are added up to p of all probability, not of that of the codes."""
+    logits = torch.tensor([[0.4, 0.3, 0.1, 0.2]]).log()
+    filters, uniforms = Filters(1.0, None, 0.75, greedy=False), torch.tensor([LARGEST], dtype=torch.float64)
+    assert choose(logits, uniforms, filters, codes=3).item() == 2  # 0.4 + 0.3 is less than 0.75 of all
+    assert choose(logits[:, :3], uniforms, filters).item() == 1  # but more than 0.75 of 0.8
+    assert choose(logits, uniforms, Filters(1.0, 2, None, greedy=False), codes=3).item() == 1
+    banned = torch.tensor([[0.0, 1.0, 9.0]])
+    assert choose(banned, uniforms, GREEDY, codes=2).item() == 1
+    assert choose(banned, uniforms, PLAIN, codes=2).item() == 1
+    assert choose(torch.full((1, 3), torch.nan), uniforms, PLAIN, codes=2).item() == 2

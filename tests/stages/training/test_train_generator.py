@@ -15,6 +15,7 @@ from pipeline.artifact import Artifact
 from pipeline.compatibility import Known, KnownInputs
 from pipeline.errors import CorruptError, InputError, UsageError
 from pipeline.store import Store
+from smalti.tokens import open_tokens
 from stages.training.config import TrainGeneratorConfig
 from stages.training.rows import settle_rows
 from stages.training.train_generator import foresee
@@ -68,6 +69,22 @@ def test_it_learns_what_a_class_looks_like(tmp_path: Path, tokenizer: Artifact, 
     network = load_generator(NetworkFile.of(made, "cpu"))
     assert made.facts["parameters"] == sum(one.numel() for one in network.parameters())
     assert read_card(made).space.grid == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("condition", "sampling"), [("none", "steps"), ("class", "steps"), ("none", "masks"), ("class", "masks")]
+)
+def test_every_kind_of_gpt_is_trained_and_sampled(
+    tmp_path: Path, tokens: Artifact, condition: str, sampling: str
+) -> None:
+    model = {"kind": "gpt", "width": 16, "layers": 1, "heads": 2, "mlp_width": 32, "norm": "pre"}
+    config = {**TINY, "model": {**model, "condition": condition, "sampling": sampling}}
+    made = run_stage("train-generator", tmp_path, config, inputs={"tokens": [tokens], "held-out": tokens})
+    assert math.isfinite(made.facts["held_out"]["loss"])
+    asked = {"images": 5, "rows_per_pass": 2, "sampling": {"iterations": 3, "top_k": 7}}
+    samples = run_stage("sample", tmp_path, asked, inputs={"generator": made})
+    codes_NT = open_tokens(samples.path).tokens.read().reshape(5, 4)
+    assert 0 <= int(codes_NT.min()) <= int(codes_NT.max()) < CODES
 
 
 @pytest.mark.crash
