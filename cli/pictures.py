@@ -2,7 +2,9 @@
 
     smalti sample --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --images 3 --rows-per-pass auto \\
       --classes otter --sampling.guidance.scale 4 --out otters.png
+    smalti sample --weights ibq_b.ckpt --classes 207,360 --out dogs.png
 
+A file that holds its tokenizer, as those of IBQ and Open-MAGVIT2, needs no other one.
 Samples and images are artifacts of the store like any others; the picture is a copy of the images' grid. The samples are
 those of the same command without --out.
 """
@@ -19,12 +21,13 @@ import typer
 from cli.options import running
 from cli.output import print_json, say
 from cli.single import Values, check_asked, config_values, make_stage, parameter, run_stage, show_plan, stage_command
+from cli.sources import bring, holds_tokenizer
 from pipeline.artifact import Artifact
 from pipeline.config import parse_config
 from pipeline.durable import write_file
 from pipeline.errors import CannotWrite, UsageError
 from pipeline.runner import Made, Options, make
-from pipeline.stage import Inputs, Stage
+from pipeline.stage import Inputs, Stage, read
 from pipeline.store import Store
 from stages.sampling.decoding import GRID
 
@@ -50,6 +53,7 @@ def _weights() -> inspect.Parameter:
 
 def _generate(generate: Stage, values: Values) -> None:
     take_weights(values)
+    values["tokenizer"] = tokenizer_word(values)
     run_stage(generate, values)
 
 
@@ -61,14 +65,16 @@ def _sample(decode: Stage, sample: Stage, values: Values) -> None:
         return
     settings = config_values(sample, values)
     paths = check_asked(sample, settings, values)
-    check_out(out, values["tokenizer"])
+    own = None if values["tokenizer"] else tokenizer_word(values)
+    check_out(out, values["tokenizer"] or own)
     store = Store(values["store"])
     if values["dry_run"]:
         show_plan(sample, settings, values, paths, store)
         return
     with running(values) as options:
+        tokenizer = bring(own, read("tokenizer"), store, options, flag="tokenizer") if own else None
         samples = make_stage(sample, settings, values, paths, store, options)
-        tokenizer = _tokenizer_of(samples.artifact, store)
+        tokenizer = tokenizer or _tokenizer_of(samples.artifact, store)
         images = make_images(decode, samples.artifact, tokenizer, store, options)
     _copy(images.artifact.file(GRID), out)
     _show(out, samples, images, values)
@@ -80,6 +86,12 @@ def take_weights(values: Values) -> None:
     if weights and values["generator"]:
         raise UsageError("--generator and --weights both name the generator; give one of them")
     values["generator"] = values["generator"] or weights
+
+
+def tokenizer_word(values: Values) -> str | None:
+    """The tokenizer that is asked for: as it is given, or in the file of the generator; None of a file that holds none."""
+    generator: str | None = values["generator"]
+    return values["tokenizer"] or (generator if generator and holds_tokenizer(generator) else None)
 
 
 def check_out(out: Path, tokenizer: str | None) -> None:

@@ -7,15 +7,16 @@ weight file, here or on the hub, which is imported. Images in the place of featu
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
 from pipeline.artifact import MANIFEST, Artifact
 from pipeline.config import parse_config
 from pipeline.draft import Request
-from pipeline.errors import UsageError
+from pipeline.errors import SmaltiError, UsageError
 from pipeline.externals import Need
 from pipeline.outside import KIND, is_token_folder, open_outside
 from pipeline.runner import Options, make, make_request
@@ -26,9 +27,14 @@ from stages import stages
 from stages.scoring.describe_images import described_as
 from stages.scoring.features import KIND as FEATURES
 from stages.weights.checkpoint_reader import SUFFIXES
-from stages.weights.import_weights import config_of
-from stages.weights.places import HubWeights, place_of
+from stages.weights.import_weights import config_of, configs_of
+from stages.weights.places import PUBLISHED, HubWeights, place_of
 
+Result = TypeVar("Result")
+INSTEAD = (
+    "give published weights, as a file or by a name on the hub (rar_b.bin, owner/repository/file), or with --generator or "
+    "--tokenizer an artifact"
+)
 NETWORKS = {"tokenizer", "generator"}
 IMAGES = {"images", "image-set"}
 
@@ -59,7 +65,11 @@ def bring(text: str, wanted: Read, store: Store, options: Options, *, flag: str)
     flag: the option that the word was given with, for sentences.
     """
     place = _hub_place(text, wanted)
-    source = _source(text, wanted) if place is None else _weight_file(Need("", flag, place, "").get(options.progress))
+    source = (
+        _source(text, wanted)
+        if place is None
+        else _weight_file(Need("", flag, place, "").get(options.progress), wanted)
+    )
     if source is None:
         return _find(text, wanted, store)
     made = make(store, source.stage, source.config, Inputs({}), source.paths, options)
@@ -74,7 +84,7 @@ def find_made(text: str, wanted: Read, store: Store, memory: Memory) -> Artifact
     here = place.find() if place is not None else None
     if place is not None and here is None:
         raise Unmade(text, f"{place.label} would be downloaded and put into the store")
-    source = _source(text, wanted) if here is None else _weight_file(here)
+    source = _source(text, wanted) if here is None else _weight_file(here, wanted)
     if source is None:
         return _find(text, wanted, store)
     request = make_request(source.stage, source.config, Inputs({}), source.paths, memory=memory)
@@ -108,6 +118,18 @@ def describe_images(
     return Inputs(found)
 
 
+def holds_tokenizer(text: str) -> bool:
+    """Whether a word means a weight file that holds a tokenizer; True of one that has to be downloaded first to know.
+
+    CorruptError (exit code 4) where the file holds no weights.
+    """
+    place = place_of(text) if not Path(text).exists() else None
+    path = Path(text) if place is None else place.find()
+    if path is None:
+        return text not in PUBLISHED
+    return _is_weight_file(path) and any(config.kind == "tokenizer" for config in _understood(path, configs_of))
+
+
 def _find(text: str, wanted: Read, store: Store) -> Artifact:
     """What is there already: in the store, or a token set's folder outside of it."""
     if KIND in wanted.kinds and is_token_folder(Path(text)):
@@ -129,13 +151,28 @@ def _source(text: str, wanted: Read) -> Source | None:
         return _indexing({"kind": "digits", "split": split or "all"}, {})
     if is_set and path.is_dir() and not (path / MANIFEST).exists():
         return _indexing({"kind": "folder"}, {"images": path})
-    if NETWORKS & set(wanted.kinds) and (path.is_file() or path.suffix in SUFFIXES):
-        return _weight_file(path)
+    if NETWORKS & set(wanted.kinds) and _is_weight_file(path):
+        return _weight_file(path, wanted)
     return None
 
 
-def _weight_file(path: Path) -> Source:
-    return Source(stages()["import-weights"], config_of(path), {"weights": path})
+def _is_weight_file(path: Path) -> bool:
+    """Also by its name, where there is no file: it will be missed as one."""
+    return path.is_file() or path.suffix in SUFFIXES
+
+
+def _weight_file(path: Path, wanted: Read) -> Source:
+    config = _understood(path, partial(config_of, kinds=wanted.kinds))
+    return Source(stages()["import-weights"], config, {"weights": path})
+
+
+def _understood(path: Path, read: Callable[[Path], Result]) -> Result:
+    """What `read` makes of a weight file; its errors say what else could be given."""
+    try:
+        return read(path)
+    except SmaltiError as error:
+        error.hint = error.hint or INSTEAD
+        raise
 
 
 def _indexing(source: dict[str, Any], paths: dict[str, Path]) -> Source:

@@ -1,26 +1,26 @@
 """Published generators of IBQ and of Open-MAGVIT2: Lightning checkpoints that also hold their tokenizer; strict.
 
-Sizes are read off the shapes. Two are not in them: the width of a head is 64 in all published files, and the number of
-positions is left to who knows the tokenizer, because rotary tables are not stored.
+Sizes are read off the shapes. Two are not in them: the width of a head, which is 64 in all published files, and the
+grid of codes, because rotary tables are not stored.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from models.adapters.layout import LayoutError, Shape, compare, shapes
+from models.adapters.layout import GeneratorWeights, LayoutError, Shape, compare, shapes
 from models.adapters.tokenizers import PARTS, count, require, untold
 from models.generators.config import CodeShape, FactorizedConfig, LlamaConfig
 from models.generators.llama.network import Llama
 
 PREFIX = "transformer."
 HEAD_WIDTH = 64
+CLASSES = "class_emb.embedding_table.weight"  # the last row stands for a label that was dropped
 COMPUTED = re.compile(r"freqs_cis$|\.kv_cache\.")  # tables, and caches that a file has if it was saved after sampling
 PUBLISHED = {  # ours: published; longer ones first
     "llama": {
@@ -40,72 +40,68 @@ PUBLISHED = {  # ours: published; longer ones first
         "blocks.": "spatial_blocks.",
     },
 }
+Kind = Literal["llama", "factorized"]
+SUBJECTS: dict[Kind, str] = {"llama": "an IBQ generator", "factorized": "an Open-MAGVIT2 generator"}
 
 
-@dataclass(frozen=True)
-class LlamaWeights:
-    """What a state dict turned out to be: `Llama(config, CodeShape(codes=..., grid=..., classes=...))` takes `state` as it is.
-
-    size: the published size ("b", ...) that it has, or None.
-    """
-
-    config: LlamaConfig | FactorizedConfig
-    codes: int
-    classes: int
-    size: str | None
-    state: dict[str, Tensor]
-
-
-def recognise(state: Mapping[str, Tensor], *, heads: int | None = None) -> LlamaWeights:
+def recognise(
+    state: Mapping[str, Tensor],
+    *,
+    kind: Kind,
+    grid: tuple[int, int] = (16, 16),
+    heads: int | None = None,
+) -> GeneratorWeights:
     """Read sizes off the shapes, check every tensor of the generator, rename. The tokenizer's are for its own adapter.
 
-    heads: how many there are, if they are not 64 wide. Raises LayoutError with all that is missing, surplus or misshapen.
+    grid: rows and columns of codes.  heads: how many there are, if they are not 64 wide. Raises LayoutError with all that
+    is missing, surplus or misshapen.
     """
     state = {name: tensor for name, tensor in state.items() if not name.startswith(PARTS)}
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if not COMPUTED.search(name)}
     found = shapes(state)
-    kind = "factorized" if "pre_emb.weight" in found else "llama"
-    subject = {"llama": "an IBQ generator", "factorized": "an Open-MAGVIT2 generator"}[kind]
-    config, codes, classes = (_read_factorized if kind == "factorized" else _read_llama)(found, subject, heads)
+    read = _read_factorized if kind == "factorized" else _read_llama
+    config, codes, factors = read(found, SUBJECTS[kind], heads)
+    shape = CodeShape(codes=codes, grid=grid, classes=found[CLASSES][0] - 1, factors=factors)
     with torch.device("meta"):
-        wanted = shapes(Llama(config, CodeShape(codes=codes, grid=(1, 1), classes=classes)).state_dict())
+        wanted = shapes(Llama(config, shape).state_dict())
     names = {name: published_name(name, PUBLISHED[kind]) for name in wanted}
     differences = compare(found, {names[name]: shape for name, shape in wanted.items()})
     if differences:
-        raise LayoutError(subject, differences)
-    return LlamaWeights(config, codes, classes, _size(config), {name: state[names[name]] for name in wanted})
+        raise LayoutError(SUBJECTS[kind], differences)
+    return GeneratorWeights(config, shape, {name: state[names[name]] for name in wanted}, _size(config))
 
 
-def _read_llama(found: Mapping[str, Shape], subject: str, heads: int | None) -> tuple[LlamaConfig, int, int]:
-    telling = {"tok_emb.weight": 2, "class_emb.embedding_table.weight": 2}
-    require(found, telling, subject)
-    codes, width = found["tok_emb.weight"]
-    numbers = _read_numbers(found, telling, subject, width, heads, blocks="blocks.")
-    closest = [size for size in LlamaConfig.sizes.values() if size["width"] == width]
-    gates = {"gate_scale": closest[0]["gate_scale"]} if closest else {}
-    return LlamaConfig(**numbers, **gates), codes, found["class_emb.embedding_table.weight"][0] - 1
+def _read_llama(
+    found: Mapping[str, Shape], subject: str, heads: int | None
+) -> tuple[LlamaConfig, int, tuple[int, ...]]:
+    require(found, {"tok_emb.weight": 2, CLASSES: 2}, subject)
+    numbers = _read_numbers(found, subject, heads, blocks="blocks.")
+    closest = [size for size in LlamaConfig.sizes.values() if size["width"] == numbers["width"]]
+    numbers |= {"gate_scale": closest[0]["gate_scale"]} if closest else {}
+    return LlamaConfig(**numbers), found["tok_emb.weight"][0], ()
 
 
-def _read_factorized(found: Mapping[str, Shape], subject: str, heads: int | None) -> tuple[FactorizedConfig, int, int]:
-    telling = {"pre_emb.weight": 2, "post_emb.weight": 2, "class_emb.embedding_table.weight": 2}
-    require(found, telling, subject)
-    (low, width), (high, _) = found["pre_emb.weight"], found["post_emb.weight"]
-    numbers = _read_numbers(found, telling, subject, width, heads, blocks="spatial_blocks.")
+def _read_factorized(
+    found: Mapping[str, Shape], subject: str, heads: int | None
+) -> tuple[FactorizedConfig, int, tuple[int, ...]]:
+    require(found, {"pre_emb.weight": 2, "post_emb.weight": 2, CLASSES: 2}, subject)
+    low, high = found["pre_emb.weight"][0], found["post_emb.weight"][0]
+    numbers = _read_numbers(found, subject, heads, blocks="spatial_blocks.")
     layers = count(found, "factorized_blocks.")
     if min(layers, low - 1, high - 1) < 1:
-        raise LayoutError(subject, untold(found, telling | {"factorized_blocks.0.attention.wqkv.weight": 2}))
+        telling = {"pre_emb.weight": 2, "post_emb.weight": 2, "factorized_blocks.0.attention.wqkv.weight": 2}
+        raise LayoutError(subject, untold(found, telling))
     config = FactorizedConfig(**numbers, head_layers=layers, factors=(low, high))
-    return config, low * high, found["class_emb.embedding_table.weight"][0] - 1
+    return config, low * high, config.factors
 
 
-def _read_numbers(
-    found: Mapping[str, Shape], telling: Mapping[str, int], subject: str, width: int, heads: int | None, *, blocks: str
-) -> dict[str, Any]:
+def _read_numbers(found: Mapping[str, Shape], subject: str, heads: int | None, *, blocks: str) -> dict[str, Any]:
     """Width, blocks and heads; the first block and at least one class must be there."""
-    heads, layers = heads or width // HEAD_WIDTH, count(found, blocks)
-    if min(heads, layers, found["class_emb.embedding_table.weight"][0] - 1) < 1 or width % (4 * heads):
-        raise LayoutError(subject, untold(found, {**telling, f"{blocks}0.attention.wqkv.weight": 2}))
-    return {"width": width, "layers": layers, "heads": heads}
+    rows, width = found[CLASSES]
+    layers = count(found, blocks)
+    if layers < 1 or rows < 2 or width % (HEAD_WIDTH if heads is None else 4 * heads):
+        raise LayoutError(subject, untold(found, {CLASSES: 2, f"{blocks}0.attention.wqkv.weight": 2}))
+    return {"width": width, "layers": layers, "heads": heads or width // HEAD_WIDTH}
 
 
 def published_name(name: str, names: Mapping[str, str]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -12,7 +14,7 @@ from pipeline.artifact import Artifact
 from pipeline.draft import Draft
 from pipeline.durable import HashingFile
 from pipeline.errors import CorruptError
-from pipeline.keys import canonical_bytes, config_value
+from pipeline.keys import canonical_bytes, config_value, sha256
 
 if TYPE_CHECKING:
     import torch
@@ -34,11 +36,23 @@ TYPES = {
 """Names of torch -> names in files, which hold the tensors of the last type first."""
 
 
-def save_weights(out: Draft, state: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+def save_weights(out: Draft, state: Mapping[str, torch.Tensor], config: dict[str, Any]) -> None:
     """Write a network's tensors and its config as the two units "weights" and "config"."""
     with out.streaming("weights", WEIGHTS) as file:
         write_tensors(file, state)
-    out.put("config", {CONFIG: canonical_bytes(config) + b"\n"})
+    out.put("config", {CONFIG: config_bytes(config)})
+
+
+def digests_of(state: Mapping[str, torch.Tensor], config: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of each file that `save_weights` would write."""
+    with Path(os.devnull).open("wb") as nowhere:
+        file = HashingFile(nowhere)
+        write_tensors(file, state)
+    return {CONFIG: sha256(config_bytes(config)), WEIGHTS: file.sha256}
+
+
+def config_bytes(config: dict[str, Any]) -> bytes:
+    return canonical_bytes(config) + b"\n"
 
 
 def write_tensors(file: HashingFile, state: Mapping[str, torch.Tensor]) -> None:

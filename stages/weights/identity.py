@@ -27,7 +27,12 @@ def identity_of(artifact: Artifact, family: str) -> dict[str, str]:
     """
     if CODES_OF in artifact.facts:
         return {str(name): str(value) for name, value in artifact.facts[CODES_OF].items()}
-    digests = {name: _digest(artifact, file) for name, file in zip(COMPARED, (CONFIG, WEIGHTS), strict=True)}
+    return identity_by({file: _digest(artifact, file) for file in (CONFIG, WEIGHTS)}, family)
+
+
+def identity_by(files: Mapping[str, str], family: str) -> dict[str, str]:
+    """The identity of a tokenizer whose files have these SHA-256."""
+    digests = dict(zip(COMPARED, (files[CONFIG], files[WEIGHTS]), strict=True))
     return {"id": sha256(canonical_bytes(digests)), "family": family, **digests}
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,13 +15,14 @@ from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.durable import hash_file
 from pipeline.errors import CorruptError, UsageError
-from pipeline.keys import config_value
+from pipeline.keys import NEUTRAL, config_value
 from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, read, stage
 from smalti.counting import counted
 from stages.weights.cards import CodeSpace, GeneratorCard, TokenizerCard, digest_of
 from stages.weights.checkpoint_reader import identify_file, read_state
-from stages.weights.files import save_weights
+from stages.weights.files import digests_of, save_weights
+from stages.weights.identity import identity_by
 from stages.weights.networks import DiscriminatorCard
 from stages.weights.places import HubWeights
 
@@ -30,23 +31,22 @@ if TYPE_CHECKING:
 
 IMAGENET_CLASSES = 1000
 Values = Literal["auto", "ema", "raw"]
-
-
-class Layout(NamedTuple):
-    """Whose names a file uses: what kind of artifact it becomes, and the module whose `recognise` knows them."""
-
-    kind: Literal["tokenizer", "generator", "discriminator"]
-    adapter: str
-
-
+Kind = Literal["tokenizer", "generator", "discriminator"]
+Part = Literal["tokenizer", "generator"]
 LayoutName = Literal["rar", "maskgit-vqgan", "ibq", "open-magvit2", "discriminator"]
-LAYOUTS: dict[LayoutName, Layout] = {
-    "rar": Layout("generator", "models.adapters.rar"),
-    "maskgit-vqgan": Layout("tokenizer", "models.adapters.maskgit_vqgan"),
-    "ibq": Layout("tokenizer", "models.adapters.ibq"),
-    "open-magvit2": Layout("tokenizer", "models.adapters.open_magvit2"),
-    "discriminator": Layout("discriminator", "models.adapters.discriminators"),
+LAYOUTS: dict[LayoutName, Mapping[Kind, str]] = {
+    "rar": {"generator": "models.adapters.rar"},
+    "maskgit-vqgan": {"tokenizer": "models.adapters.maskgit_vqgan"},
+    "ibq": {"tokenizer": "models.adapters.ibq", "generator": "models.adapters.llama"},
+    "open-magvit2": {"tokenizer": "models.adapters.open_magvit2", "generator": "models.adapters.llama"},
+    "discriminator": {"discriminator": "models.adapters.discriminators"},
 }
+"""Whose names a file uses: what may be imported from it, the usual first, and the modules whose `recognise` knows that."""
+LLAMAS: dict[LayoutName, str] = {"ibq": "llama", "open-magvit2": "factorized"}
+"""Layouts whose generators lie in one file with their tokenizer, and the kind of each."""
+TELLING: dict[Kind, str] = {"tokenizer": "encoder.conv_in.weight", "generator": "class_emb.embedding_table.weight"}
+"""How the name of a tensor ends that each part of such a file has."""
+PIXELS, DOWNSAMPLE = 256, 16  # of the published generators
 
 
 class ImportConfig(Config):
@@ -56,6 +56,12 @@ class ImportConfig(Config):
         description="whose names and shapes the file has; its size is read off the shapes (discriminator: the one in a "
         "training checkpoint of ibq or open-magvit2)"
     )
+    part: Part | None = Field(
+        default=None,
+        json_schema_extra=NEUTRAL,
+        description="which one, where a file holds a generator and its tokenizer (ibq, open-magvit2); default: the "
+        "tokenizer there, elsewhere what the layout is of",
+    )
     hub: HubWeights | None = Field(default=None, description="where the file comes from when --weights is not given")
     values: Values = Field(
         default="auto",
@@ -63,7 +69,16 @@ class ImportConfig(Config):
         "in published metrics (the generators of Open-MAGVIT2 were trained on codes of the raw ones)",
     )
     resolution: int | None = Field(
-        default=None, ge=1, description="pixels a side of the images that a tokenizer was made for; its default view"
+        default=None,
+        ge=1,
+        description="pixels a side of the images that a tokenizer was made for, its default view; or whose codes a "
+        f"generator of ibq or open-magvit2 lays (default: {PIXELS})",
+    )
+    heads: int | None = Field(
+        default=None,
+        ge=1,
+        json_schema_extra=NEUTRAL,
+        description="attention heads of a generator of ibq or open-magvit2; default: 64 wide, as in all published files",
     )
     class_names: Literal["imagenet"] | None = Field(
         default=None, description="names of a generator's classes; imagenet: its 1,000 in the order of the synsets"
@@ -71,26 +86,42 @@ class ImportConfig(Config):
 
     @model_validator(mode="after")
     def _suits_its_layout(self) -> ImportConfig:
-        kind = LAYOUTS[self.layout].kind
-        fields = {"generator": ("class_names", self.class_names), "tokenizer": ("resolution", self.resolution)}
-        for owner, (name, value) in fields.items():
-            if owner != kind and value is not None:
-                raise ValueError(f"{name} says nothing about a {kind}")
+        if self.part and self.part not in LAYOUTS[self.layout]:
+            raise ValueError(f"layout {self.layout} has no {self.part}")
+        fields = {
+            "class_names": (self.class_names, self.kind == "generator"),
+            "resolution": (self.resolution, self.kind == "tokenizer" or self.is_llama),
+            "heads": (self.heads, self.is_llama),
+        }
+        for name, (value, is_of_use) in fields.items():
+            if value is not None and not is_of_use:
+                raise ValueError(f"{name} says nothing about a {self.kind} of layout {self.layout}")
         return self
+
+    @property
+    def kind(self) -> Kind:
+        """Which part becomes an artifact, and so its kind."""
+        usual = next(iter(LAYOUTS[self.layout]))
+        return usual if self.part is None else self.part
+
+    @property
+    def is_llama(self) -> bool:
+        """Whether it becomes a generator out of a file that may hold its tokenizer, too."""
+        return self.kind == "generator" and self.layout in LLAMAS
 
 
 def foresee(config: ImportConfig, inputs: KnownInputs) -> Facts:
     """What the config says; the rest is in the file."""
-    kind = LAYOUTS[config.layout].kind
-    if "tokenizer" in inputs and kind != "generator":
-        raise inputs.refusal(f"imports a {kind} (layout {config.layout}), and takes no tokenizer as input")
-    if kind == "tokenizer":
+    if "tokenizer" in inputs and config.kind != "generator":
+        raise inputs.refusal(f"imports a {config.kind} (layout {config.layout}), and takes no tokenizer as input")
+    if config.kind == "tokenizer":
         return {"tokenizer": inputs.own(digest_of(inputs.made)), "pixels": config.resolution}
-    if kind == "discriminator":
+    if config.kind == "discriminator":
         return {}
     tokenizer = inputs.all("tokenizer")
     named = {"classes": IMAGENET_CLASSES} if config.class_names else {}
-    return {"tokenizer": None, **named, **(tokenizer[0].only("tokenizer", "codes") if tokenizer else {})}
+    unnamed = {} if config.is_llama else {"tokenizer": None}
+    return {**unnamed, **named, **(tokenizer[0].only("tokenizer", "codes") if tokenizer else {})}
 
 
 @stage(
@@ -100,7 +131,7 @@ def foresee(config: ImportConfig, inputs: KnownInputs) -> Facts:
     reads={
         "tokenizer": read("tokenizer", help="the tokenizer whose codes a generator was trained on", optional=True),
     },
-    writes=lambda config: LAYOUTS[config.layout].kind,
+    writes=lambda config: config.kind,
     example="smalti import-weights --weights maskgit-vqgan-imagenet-f16-256.bin --layout maskgit-vqgan",
     externals={
         "weights": External(
@@ -116,30 +147,38 @@ def foresee(config: ImportConfig, inputs: KnownInputs) -> Facts:
 def import_weights(config: ImportConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Turn a published weight file into a tokenizer, a generator or a discriminator.
 
-    reads: a file or the hub, and for a generator its tokenizer: only then can its samples be decoded.  writes:
-    config.json and weights.safetensors.  resumes: from the start. No code in the file is run, and every missing, surplus
-    or misshapen tensor is refused.
+    reads: a file or the hub, and for a generator its tokenizer, unless it lies in the same file: only then can its
+    samples be decoded.  writes: config.json and weights.safetensors.  resumes: from the start. No code in the file is
+    run, and every missing, surplus or misshapen tensor is refused.
     """
     path = run.paths["weights"]
     state = read_state(path)
-    if LAYOUTS[config.layout].kind == "generator":
+    if config.kind == "generator":
         import_generator(config, inputs, out, state, path)
     elif "tokenizer" in inputs:
-        raise UsageError(f"layout {config.layout} is no generator, and takes no tokenizer as input")
-    elif LAYOUTS[config.layout].kind == "discriminator":
+        raise UsageError(f"a {config.kind} (layout {config.layout}) takes no tokenizer as input")
+    elif config.kind == "discriminator":
         import_discriminator(config, out, state, path)
     else:
+        if config.part is None and config.layout in LLAMAS and holds(state, "generator"):
+            run.progress.say("  the file holds a generator, too: --part generator")
         import_tokenizer(config, out, state, path)
 
 
 def import_generator(
     config: ImportConfig, inputs: Inputs, out: Draft, state: Mapping[str, torch.Tensor], path: Path
 ) -> None:
-    """Write a generator, and the identity of the tokenizer whose codes it lays."""
+    """Write a generator, and the identity of the tokenizer whose codes it lays: that in its file, or that beside it."""
     found = recognise(config, state, path)
+    tokenizers = [TokenizerCard.of(inputs["tokenizer"])] if "tokenizer" in inputs else []
+    if config.is_llama and holds(state, "tokenizer"):
+        tokenizers.insert(0, own_tokenizer(config, state, path))
     card = make_card(config, found, path)
-    if "tokenizer" in inputs:
-        card = card.join(TokenizerCard.of(inputs["tokenizer"]), what=str(path), path=path)
+    if config.is_llama:
+        grid = grid_of(config, next(iter(tokenizers), None))
+        card = card.model_copy(update={"space": card.space.model_copy(update={"grid": grid})})
+    for tokenizer in tokenizers:
+        card = card.join(tokenizer, what=str(path), path=path)
     parameters = save(out, found.state, config_value(card), path)
     size = f"-{found.size}" if found.size else ""
     out.facts = {
@@ -151,8 +190,31 @@ def import_generator(
     out.figure = f"{config.layout}{size}, {counted(parameters, 'parameter')}"
 
 
+def own_tokenizer(config: ImportConfig, state: Mapping[str, torch.Tensor], path: Path) -> TokenizerCard:
+    """The tokenizer that lies in the file of a generator, with the identity that it has once it is imported, too."""
+    found = recognise(ImportConfig(layout=config.layout), state, path)
+    digests = digests_of(separate(found.state, path), config_value(found.config))
+    identity = identity_by(digests, found.config.quantizer.kind)
+    return TokenizerCard(
+        f"the tokenizer in {path}", path, found.config, found.config.codebook_size, config.resolution, identity
+    )
+
+
+def grid_of(config: ImportConfig, tokenizer: TokenizerCard | None) -> tuple[int, int]:
+    """Rows and columns of codes of an image; UsageError where the tokenizer makes none of images of that size."""
+    pixels = config.resolution or PIXELS
+    if tokenizer is None and pixels % DOWNSAMPLE == 0:
+        return (pixels // DOWNSAMPLE, pixels // DOWNSAMPLE)
+    if tokenizer is None:
+        raise UsageError(f"resolution {pixels} is not a multiple of {DOWNSAMPLE}, and no tokenizer says another one")
+    try:
+        return tokenizer.decoder.grid(pixels, pixels)
+    except ValueError as error:
+        raise UsageError(f"resolution {pixels} does not fit {tokenizer.name}: {error}") from error
+
+
 def make_card(config: ImportConfig, found: Any, path: Path) -> GeneratorCard:
-    """What a generator's file says by its shapes; its tokenizer is not in it."""
+    """What a generator's file says by its shapes."""
     shape = found.shape
     if config.class_names and shape.classes != IMAGENET_CLASSES:
         raise UsageError(f"class_names: imagenet names {IMAGENET_CLASSES} classes, but {path} has {shape.classes}")
@@ -201,40 +263,73 @@ def recognise(config: ImportConfig, state: Mapping[str, torch.Tensor], path: Pat
     """What the adapter makes of the tensors; CorruptError (exit code 4) with a table of all that does not fit."""
     from models.adapters.layout import LayoutError
 
-    adapter: Any = import_module(LAYOUTS[config.layout].adapter)
+    adapter: Any = import_module(LAYOUTS[config.layout][config.kind])
     holds_both = hasattr(adapter, "has_averages") and adapter.has_averages(state)
     if config.values == "ema" and not holds_both:
         raise CorruptError(f"{path} holds no averaged weights", path=path, hint="leave values out")
-    choice = {"averaged": config.values != "raw"} if holds_both else {}
+    told: dict[str, Any] = {"averaged": config.values != "raw"} if holds_both else {}
+    if config.layout in LLAMAS:
+        check_part(config, state, path)
+    if config.is_llama:
+        told = {"kind": LLAMAS[config.layout], "heads": config.heads}
     try:
-        return adapter.recognise(state, **choice)
+        return adapter.recognise(state, **told)
     except LayoutError as error:
         raise CorruptError(f"{path} is not of layout {config.layout}: {error}", path=path) from error
 
 
-def config_of(path: Path) -> ImportConfig:
-    """The config that imports a file whose layout nobody named; CorruptError where it fits none."""
-    from models.adapters.layout import LayoutError
+def check_part(config: ImportConfig, state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """CorruptError where a file has only the other part."""
+    other: Kind = "generator" if config.kind == "tokenizer" else "tokenizer"
+    if holds(state, other) and not holds(state, config.kind):
+        raise CorruptError(f"{path} holds a {other}, but no {config.kind}", path=path, hint=f"give --part {other}")
 
+
+def holds(state: Mapping[str, torch.Tensor], part: Kind) -> bool:
+    """Whether a file has this part, judged by the name of one tensor."""
+    return any(name.endswith(TELLING[part]) for name in state)
+
+
+def config_of(path: Path, kinds: Collection[str]) -> ImportConfig:
+    """The config that imports a file whose layout nobody named, as one of these kinds; CorruptError where it is none."""
+    found = configs_of(path)
+    for config in found:
+        if config.kind in kinds:
+            return config
+    if not found:
+        raise CorruptError(
+            f"{path} has none of the layouts {', '.join(LAYOUTS)}",
+            path=path,
+            hint=f"see what differs: smalti import-weights --weights {path} --layout LAYOUT",
+        )
+    held = " and ".join(f"a {config.kind} (layout {config.layout})" for config in found)
+    raise CorruptError(f"{path} holds {held}, not a {' or a '.join(kinds)}", path=path)
+
+
+def configs_of(path: Path) -> list[ImportConfig]:
+    """What could be imported from a file, but discriminators: one config of each kind at most, none for an unknown layout."""
     state = read_state(path)
-    for layout, (kind, _) in LAYOUTS.items():
-        if kind == "discriminator":
-            continue
+    usual = [ImportConfig(layout=layout) for layout in LAYOUTS if layout != "discriminator"]
+    found: dict[Kind, ImportConfig] = {}
+    for config in [*usual, *(ImportConfig(layout=layout, part="generator") for layout in LLAMAS)]:
         try:
-            found = import_module(LAYOUTS[layout].adapter).recognise(state)
-        except LayoutError:
+            weights = recognise(config, state, path)
+        except CorruptError:
             continue
-        is_imagenet = kind == "generator" and found.shape.classes == IMAGENET_CLASSES
-        return ImportConfig(layout=layout, class_names="imagenet" if is_imagenet else None)
-    raise CorruptError(
-        f"{path} has none of the layouts {', '.join(LAYOUTS)}",
-        path=path,
-        hint=f"see what differs: smalti import-weights --weights {path} --layout LAYOUT",
-    )
+        has_names = config.kind == "generator" and weights.shape.classes == IMAGENET_CLASSES
+        found.setdefault(config.kind, config.model_copy(update={"class_names": "imagenet"} if has_names else {}))
+    return list(found.values())
 
 
 def save(out: Draft, state: Mapping[str, torch.Tensor], config: dict[str, Any], path: Path) -> int:
     """Write tensors in float32 and the config; returns how many numbers there are. CorruptError for NaN or infinity."""
+    saved = separate(state, path)
+    save_weights(out, saved, config)
+    return sum(tensor.numel() for tensor in saved.values())
+
+
+def separate(state: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in float32, none a part of another; CorruptError for NaN or infinity."""
     import torch
 
     saved: dict[str, torch.Tensor] = {}
@@ -244,10 +339,9 @@ def save(out: Draft, state: Mapping[str, torch.Tensor], config: dict[str, Any], 
         if not bool(value.isfinite().all()):
             raise CorruptError(f"{name} in {path} holds NaN or infinity", path=path)
         is_apart = value.untyped_storage().nbytes() == value.nbytes and value.data_ptr() not in storages
-        saved[name] = value if is_apart else value.clone()  # a file of ours holds no tensor that is part of another
+        saved[name] = value if is_apart else value.clone()
         storages.add(value.data_ptr())
-    save_weights(out, saved, config)
-    return sum(tensor.numel() for tensor in saved.values())
+    return saved
 
 
 def imagenet_names() -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from smalti.arrays import MappedArray
 from smalti.tokens import open_tokens
 from stages.weights.places import PUBLISHED
 from tests.hub import Hub
+from tests.lightning import write_generator, write_tokenizer
 
 MASKGIT = Path(__file__).parents[1] / "golden" / "rar" / "maskgit_vqgan.safetensors"
 TOKENIZER = "maskgit-vqgan-imagenet-f16-256.bin"
@@ -90,6 +91,26 @@ def test_from_names_on_the_hub_to_a_picture(here: Path, published: Hub) -> None:
     ]
     assert samples.attributes.extra["sampled"]["sampling"]["guidance"]["scale"] == [4.0]
     assert Path("cats.png").read_bytes() == (Path(again["images"]["path"]) / "grid.png").read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["ibq", "open-magvit2"])
+def test_a_file_that_holds_its_tokenizer_needs_no_other(here: Path, layout: str) -> None:
+    """Two images of 16x16 codes, out of one file, with and without a picture, and by `generate`."""
+    file = write_generator(here / "ar_b.ckpt", layout)
+    line = f"sample --weights {file} --classes 207,360 --images 2 --rows-per-pass 2"
+    shown = answer(f"{line} --out dogs.png")
+    assert Image.open(here / "dogs.png").height > 256
+    samples = open_tokens(shown["samples"]["path"])
+    assert (samples.grid, samples.attributes.resolution) == ((16, 16), 256)
+    assert samples.attributes.factors == (None if layout == "ibq" else (2, 32))
+    assert [samples.attributes.class_names[label] for label in samples.labels] == ["golden retriever", "otter"]
+    alone = answer(line)
+    assert (alone["key"], alone["reused"]) == (shown["samples"]["key"], True)
+    assert len(list((here / "store" / "import-weights").glob("*/manifest.json"))) == 2
+    made = answer(line.replace("sample", "generate", 1) + " --rows-per-decoding 2")
+    assert (MappedArray(Path(made["path"]) / "tokens").read()[:, 0] == samples.tokens.read()[:, 0]).all()
+    other = smalti(f"{line} --tokenizer {write_tokenizer(here / 'other.ckpt', layout)}")
+    assert (other.exit_code, "was made with another tokenizer" in other.stderr) == (4, True)
 
 
 def test_files_and_names_of_the_hub_give_the_same_artifacts(here: Path, files: Path, published: Hub) -> None:
@@ -166,6 +187,12 @@ def test_no_network(here: Path, hub: Hub) -> None:
     ("line", "code", "said"),
     [
         (LINE.replace(f"--tokenizer {TOKENIZER}", ""), 2, "give --tokenizer"),
+        (DRAWN.replace(f"--tokenizer {TOKENIZER}", "").join(["generate ", ""]), 2, "generate lacks --tokenizer"),
+        (
+            "sample --weights absent.ckpt --out cats.png",
+            3,
+            "there is no weight file absent.ckpt; give published weights",
+        ),
         (LINE.replace("cats.png", "cats.jpg"), 2, "ends in .png"),
         (LINE.replace("cats.png", "absent/cats.png"), 73, "there is no folder"),
         (LINE + " --generator digits/rar/generator", 2, "give one of them"),

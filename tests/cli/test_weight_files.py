@@ -102,7 +102,7 @@ def test_a_file_of_no_known_layout(files: Path, tmp_path: Path) -> None:
 def test_a_tokenizer_is_no_generator(files: Path, tmp_path: Path) -> None:
     done = smalti("sample", "--generator", files / "maskgit.bin", *CUT, "--store", tmp_path / "store")
     assert done.exit_code == 4
-    assert "sample reads a generator as generator" in done.stderr
+    assert f"{files / 'maskgit.bin'} holds a tokenizer (layout maskgit-vqgan), not a generator" in done.stderr
 
 
 WRONG = {
@@ -123,6 +123,8 @@ def test_a_wrong_file_is_said_to_be_no_weights(line: str, name: str, tmp_path: P
     assert done.exit_code == 4, done.output
     assert f"{tmp_path / name} is not a PyTorch or safetensors file: " in done.stderr
     assert "weights_only" not in done.stderr
+    others = "; give published weights, as a file or by a name on the hub (rar_b.bin, owner/repository/file)"
+    assert (others in done.stderr) == line.startswith("sample")
 
 
 def test_a_weight_file_that_is_not_there(tmp_path: Path) -> None:

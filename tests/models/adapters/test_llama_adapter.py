@@ -26,24 +26,27 @@ def published_layout(config: LlamaConfig | FactorizedConfig, codes: int) -> dict
 @pytest.mark.parametrize("size", ["b", "l", "xl", "xxl"])
 def test_files_of_ibq(size: str) -> None:
     config = LlamaConfig.model_validate({"size": size})
-    found = recognise(published_layout(config, 16384))
-    assert (found.size, found.codes, found.classes, found.config) == (size, 16384, 1000, config)
+    found = recognise(published_layout(config, 16384), kind="llama")
+    assert (found.size, found.config) == (size, config)
+    assert found.shape == CodeShape(codes=16384, grid=(16, 16), classes=1000)
 
 
 @pytest.mark.parametrize("size", ["b", "l", "xl"])
 def test_files_of_open_magvit2(size: str) -> None:
     config = FactorizedConfig.model_validate({"size": size, "factors": [64, 4096]})
-    found = recognise(published_layout(config, 2**18))
-    assert (found.size, found.codes, found.classes, found.config) == (size, 2**18, 1000, config)
+    found = recognise(published_layout(config, 2**18), kind="factorized")
+    assert (found.size, found.config) == (size, config)
+    assert found.shape == CodeShape(codes=2**18, grid=(16, 16), classes=1000, factors=(64, 4096))
 
 
 def test_the_fixtures_have_these_names() -> None:
     """Every tensor of them has its place; that they are the right ones is shown by what the networks compute."""
-    ibq, magvit2 = (recognise(published(read(one)[1]), heads=heads) for one, heads in ((IBQ, 2), (MAGVIT2, 4)))
-    assert (ibq.codes, ibq.classes, ibq.size) == (96, 10, None)
-    assert (ibq.config.width, ibq.config.layers, ibq.config.heads) == (64, 2, 2)
-    assert (magvit2.codes, magvit2.classes, magvit2.config.factors) == (4096, 10, (16, 256))
-    assert (magvit2.config.layers, magvit2.config.head_layers) == (3, 2)
+    ibq = recognise(published(read(IBQ)[1]), kind="llama", heads=2, grid=(4, 4))
+    magvit2 = recognise(published(read(MAGVIT2)[1]), kind="factorized", heads=4, grid=(4, 4))
+    assert (ibq.shape, ibq.size) == (CodeShape(codes=96, grid=(4, 4), classes=10), None)
+    assert ibq.config == LlamaConfig(width=64, heads=2, layers=2)
+    assert magvit2.shape == CodeShape(codes=4096, grid=(4, 4), classes=10, factors=(16, 256))
+    assert magvit2.config == FactorizedConfig(width=64, heads=4, layers=3, head_layers=2, factors=(16, 256))
 
 
 def tiny() -> dict[str, Tensor]:
@@ -58,7 +61,7 @@ def test_every_difference_is_listed() -> None:
     state["attn_mask"] = torch.zeros(6, 6)
     state["head.weight"] = torch.zeros(7, 64)
     with pytest.raises(LayoutError) as caught:
-        recognise(state)
+        recognise(state, kind="llama")
     assert [(d.kind, d.name, d.found, d.wanted) for d in caught.value.differences] == [
         ("missing", "blocks.1.attention.wo.weight", None, (64, 64)),
         ("surplus", "attn_mask", (6, 6), None),
@@ -77,5 +80,10 @@ def test_unreadable_sizes_are_refused(change: str) -> None:
         state["class_emb.embedding_table.weight"] = torch.zeros(1, 64)
     else:
         state["tok_emb.weight"] = torch.zeros(5, 66)
-    with pytest.raises(LayoutError, match="tok_emb"):
-        recognise(state)
+    with pytest.raises(LayoutError, match=r"tok_emb|class_emb"):
+        recognise(state, kind="llama")
+
+
+def test_a_file_of_the_other_kind_is_refused() -> None:
+    with pytest.raises(LayoutError, match=r"Open-MAGVIT2 generator.*\n.*\n.*missing +pre_emb\.weight"):
+        recognise(tiny(), kind="factorized")

@@ -25,6 +25,7 @@ from stages.weights.files import load_config, load_weights
 from stages.weights.import_weights import LAYOUTS, ImportConfig
 from stages.weights.networks import NetworkFile, build_adversary, load_generator, load_tokenizer
 from tests.hub import Hub
+from tests.lightning import KINDS, TOKENIZERS, generator_state, tokenizer_state, write, write_generator, write_tokenizer
 from tests.stages.conformance import check_every_crash, draw_folder, index_folder, run_stage
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -143,6 +144,69 @@ def test_averaged_or_raw_weights_of_a_lightning_file(tmp_path: Path, layout: str
         assert network.decode(codes_Bhw).shape == (1, 3, 32, 32)
 
 
+@pytest.mark.parametrize("layout", KINDS)
+def test_a_generator_that_holds_its_tokenizer(tmp_path: Path, layout: str) -> None:
+    """Each part is an artifact, and the generator names the tokenizer that comes out of the same file."""
+    file = write_generator(tmp_path / "ar.ckpt", layout, classes=5)
+    tokenizer = imported(tmp_path / "store", file, {"layout": layout, "part": "tokenizer", "resolution": 256})
+    generator = imported(tmp_path / "store", file, {"layout": layout, "part": "generator"})
+    assert (tokenizer.kind, generator.kind) == ("tokenizer", "generator")
+    assert generator.facts["tokenizer"] == TokenizerCard.of(tokenizer).identity
+    assert load_tokenizer(NetworkFile.of(tokenizer, "cpu")).config.autoencoder == TOKENIZERS[layout].autoencoder
+    card = read_card(generator)
+    assert (card.model.kind, card.space.grid, card.space.resolution) == (KINDS[layout], (16, 16), 256)
+    weights, state = load_generator(NetworkFile.of(generator, "cpu")), generator_state(layout, classes=5)
+    assert len(weights.state_dict()) == len(state)
+    embedding = state["transformer.class_emb.embedding_table.weight"]
+    assert torch.equal(weights.state_dict()["class_embedding.weight"], embedding)
+    joined = imported(tmp_path / "store", file, {"layout": layout, "part": "generator"}, tokenizer=tokenizer)
+    assert joined.facts == generator.facts
+    smaller = imported(tmp_path / "store", file, {"layout": layout, "part": "generator", "resolution": 64})
+    assert read_card(smaller).space.grid == (4, 4)
+    other = imported(tmp_path / "store", write_tokenizer(tmp_path / "other.ckpt", layout), {"layout": layout})
+    with pytest.raises(CorruptError, match="was made with another tokenizer"):
+        imported(tmp_path / "store", file, {"layout": layout, "part": "generator"}, tokenizer=other)
+
+
+@pytest.mark.parametrize(("layout", "heads", "pixels"), [("ibq", 2, 64), ("open-magvit2", 4, 8)])
+def test_heads_that_are_not_64_wide(tmp_path: Path, layout: str, heads: int, pixels: int) -> None:
+    """The published generators of the fixtures: the one alone, the other with its tokenizer of two pixels a code."""
+    name = {"ibq": "ibq/ar", "open-magvit2": "open_magvit2/ar_generator"}[layout]
+    config = {"layout": layout, "part": "generator", "heads": heads, "resolution": pixels}
+    artifact = imported(tmp_path / "store", saved(tmp_path, published(name), "w.ckpt"), config)
+    card = read_card(artifact)
+    assert (card.model.heads, card.space.grid, card.space.classes) == (heads, (4, 4), 10)
+    assert bool(card.space.tokenizer) == (layout == "open-magvit2")
+
+
+@pytest.mark.parametrize("layout", KINDS)
+def test_a_part_that_is_not_there_is_refused(tmp_path: Path, layout: str) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer.ckpt", layout)
+    with pytest.raises(CorruptError, match=r"holds a tokenizer, but no generator.*--part tokenizer"):
+        imported(tmp_path / "store", tokenizer, {"layout": layout, "part": "generator"})
+    generator = write(tmp_path / "generator.ckpt", generator_state(layout))
+    with pytest.raises(CorruptError, match=r"holds a generator, but no tokenizer.*--part generator"):
+        imported(tmp_path / "store", generator, {"layout": layout})
+    assert imported(tmp_path / "store", generator, {"layout": layout, "part": "generator"}).facts["tokenizer"] == {}
+
+
+@pytest.mark.parametrize("layout", KINDS)
+def test_every_difference_of_a_generator_stands_in_a_table(tmp_path: Path, layout: str) -> None:
+    state = generator_state(layout) | {f"first_stage_model.{k}": v for k, v in tokenizer_state(layout).items()}
+    state["transformer.more.weight"] = torch.zeros(2)
+    block = "blocks" if layout == "ibq" else "spatial_blocks"
+    del state[f"transformer.{block}.1.feed_forward.w3.weight"]
+    config = {"layout": layout, "part": "generator"}
+    with pytest.raises(CorruptError) as caught:
+        imported(tmp_path / "store", write(tmp_path / "w.ckpt", state), config)
+    lines = [line.split() for line in str(caught.value).splitlines()]
+    assert ["missing", f"{block}.1.feed_forward.w3.weight", "-", "256x64"] in lines
+    assert ["surplus", "more.weight", "2", "-"] in lines
+    other = {"ibq": "open-magvit2", "open-magvit2": "ibq"}[layout]
+    with pytest.raises(CorruptError, match=f"is not of layout {other}"):
+        imported(tmp_path / "store", write_generator(tmp_path / "x.ckpt", layout), {**config, "layout": other})
+
+
 @pytest.mark.parametrize("name", ["ibq/tokenizer_ckpt", "open_magvit2/tokenizer_checkpoint"])
 def test_the_discriminator_of_a_lightning_file(tmp_path: Path, name: str) -> None:
     """A training beside a discriminator starts from it; averaged weights are the default, running statistics have none."""
@@ -231,6 +295,8 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, tokenizer: Artifact) -> 
     for config, said in (
         ({"layout": "rar", "resolution": 16}, "resolution says nothing about a generator"),
         ({"layout": "ibq", "class_names": "imagenet"}, "class_names says nothing about a tokenizer"),
+        ({"layout": "rar", "part": "tokenizer"}, "layout rar has no tokenizer"),
+        ({"layout": "ibq", "heads": 2}, "heads says nothing about a tokenizer"),
         ({"layout": "rar", "class_names": "imagenet"}, "names 1000 classes, but .* has 3"),
     ):
         with pytest.raises(UsageError, match=said):
@@ -305,4 +371,5 @@ def test_the_kind_follows_from_the_layout() -> None:
     kinds = {layout: declared.kind(ImportConfig(layout=layout)) for layout in LAYOUTS}
     assert kinds.pop("rar") == "generator"
     assert kinds.pop("discriminator") == "discriminator"
+    assert declared.kind(ImportConfig(layout="ibq", part="generator")) == "generator"
     assert set(kinds.values()) == {"tokenizer"}

@@ -9,8 +9,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.adapters.llama import PUBLISHED, published_name, recognise
-from models.generators.config import CodeShape
+from models.adapters.llama import PUBLISHED, Kind, published_name, recognise
+from models.generators.config import FactorizedConfig, LlamaConfig
 from models.generators.llama.network import Llama
 
 GOLDEN = Path(__file__).parents[3] / "golden"
@@ -30,9 +30,11 @@ def published(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
 def load(fixture: Path) -> Llama:
     """In evaluation mode. Heads have a width of 32 in IBQ's fixture and of 16 in Open-MAGVIT2's, not 64 as published."""
     state = published(read(fixture)[1])
-    heads = {IBQ: 2, MAGVIT2: 4}[fixture]
-    found = recognise(state, heads=heads)
-    network = Llama(found.config, CodeShape(codes=found.codes, grid=(4, 4), classes=found.classes))
+    known: dict[Path, tuple[Kind, int]] = {IBQ: ("llama", 2), MAGVIT2: ("factorized", 4)}
+    kind, heads = known[fixture]
+    found = recognise(state, kind=kind, grid=(4, 4), heads=heads)
+    assert isinstance(found.config, LlamaConfig | FactorizedConfig)
+    network = Llama(found.config, found.shape)
     network.load_state_dict(found.state, strict=True)
     return network.eval()
 
