@@ -44,7 +44,7 @@ ThreadsOption = Annotated[
     int,
     typer.Option(
         min=0,
-        help="Threads of a training step; 0: as the draft began, or every core but one. Float results depend on it.",
+        help="Threads of a training step or of kmeans; 0: as the draft began, or every core but one. Float results of trainings depend on it.",
     ),
 ]
 CheckpointOption = Annotated[

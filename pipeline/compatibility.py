@@ -11,6 +11,8 @@ published file. Facts have one name, whatever kind of artifact they are about:
 | labels | all labels lie below it, where only some of the classes were asked for |
 | listed | Origin: which images, in which order |
 | pixels | a side of the images, or of those that a network was made for |
+| accepts | the sides of images that a codebook's encoder takes, where there are several |
+| rows | how many features were kept, where they were chosen |
 | codes, grid, downsample | the codebook's size, rows and columns of codes, pixels of a code |
 | factors | values of each sub-token of a code, where it has some |
 | model | the config of a generator |
@@ -139,6 +141,11 @@ class KnownInputs:
                     )
                 origins.setdefault(name, one.name)
         return common
+
+
+def either(sizes: Iterable[int]) -> str:
+    """Sizes in words: "224 or 256"."""
+    return " or ".join(map(str, sizes))
 
 
 def contradicts(one: Any, other: Any) -> bool:

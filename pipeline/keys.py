@@ -18,6 +18,8 @@ from pipeline.errors import UsageError
 
 NEUTRAL: JsonDict = {"neutral": True}
 """`Field(default, json_schema_extra=NEUTRAL)`: a later field whose default leaves the keys of older configs alone."""
+UNKEYED: JsonDict = {"neutral": "always"}
+"""The same for a field that never changes a byte, such as a budget of memory: no value of it goes into the key."""
 
 InputKeys = Mapping[str, str | list[str]]
 
@@ -35,7 +37,7 @@ def sha256(data: bytes) -> str:
 
 
 def config_value(config: BaseModel) -> dict[str, Any]:
-    """The config as plain JSON values, defaults filled in, neutral fields at their default left out."""
+    """The config as plain JSON values, defaults filled in, neutral fields at their default and unkeyed ones left out."""
     fields = type(config).model_fields
     kept = {name: getattr(config, name) for name in fields if not _is_neutral(fields[name], getattr(config, name))}
     return {name: _plain(value) for name, value in kept.items()}
@@ -57,7 +59,8 @@ def artifact_key(
 
 def _is_neutral(field: Any, value: Any) -> bool:
     extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("neutral")) and value == field.default
+    neutral = extra.get("neutral") if isinstance(extra, dict) else None
+    return neutral == "always" or (bool(neutral) and value == field.default)
 
 
 def _plain(value: Any) -> Any:

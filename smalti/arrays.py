@@ -133,6 +133,11 @@ class MappedArray:
         """All rows of one shard."""
         return self.read_rows(*self.spec.shard_range(shard))
 
+    def release(self) -> None:
+        """Give back the memory of the pages that were read; what is asked for next is mapped again."""
+        with self._lock:
+            self._maps.clear()
+
     def check_crc(self) -> None:
         """Reads everything; CorruptError names the first file with a chunk whose crc32c does not match."""
         for shard in range(self.spec.shards):

@@ -11,6 +11,7 @@ MODULES = {
     "index": "stages.images.index",
     "extract": "stages.codes.extract",
     "kmeans": "stages.codes.kmeans",
+    "import-codebook": "stages.codes.import_codebook",
     "import-weights": "stages.weights.import_weights",
     "train-tokenizer": "stages.training.train_tokenizer",
     "train-discriminator": "stages.training.train_discriminator",

@@ -33,6 +33,11 @@ class WhitenedPatchesConfig(Config):
     def grid(self) -> tuple[int, int]:
         return self.cells, self.cells
 
+    @property
+    def accepts(self) -> tuple[int, ...]:
+        """Pixels per side of the images that it takes."""
+        return (self.image_size,)
+
     @model_validator(mode="after")
     def _cells_and_patches_fit(self) -> WhitenedPatchesConfig:
         stride = self.image_size // self.cells
@@ -55,7 +60,10 @@ class Dinov2Config(Config):
     image_size: Annotated[int, Field(ge=14, multiple_of=14)] = Field(
         default=224, description="Pixels per side, 14 per patch."
     )
-    block: int = Field(default=-3, le=-1, description="Block that is read, from the end: -1 the last; -3 as in DiGIT.")
+    block: int = Field(
+        default=-3,
+        description="Block that is read, from 0, or from the end: -1 the last; -3 as in DiGIT (9 of base, 21 of large).",
+    )
     norm: bool = Field(default=True, description="Whether the final LayerNorm is applied to the features.")
     interpolation: Literal["dinov2", "timm"] = Field(
         default="dinov2", description="How positions are resampled: bicubic with offset 0.1, or timm's antialiased way."
@@ -71,8 +79,24 @@ class Dinov2Config(Config):
         return self.image_size // 14, self.image_size // 14
 
     @property
+    def accepts(self) -> tuple[int, ...]:
+        """Pixels per side of the images that it takes: its own, and those that it resizes itself (256 to 224)."""
+        return self.image_size, self.image_size * 8 // 7
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the transformer."""
+        return {"small": 12, "base": 12, "large": 24, "giant": 40}[self.size]
+
+    @property
     def timm_name(self) -> str:
         return f"vit_{self.size}_patch14_reg4_dinov2"
+
+    @model_validator(mode="after")
+    def _has_the_block(self) -> Dinov2Config:
+        if not -self.blocks <= self.block < self.blocks:
+            raise ValueError(f"block {self.block} is outside of the {self.blocks} blocks of size {self.size}")
+        return self
 
 
 EncoderConfig = Annotated[WhitenedPatchesConfig | Dinov2Config, Field(discriminator="kind")]

@@ -18,11 +18,12 @@ from models.encoders.config import Dinov2Config
 # Shapes: B images, C colour channels, H W pixels, h w patches, S rows and columns of the position table, D features
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SHRINK = 0.875  # images of 8/7 of the size are resized by it after normalization, as published (256 to 224)
 OFFSET = 0.1  # added to the grid before the scale is taken; part of the published weights' behaviour
 
 
 class Dinov2(nn.Module):
-    """Images in [0,1] of the config's size to patch features (B, h, w, D)."""
+    """Images in [0,1] of the config's size, or of 8/7 of it, to patch features (B, h, w, D)."""
 
     def __init__(self, config: Dinov2Config, **overrides: Any):
         """overrides: sizes of timm's transformer (embed_dim, depth, num_heads), which tests use to make it tiny."""
@@ -36,9 +37,13 @@ class Dinov2(nn.Module):
         self.register_buffer("std_C11", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
+        block, blocks = self.config.block, len(self.transformer.blocks)
+        images_BCHW = (images_BCHW - self.mean_C11) / self.std_C11
+        if images_BCHW.shape[-1] != self.config.image_size:
+            images_BCHW = F.interpolate(images_BCHW, scale_factor=SHRINK, mode="bicubic", antialias=False)
         features_BDhw = self.transformer.forward_intermediates(
-            (images_BCHW - self.mean_C11) / self.std_C11,
-            indices=[len(self.transformer.blocks) + self.config.block],
+            images_BCHW,
+            indices=[block if block >= 0 else blocks + block],
             norm=self.config.norm,
             stop_early=True,
             intermediates_only=True,

@@ -36,15 +36,19 @@ def adm_crop(image_HW3: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return crop(image_HW3, (height - size) // 2, (width - size) // 2, size)
 
 
-def short_side_crop(image_HW3: NDArray[np.uint8], size: int, filter: Filter) -> NDArray[np.uint8]:
-    """Short side to `size`, then the centre (size, size, 3).
-
-    Offsets are rounded half to even, as torchvision does; with OpenCV's filter down, as albumentations does.
-    """
-    image_HW3 = resize_short_side(image_HW3, size, filter)
-    spare = [side - size for side in image_HW3.shape[:2]]
-    top, left = (number // 2 if filter == OPENCV else round(number / 2) for number in spare)
+def center_crop(image_HW3: NDArray[np.uint8], size: int, filter: Filter) -> NDArray[np.uint8]:
+    """The square (size, size, 3) in the middle."""
+    height, width = image_HW3.shape[:2]
+    top, left = center_offsets(height, width, size, filter)
     return crop(image_HW3, top, left, size)
+
+
+def center_offsets(height: int, width: int, size: int, filter: Filter) -> tuple[int, int]:
+    """Top and left of the square in the middle, rounded half to even, as torchvision does; with OpenCV's filter down, as
+    albumentations does.
+    """
+    top, left = (spare // 2 if filter == OPENCV else round(spare / 2) for spare in (height - size, width - size))
+    return top, left
 
 
 def resize_short_side(image_HW3: NDArray[np.uint8], size: int, filter: Filter) -> NDArray[np.uint8]:

@@ -7,8 +7,9 @@ class here and add it to `Views`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,14 @@ from pydantic import Field, model_validator
 from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.images import resampling
+from pipeline.keys import NEUTRAL
 
+ATTEMPTS = 10  # boxes that a random resized crop draws until one fits
 CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
 
 Size = Annotated[int, Field(ge=1, description="pixels per side of a view")]
 Box = NDArray[np.float32]
+Policy = TypeVar("Policy", bound="ViewPolicy")
 
 
 class ViewPolicy(Config, ABC):
@@ -97,13 +101,24 @@ class CenterViews(ViewPolicy):
 
 
 class EvalCropViews(ViewPolicy):
-    """Short side to `size`, then the centre: the usual transform of evaluations."""
+    """Short side to `short_side` (null: `size`), then the centre: the usual transform of evaluations."""
 
     kind: Literal["eval-crop"] = "eval-crop"
+    short_side: int | None = Field(
+        None, ge=1, description="pixels of the short side before the crop; null: size", json_schema_extra=NEUTRAL
+    )
     filter: resampling.Filter = Field("bicubic", description="resampling filter")
 
+    @model_validator(mode="after")
+    def _has_room(self) -> Self:
+        return _check_room(self, self.short_side or self.size)
+
+    def describe(self) -> list[dict[str, Any]]:
+        return [_description(self.kind, scale=(self.short_side or self.size) / self.size)]
+
     def apply_all(self, image_HW3: NDArray[np.uint8], *, index: int) -> NDArray[np.uint8]:
-        return resampling.short_side_crop(image_HW3, self.size, self.filter)[None]
+        resized_HW3 = resampling.resize_short_side(image_HW3, self.short_side or self.size, self.filter)
+        return resampling.center_crop(resized_HW3, self.size, self.filter)[None]
 
 
 class TenCropViews(ViewPolicy):
@@ -171,66 +186,168 @@ class ShiftViews(ViewPolicy):
         return np.stack([resampling.shift(cropped, down, right, self.fill) for down, right in self.shifts])
 
 
-class RandomCropViews(ViewPolicy):
-    """`draws` crops at random places of the image resized to `short_side`, half of them mirrored if `flip`.
+class Place(NamedTuple):
+    """Where a view lies in its image, in pixels, and whether it is mirrored; the fields of a box in a token set."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    flip: bool
+
+
+class DrawnViews(ViewPolicy):
+    """`draws` views at drawn places, half of them mirrored if `flip`.
 
     Place and mirror come from Philox keyed by (seed, image index, draw), so they are the same wherever they are made.
     """
 
-    kind: Literal["random-crop"] = "random-crop"
-    short_side: int = Field(ge=1, description="pixels of the short side before the crop")
     draws: int = Field(1, ge=1, le=1024, description="views per image")
     seed: int = Field(0, ge=0, lt=2**64, description="seed of places and mirrors")
     flip: bool = Field(False, description="mirror half of the views")
     filter: resampling.Filter = Field("bilinear", description="resampling filter")
 
-    @model_validator(mode="after")
-    def _has_room(self) -> Self:
-        if self.short_side < self.size:
-            raise ValueError(f"short_side {self.short_side} must be at least size {self.size}")
-        return self
-
     @property
     def count(self) -> int:
         return self.draws
 
+    @abstractmethod
+    def sides(self, image_HW3: NDArray[np.uint8]) -> tuple[int, int]:
+        """Height and width of the image in which the views are cut."""
+
+    @abstractmethod
+    def prepare(self, image_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """That image."""
+
+    @abstractmethod
+    def place(self, height: int, width: int, view: int, index: int) -> Place:
+        """Where a view of image `index` lies in one of height x width."""
+
     def describe(self) -> list[dict[str, Any]]:
-        scale = self.short_side / self.size
-        return [_description("random-crop", identifier=f"random-{draw}", scale=scale) for draw in range(self.draws)]
+        scale = getattr(self, "short_side", self.size) / self.size
+        return [_description(self.kind, identifier=f"random-{draw}", scale=scale) for draw in range(self.draws)]
 
     def apply(self, image_HW3: NDArray[np.uint8], view: int, *, index: int) -> NDArray[np.uint8]:
-        return self._cut(resampling.resize_short_side(image_HW3, self.short_side, self.filter), view, index)
+        return self._cut(self.prepare(image_HW3), view, index)
 
     def apply_all(self, image_HW3: NDArray[np.uint8], *, index: int) -> NDArray[np.uint8]:
-        resized = resampling.resize_short_side(image_HW3, self.short_side, self.filter)
-        return np.stack([self._cut(resized, view, index) for view in range(self.count)])
-
-    def _cut(self, resized_HW3: NDArray[np.uint8], view: int, index: int) -> NDArray[np.uint8]:
-        top, left, flip = self.place(resized_HW3.shape[0], resized_HW3.shape[1], view, index)
-        cropped = resampling.crop(resized_HW3, top, left, self.size)
-        return resampling.flip(cropped) if flip else cropped
+        prepared_HW3 = self.prepare(image_HW3)
+        return np.stack([self._cut(prepared_HW3, view, index) for view in range(self.count)])
 
     def boxes(self, image_HW3: NDArray[np.uint8], *, index: int) -> Box:
-        """Where the views lie, in pixels of the resized image: float32 (count, 5) of x, y, w, h, flip."""
-        height, width = resampling.short_side_sizes(image_HW3, self.short_side, self.filter)
-        places = [self.place(height, width, view, index) for view in range(self.count)]
-        return np.array([(left, top, self.size, self.size, flip) for top, left, flip in places], dtype=np.float32)
+        """Where the views lie in the image in which they are cut: float32 (count, 5) of x, y, w, h, flip."""
+        height, width = self.sides(image_HW3)
+        return np.array([self.place(height, width, view, index) for view in range(self.count)], dtype=np.float32)
 
-    def place(self, height: int, width: int, view: int, index: int) -> tuple[int, int, bool]:
-        """(top, left, mirrored) of one view in a resized image of height x width."""
-        words = np.random.Philox(key=np.array([self.seed, index], np.uint64), counter=view << 64).random_raw(3)
-        top, left = _below(words[0], height - self.size + 1), _below(words[1], width - self.size + 1)
-        return top, left, self.flip and _below(words[2], 2) == 1
+    def words(self, view: int, index: int, count: int) -> NDArray[np.uint64]:
+        """The first `count` random words of a view."""
+        key = np.array([self.seed, index], np.uint64)
+        drawn: NDArray[np.uint64] = np.random.Philox(key=key, counter=view << 64).random_raw(count)
+        return drawn
+
+    def _cut(self, prepared_HW3: NDArray[np.uint8], view: int, index: int) -> NDArray[np.uint8]:
+        height, width = prepared_HW3.shape[:2]
+        place = self.place(height, width, view, index)
+        cut_HW3 = prepared_HW3[place.top : place.top + place.height, place.left : place.left + place.width]
+        seen_SS3 = resampling.resize(cut_HW3, self.size, self.size, self.filter)
+        return resampling.flip(seen_SS3) if place.flip else seen_SS3
+
+
+class RandomCropViews(DrawnViews):
+    """Crops of the image resized to `short_side`: at random places, or all from the centre."""
+
+    kind: Literal["random-crop"] = "random-crop"
+    short_side: int = Field(ge=1, description="pixels of the short side before the crop")
+    centered: bool = Field(
+        False, description="cut the centre, so that only mirrors are random", json_schema_extra=NEUTRAL
+    )
+
+    @model_validator(mode="after")
+    def _has_room(self) -> Self:
+        return _check_room(self, self.short_side)
+
+    def sides(self, image_HW3: NDArray[np.uint8]) -> tuple[int, int]:
+        return resampling.short_side_sizes(image_HW3, self.short_side, self.filter)
+
+    def prepare(self, image_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return resampling.resize_short_side(image_HW3, self.short_side, self.filter)
+
+    def place(self, height: int, width: int, view: int, index: int) -> Place:
+        words = self.words(view, index, 3)
+        top, left = (_below(word, side - self.size + 1) for word, side in zip(words, (height, width), strict=False))
+        if self.centered:
+            top, left = resampling.center_offsets(height, width, self.size, self.filter)
+        return Place(left, top, self.size, self.size, self.flip and _below(words[2], 2) == 1)
+
+
+class RandomResizedCropViews(DrawnViews):
+    """Crops of a random share of the area and a random aspect ratio, resized to size x size (Inception's augmentation).
+
+    As in torchvision: the share is uniform, the ratio uniform in its logarithm; after ten boxes that do not fit the image
+    the largest central one whose ratio is allowed is cut.
+    """
+
+    kind: Literal["random-resized-crop"] = "random-resized-crop"
+    scale: tuple[float, float] = Field((0.08, 1.0), strict=False, description="smallest and largest share of the area")
+    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), strict=False, description="smallest and largest width / height")
+
+    @model_validator(mode="after")
+    def _is_ordered(self) -> Self:
+        for name, (least, most) in (("scale", self.scale), ("ratio", self.ratio)):
+            if not 0 < least <= most < np.inf or (name == "scale" and most > 1):
+                raise ValueError(
+                    f"{name} {least}, {most} must be two positive numbers in ascending order, a scale at most 1"
+                )
+        return self
+
+    def sides(self, image_HW3: NDArray[np.uint8]) -> tuple[int, int]:
+        height, width = image_HW3.shape[:2]
+        return height, width
+
+    def prepare(self, image_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return image_HW3
+
+    def place(self, height: int, width: int, view: int, index: int) -> Place:
+        words = self.words(view, index, 1 + 4 * ATTEMPTS)
+        flip = self.flip and _below(words[0], 2) == 1
+        for share, slant, down, right in words[1:].reshape(ATTEMPTS, 4):
+            area = height * width * _between(share, *self.scale)
+            ratio = math.exp(_between(slant, *map(math.log, self.ratio)))
+            box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < box_width <= width and 0 < box_height <= height:
+                top, left = _below(down, height - box_height + 1), _below(right, width - box_width + 1)
+                return Place(left, top, box_width, box_height, flip)
+        box_width = min(width, max(1, round(height * self.ratio[1])))
+        box_height = min(height, max(1, round(width / self.ratio[0])))
+        return Place((width - box_width) // 2, (height - box_height) // 2, box_width, box_height, flip)
 
 
 Views = Annotated[
-    CenterViews | TenCropViews | ShiftViews | EvalCropViews | RandomCropViews | ResizeViews | NoneViews,
+    CenterViews
+    | TenCropViews
+    | ShiftViews
+    | EvalCropViews
+    | RandomCropViews
+    | RandomResizedCropViews
+    | ResizeViews
+    | NoneViews,
     Field(discriminator="kind"),
 ]
 
 
 def _description(kind: str, *, identifier: str | None = None, flip: bool = False, scale: float = 1.0) -> dict[str, Any]:
     return {"id": (identifier or kind) + ("+flip" if flip else ""), "kind": kind, "flip": flip, "scale": scale}
+
+
+def _check_room(views: Policy, short_side: int) -> Policy:
+    if short_side < views.size:
+        raise ValueError(f"short_side {short_side} must be at least size {views.size}")
+    return views
+
+
+def _between(word: np.uint64, low: float, high: float) -> float:
+    """A uniform 64-bit word to [low, high)."""
+    return low + (high - low) * (int(word) >> 11) / 2**53
 
 
 def _below(word: np.uint64, end: int) -> int:

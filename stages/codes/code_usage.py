@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 class CodeUsage:
     """Counts of `codes` codes, added up block by block."""
 
-    def __init__(self, codes: int):
-        self.counts_K = np.zeros(codes, dtype=np.int64)
+    def __init__(self, codes: int, counts_K: NDArray[np.int64] | None = None):
+        self.counts_K = np.zeros(codes, dtype=np.int64) if counts_K is None else counts_K
 
     def add(self, codes: NDArray[Any]) -> None:
         """Count codes of any shape, each in [0, codes)."""
@@ -27,6 +27,16 @@ class CodeUsage:
         """Exponential of the entropy, from 1 to the number of codes; six decimals."""
         shares = self.counts_K[self.counts_K > 0] / max(1, int(self.counts_K.sum()))
         return round(float(np.exp(-(shares * np.log(shares)).sum())), 6)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How often the rarest, the median and the commonest code occur."""
+        ascending_K = np.sort(self.counts_K)
+        return {
+            "smallest": int(ascending_K[0]),
+            "median": int(ascending_K[len(ascending_K) // 2]),
+            "largest": int(ascending_K[-1]),
+        }
 
     @property
     def sentence(self) -> str:

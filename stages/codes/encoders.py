@@ -10,14 +10,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from models.encoders.config import BUILDERS, Dinov2Config, EncoderConfig, WhitenedPatchesConfig
 from models.registry import build
+from pipeline.artifact import Artifact
 from pipeline.errors import CorruptError
 from pipeline.stage_cache import cached
 from stages.devices import pick_device
-
-if TYPE_CHECKING:
-    import torch
-from typing import TYPE_CHECKING
-
 from stages.weights.checkpoint_reader import read_state
 from stages.weights.places import HubWeights
 
@@ -55,11 +51,17 @@ def load_encoder(folder: Path, digest: str, device: str) -> torch.nn.Module:
     return build_encoder(config, load_file(folder / ENCODER_WEIGHTS), device)
 
 
+def read_encoder(features: Artifact) -> tuple[Encoder, dict[str, torch.Tensor]]:
+    """The encoder of a features artifact: its config and weights."""
+    from safetensors.torch import load_file
+
+    config = parse_encoder(json.loads(features.file(ENCODER).read_bytes()), path=features.path)
+    return config, load_file(features.file(ENCODER_WEIGHTS))
+
+
 def published_weights(config: Dinov2Config, path: Path) -> dict[str, torch.Tensor]:
     """A dinov2's weights as its network wants them; CorruptError if the file holds another network."""
     from models.adapters.dinov2 import to_timm
-    from models.encoders.config import BUILDERS
-    from models.registry import build
 
     encoder = build(config, BUILDERS)
     try:

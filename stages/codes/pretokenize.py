@@ -15,7 +15,7 @@ from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.errors import UsageError
 from pipeline.images import ImageSet, Views, digest_listing
-from pipeline.images.views import CenterViews, RandomCropViews
+from pipeline.images.views import CenterViews, DrawnViews
 from pipeline.runtime import Runtime
 from pipeline.shards import map_shards
 from pipeline.stage import Inputs, read, stage
@@ -170,7 +170,7 @@ def make_layout(
     )
     longest = max(len(name.encode()) for name in image_set.keys)
     return TokenLayout(
-        attributes, longest, config.shard_images, config.chunk_images, has_boxes=isinstance(views, RandomCropViews)
+        attributes, longest, config.shard_images, config.chunk_images, has_boxes=isinstance(views, DrawnViews)
     )
 
 
@@ -192,7 +192,7 @@ def tokenize_shard(spec: TokenizeSpec, number: int) -> dict[str, bytes]:
     with threads(1):
         tokenizer = load_encodes(spec.tokenizer)
         boxes = Boxes(spec.views)
-        passes = view_passes(spec.images, start, stop, views=spec.views, rows=spec.rows_per_pass, met=boxes.note)
+        passes = view_passes(spec.images, range(start, stop), views=spec.views, rows=spec.rows_per_pass, met=boxes.note)
         codes_RT = run_passes(
             lambda images_BCHW: tokenizer.encode(images_BCHW).flatten(1),
             passes,
@@ -210,7 +210,7 @@ class Boxes:
         self._noted: dict[int, NDArray[np.float32]] = {}
 
     def note(self, index: int, image_HW3: NDArray[np.uint8]) -> None:
-        if isinstance(self._views, RandomCropViews):
+        if isinstance(self._views, DrawnViews):
             self._noted[index] = self._views.boxes(image_HW3, index=index)
 
     def of(self, images: range) -> NDArray[np.float32]:

@@ -5,14 +5,22 @@ A codebook is a tokenizer without `decode`: the nearest centroid of each feature
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from models.encoders.config import BUILDERS
+from models.registry import build
 from pipeline.artifact import Artifact
+from pipeline.draft import Draft
 from pipeline.errors import CorruptError
+from pipeline.keys import config_value
 from pipeline.stage_cache import cached
-from stages.codes.encoders import build_encoder
+from stages.codes.encoders import Encoder, build_encoder
 from stages.weights.cards import CodebookConfig, read_config
-from stages.weights.files import WEIGHTS, load_weights
+from stages.weights.files import WEIGHTS, load_weights, save_weights
 from stages.weights.networks import NetworkFile, load_tokenizer
 
 if TYPE_CHECKING:
@@ -79,3 +87,18 @@ def load_codebook(artifact: Artifact, device: str) -> FeatureTokenizer:
     if not bool(centroids_KD.isfinite().all()):
         raise CorruptError(f"the centroids of {artifact.name} are not finite", path=artifact.path / WEIGHTS)
     return FeatureTokenizer(encoder, centroids_KD.to(next(encoder.buffers()).device))
+
+
+def save_codebook(encoder: Encoder, state: Mapping[str, Tensor], centroids_KD: NDArray[np.float32], out: Draft) -> None:
+    """The centroids and the encoder: enough to turn images into codes. CorruptError where they do not fit each other."""
+    import torch
+
+    dims = int(build(encoder, BUILDERS).dims)
+    if centroids_KD.shape[1] != dims:
+        raise CorruptError(
+            f"the centroids have {centroids_KD.shape[1]} values, but features of {encoder.kind} have {dims}",
+            hint="name the encoder whose features were clustered",
+        )
+    tensors = {f"{ENCODER_PREFIX}{name}": value for name, value in state.items()}
+    config = CodebookConfig(kind="kmeans", clusters=len(centroids_KD), encoder=encoder)
+    save_weights(out, {CENTROIDS: torch.from_numpy(centroids_KD), **tensors}, config_value(config))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.artifact import Artifact
-from pipeline.compatibility import Known, KnownInputs
+from pipeline.compatibility import Known, KnownInputs, either
 from pipeline.errors import SmaltiError, UsageError
 from pipeline.images import ImageSet, ViewPolicy
 from pipeline.images.views import NoneViews
@@ -50,9 +50,10 @@ def check_codes_fit(views: ViewPolicy, tokenizer: Known, inputs: KnownInputs) ->
     """Rows and columns of codes of a view, as far as they are known; a refusal where views do not divide into codes."""
     pixels, downsample = tokenizer.get("pixels"), tokenizer.get("downsample")
     if tokenizer.kind == "codebook":
-        if pixels not in (None, views.size):
+        accepts = tokenizer.get("accepts", (pixels or views.size,))
+        if views.size not in accepts:
             raise inputs.refusal(
-                f"sees images at {views.size} pixels (views.size), but {tokenizer.name} takes images of {pixels} pixels"
+                f"sees images at {views.size} pixels (views.size), but {tokenizer.name} takes images of {either(accepts)} pixels"
             )
         grid: tuple[int, int] | None = tokenizer.get("grid")
         return grid

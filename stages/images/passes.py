@@ -6,7 +6,7 @@ one of a range filled up with its last row, so that a network's results never de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +50,13 @@ class Pass(NamedTuple):
 
 
 def view_passes(
-    source: ImagesAt, start: int, stop: int, *, views: ViewPolicy, rows: int, met: Met = ignore
+    source: ImagesAt, images: Sequence[int], *, views: ViewPolicy, rows: int, met: Met = ignore
 ) -> Iterator[Pass]:
-    """All views of images start to stop (excluded) in passes of `rows` rows; the next is read while one is used.
+    """All views of these images in passes of `rows` rows; the next is read while one is used.
 
     met: told (index, image) of every image when it is decoded, in any order and in other threads.
     """
-    passes = _passes(source.open(), range(start, stop), views, rows, own_cores(), met)
+    passes = _passes(source.open(), images, views, rows, own_cores(), met)
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, passes, None)
         while (found := coming.result()) is not None:
@@ -68,11 +68,19 @@ def run_passes(
     network: Callable[[torch.Tensor], torch.Tensor], passes: Iterator[Pass], *, device: torch.device
 ) -> NDArray[Any]:
     """The network's results for all real rows, in order. network: images in [0,1] (R, 3, S, S) to a tensor (R, ...)."""
+    return np.concatenate(list(pass_results(network, passes, device=device)))
+
+
+def pass_results(
+    network: Callable[[torch.Tensor], torch.Tensor], passes: Iterator[Pass], *, device: torch.device
+) -> Iterator[NDArray[Any]]:
+    """The same pass by pass."""
     import torch
 
-    with torch.no_grad():
-        results = [network(to_images(rows_RSS3, device))[:real].cpu().numpy() for rows_RSS3, real in passes]
-    return np.concatenate(results)
+    for rows_RSS3, real in passes:
+        with torch.no_grad():
+            found = network(to_images(rows_RSS3, device))
+        yield found[:real].cpu().numpy()
 
 
 def to_images(rows_RSS3: NDArray[np.uint8], device: torch.device) -> torch.Tensor:
@@ -87,7 +95,9 @@ def _open(path: Path, digest: str) -> ImageSet:
     return ImageSet.open(path)
 
 
-def _passes(image_set: ImageSet, images: range, views: ViewPolicy, rows: int, threads: int, met: Met) -> Iterator[Pass]:
+def _passes(
+    image_set: ImageSet, images: Sequence[int], views: ViewPolicy, rows: int, threads: int, met: Met
+) -> Iterator[Pass]:
     at_once = -(-rows // views.count)
     waiting = np.empty((0, views.size, views.size, 3), np.uint8)
     for first in range(0, len(images), at_once):

@@ -17,7 +17,7 @@ from models.encoders.config import EncoderConfig
 from models.generators.config import CodeShape, GeneratorConfig
 from models.tokenizer_config import TokenizerConfig
 from pipeline.artifact import Artifact
-from pipeline.compatibility import made_by
+from pipeline.compatibility import either, made_by
 from pipeline.errors import CorruptError, UsageError
 from smalti.attributes import TokenAttributes
 from stages.weights.files import load_config
@@ -75,9 +75,10 @@ class TokenizerCard:
     def grid(self, pixels: int) -> tuple[int, int]:
         """Rows and columns of codes of a square image; UsageError where images of this size cannot be encoded."""
         if isinstance(self.config, CodebookConfig):
-            if self.pixels != pixels:
+            accepts = self.config.encoder.accepts
+            if pixels not in accepts:
                 raise UsageError(
-                    f"{self.name} takes images of {self.pixels} pixels, but views.size is {pixels}",
+                    f"{self.name} takes images of {either(accepts)} pixels, but views.size is {pixels}",
                     hint=f"set views.size to {self.pixels}",
                 )
             return self.config.encoder.grid

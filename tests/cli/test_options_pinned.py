@@ -17,8 +17,8 @@ COMMON_FLAGS = {
     "--store", "--device", "--threads", "--workers", "--scheduler", "--checkpoint-seconds", "--no-wait", "--force",
     "--rescan", "--dry-run", "--quiet", "--json",
 }  # fmt: skip
-STAGES = ["index", "extract", "kmeans", "import-weights", "train-tokenizer", "train-discriminator", "finetune-decoder",
-          "pretokenize", "train-generator", "sample", "decode", "generate", "train-classifier", "describe-images", "score",
+STAGES = ["index", "extract", "kmeans", "import-codebook", "import-weights", "train-tokenizer", "train-discriminator",
+          "finetune-decoder", "pretokenize", "train-generator", "sample", "decode", "generate", "train-classifier", "describe-images", "score",
           "probe"]  # fmt: skip
 OTHERS = {
     "run": {"--images", "--path", "--set", "--as", *COMMON_FLAGS},

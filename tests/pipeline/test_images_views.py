@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import InputError
 from pipeline.images import resampling
-from pipeline.images.views import RandomCropViews, ViewPolicy, Views
+from pipeline.images.views import RandomCropViews, RandomResizedCropViews, ViewPolicy, Views
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "rar" / "augment.npz", allow_pickle=False)
 SIZE = 32
@@ -26,6 +26,7 @@ POLICIES: list[dict[str, Any]] = [
     {"kind": "ten-crop"},
     {"kind": "shifts", "pixels": 2, "fill": 7},
     {"kind": "random-crop", "short_side": 40, "draws": 5, "flip": True, "seed": 3},
+    {"kind": "random-resized-crop", "draws": 5, "seed": 3},
 ]
 
 
@@ -161,6 +162,54 @@ def test_random_crop_is_what_its_box_says() -> None:
     ):
         cut = resized[y : y + h, x : x + w]
         np.testing.assert_array_equal(pixels, cut[:, ::-1] if flip else cut)
+
+
+def test_centered_crops_differ_in_their_mirrors_alone() -> None:
+    image = noise(60, 100)
+    views = RandomCropViews(size=SIZE, short_side=40, draws=8, flip=True, centered=True, filter="bicubic")
+    upright = policy("eval-crop", short_side=40).apply(image, 0, index=0)
+    flips = views.boxes(image, index=2)[:, 4]
+    assert set(flips) == {0.0, 1.0}
+    for flip, pixels in zip(flips, views.apply_all(image, index=2), strict=True):
+        np.testing.assert_array_equal(pixels, upright[:, ::-1] if flip else upright)
+
+
+def test_eval_crop_of_a_larger_short_side_is_its_centre() -> None:
+    image = noise(60, 100)
+    wide = policy("eval-crop", size=40).apply(image, 0, index=0)
+    np.testing.assert_array_equal(policy("eval-crop", short_side=40).apply(image, 0, index=0), wide[4:36, 4:36])
+
+
+def test_random_resized_crops_are_distributed_as_torchvisions() -> None:
+    """Shares of the area, ratios and places of both; the streams differ, so quantiles are compared."""
+    torch = pytest.importorskip("torch")
+    from torchvision.transforms import RandomResizedCrop
+
+    views = RandomResizedCropViews(size=SIZE, draws=1024)
+    ours = np.concatenate([views.boxes(noise(120, 90), index=index)[:, :4] for index in range(2)])
+    torch.manual_seed(0)
+    blank = torch.zeros(1, 120, 90)
+    theirs = np.array([RandomResizedCrop.get_params(blank, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(2048)])
+    theirs = theirs[:, [1, 0, 3, 2]]  # top, left, height, width
+    quantiles = (0.1, 0.5, 0.9)
+    np.testing.assert_allclose(np.quantile(ours, quantiles, axis=0), np.quantile(theirs, quantiles, axis=0), atol=5)
+
+
+def test_random_resized_crop_is_what_its_box_says() -> None:
+    from PIL import Image
+
+    image = noise(60, 100)
+    views = RandomResizedCropViews(size=SIZE, draws=6, flip=True)
+    for (x, y, w, h, flip), pixels in zip(
+        views.boxes(image, index=9).astype(int), views.apply_all(image, index=9), strict=True
+    ):
+        cut = Image.fromarray(image[y : y + h, x : x + w]).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(pixels, np.asarray(cut)[:, ::-1] if flip else np.asarray(cut))
+
+
+def test_random_resized_crop_of_a_strip_is_the_largest_allowed_centre() -> None:
+    (box,) = RandomResizedCropViews(size=SIZE).boxes(noise(2, 400), index=0)
+    assert box.tolist() == [198, 0, 3, 2, 0]  # as torchvision: round(2 * 4 / 3) wide
 
 
 def test_random_places_are_pinned() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from models.adapters.dinov2 import to_timm
@@ -44,6 +45,26 @@ def test_patch_features_agree(case: str, image_size: int, block: int, norm: bool
     features_BhwD = encoder(golden()[f"in/{case}_uint8"].float() / 255)
     assert features_BhwD.shape[1:] == (*encoder.config.grid, encoder.dims)
     torch.testing.assert_close(features_BhwD.flatten(1, 2), expected_BTD, rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_larger_images_are_resized_after_normalization() -> None:
+    """256 pixels for an encoder of 224, as the published training feeds it; a block may be counted from 0."""
+    encoder = tiny_encoder(112)
+    encoder.load_weights(to_timm(published_weights()))
+    images_BCHW = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    mean, std = encoder.mean_C11, encoder.std_C11
+    resized = F.interpolate((images_BCHW - mean) / std, scale_factor=0.875, mode="bicubic", antialias=False)
+    assert resized.shape[-1] == 112
+    same = tiny_encoder(112, block=2)  # of 5 blocks
+    same.load_weights(to_timm(published_weights()))
+    torch.testing.assert_close(encoder(images_BCHW), same(resized * std + mean), rtol=0, atol=TOLERANCE)
+    assert Dinov2Config(size="base").accepts == (224, 256)
+
+
+def test_a_block_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="block 12 is outside of the 12 blocks of size base"):
+        Dinov2Config(size="base", block=12)
 
 
 def test_resampled_positions_agree() -> None:

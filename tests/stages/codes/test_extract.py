@@ -23,6 +23,7 @@ from pipeline.errors import CorruptError, InputError, NumericError, StorageError
 from pipeline.images import ImageSet
 from pipeline.images.views import CenterViews
 from smalti.arrays import MappedArray
+from stages.codes.reservoir import smallest_rows
 from stages.images.passes import ImagesAt, view_passes
 from tests.hub import Hub
 from tests.stages.conformance import (
@@ -105,9 +106,48 @@ def test_half_precision(images: Artifact, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_features(half), read_features(whole).astype(np.float16))
 
 
+def test_some_features_of_some_images(images: Artifact, tmp_path: Path) -> None:
+    """The images first, then their features; what is kept is what a whole extraction of these images has."""
+    views = {"kind": "shifts", "size": 16, "pixels": 1}
+    config = {**TINY, "views": views, "image_share": 0.6, "seed": 5}
+    some = run_stage("extract", tmp_path, config, inputs={"images": images})
+    few = run_stage("extract", tmp_path, {**config, "rows": 70}, inputs={"images": images})
+    chosen = np.asarray(zarr.open_group(some.path, mode="r")["images"])
+    assert len(chosen) == some.facts["images"] == 10
+    np.testing.assert_array_equal(chosen, smallest_rows(16, 10, seed=5, stream=2))
+    group = zarr.open_group(few.path, mode="r")
+    rows = np.asarray(group["rows"])
+    np.testing.assert_array_equal(rows, smallest_rows(10 * 9 * 4, 70, seed=5, stream=3))
+    np.testing.assert_array_equal(read_features(few), read_features(some).reshape(-1, 5)[rows])
+    np.testing.assert_array_equal(np.asarray(group["labels"]), ImageSet.open(images.path).labels[chosen])
+    assert few.figure == "70 of 90 x 2 x 2 features of 5 values (whitened-patches)"
+    assert zarr_members(few) == ["features", "images", "labels", "rows"]
+    codebook = run_stage("kmeans", tmp_path, {"clusters": 3, "iterations": 2}, inputs={"features": few})
+    assert codebook.facts["rows"] == 70
+
+
+def test_only_images_with_a_kept_feature_are_encoded(
+    images: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.codes import extract
+
+    seen: list[int] = []
+    sound = extract.view_passes
+
+    def watched(source: ImagesAt, numbers: list[int], **options: Any) -> Any:
+        seen.extend(numbers)
+        return sound(source, numbers, **options)
+
+    monkeypatch.setattr(extract, "view_passes", watched)
+    run_stage("extract", tmp_path, {**TINY, "rows": 3}, inputs={"images": images})
+    fitted, encoded = seen[:16], seen[16:]
+    assert fitted == list(range(16))
+    assert encoded == sorted(set((smallest_rows(64, 3, seed=0, stream=3) // 4).tolist()))
+
+
 def test_passes_are_filled_up(images: Artifact) -> None:
     views = CenterViews(size=16)
-    passes = list(view_passes(ImagesAt.of(images), 1, 8, views=views, rows=3))
+    passes = list(view_passes(ImagesAt.of(images), range(1, 8), views=views, rows=3))
     assert [(seen.rows_RSS3.shape, seen.real) for seen in passes] == [((3, 16, 16, 3), 3)] * 2 + [((3, 16, 16, 3), 1)]
     expected = ImageSet.open(images.path).image(7)
     for row in passes[2].rows_RSS3:
@@ -218,7 +258,7 @@ def test_a_damaged_image_set_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        ({**TINY, "views": {"kind": "center", "size": 8}}, "must be the encoder's image_size 16"),
+        ({**TINY, "views": {"kind": "center", "size": 8}}, "must be what the encoder takes: 16 pixels"),
         ({**TINY, "shard_images": 5}, "multiple of chunk_images"),
         ({**TINY, "rows_per_pass": 0}, "greater than or equal to 1"),
         ({**TINY, "dtype": "float64"}, "float32"),

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from pipeline.artifact import Artifact
 from pipeline.errors import CorruptError, InputError, NumericError, UsageError
 from smalti.arrays import MappedArray
-from stages.codes import kmeans
-from stages.codes.kmeans import KMeansConfig, read_sample
+from stages.codes import clustering, kmeans
+from stages.codes.clustering import Rows
+from stages.codes.kmeans import KMeansConfig, choose_rows
 from stages.codes.reservoir import smallest_rows
 from tests.stages.conformance import (
     CRASHED,
@@ -66,6 +67,13 @@ def test_centroids_are_means_and_figures_are_counts(features: Artifact, tmp_path
     for code in range(6):
         np.testing.assert_allclose(centroids_KD[code], rows_ND[codes_N == code].mean(0), atol=1e-5)
     assert codebook.facts["inertia"] == pytest.approx(distances_NK.min(1).mean(), rel=1e-4)
+    counts_K = np.bincount(codes_N, minlength=6)
+    np.testing.assert_array_equal(np.load(codebook.file("sizes.npy")), counts_K)
+    assert codebook.facts["sizes"] == {
+        "smallest": counts_K.min(),
+        "median": sorted(counts_K)[3],
+        "largest": counts_K.max(),
+    }
     assert codebook.facts["used"] == 6
     shares = np.bincount(codes_N) / len(codes_N)
     assert codebook.facts["perplexity"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
@@ -93,7 +101,7 @@ def test_continues_after_the_last_iteration(
     whole = run_stage("kmeans", tmp_path / "whole", {**TINY, "iterations": 9}, inputs={"features": features})
     config = {**TINY, "iterations": 9}
     assert crash_at(40, lambda: run_stage("kmeans", tmp_path, config, inputs={"features": features})) == CRASHED
-    left = max((tmp_path / "kmeans").glob(".*.partial/scratch/*.npy"))
+    left = max((tmp_path / "kmeans").glob(".*.partial/scratch/*.npz"))
     steps = count_steps(monkeypatch)
     check_same_bytes(whole, run_stage("kmeans", tmp_path, config, inputs={"features": features}))
     assert len(steps) == 9 - int(left.stem.removeprefix("iteration-"))
@@ -101,8 +109,23 @@ def test_continues_after_the_last_iteration(
 
 
 def test_fewer_rows_are_those_of_smallest_hash(features: Artifact) -> None:
-    config = KMeansConfig(clusters=6, max_rows=20, seed=7)
-    np.testing.assert_array_equal(read_sample(features, config), read_rows(features)[smallest_rows(64, 20, seed=7)])
+    rows = choose_rows(features, KMeansConfig(clusters=6, max_rows=20, seed=7))
+    np.testing.assert_array_equal(rows.read(0, 20), read_rows(features)[smallest_rows(64, 20, seed=7)])
+    assert KMeansConfig(clusters=8192).most_rows == 2_097_152
+
+
+def test_threads_and_memory_change_no_byte(features: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "PRODUCTS", 1)
+    monkeypatch.setattr(clustering, "LEAST_ROWS", 5)
+    monkeypatch.setattr(clustering, "LEAST_VALUES", 25)  # blocks of 5 rows
+    held: list[Rows] = []
+    monkeypatch.setattr(Rows, "hold", lambda rows, hold=Rows.hold: (held.append(rows), hold(rows)))
+    inputs = {"features": features}
+    one = run_stage("kmeans", tmp_path / "one", {**TINY, "memory_gib": 64.0}, inputs=inputs, threads=1)
+    assert len(held) == 1
+    many = run_stage("kmeans", tmp_path / "many", {**TINY, "memory_gib": 0.001}, inputs=inputs, threads=3)
+    assert len(held) == 1
+    check_same_bytes(one, many)
 
 
 def test_seed_changes_the_codebook(features: Artifact, tmp_path: Path) -> None:
@@ -136,13 +159,6 @@ def test_centroids_that_are_not_finite_stop_at_once_and_keep_the_last_good(
     check_same_bytes(whole, run_stage("kmeans", tmp_path, TINY, inputs={"features": features}))
 
 
-def test_threads_are_given_back(features: Artifact, tmp_path: Path) -> None:
-    faiss.omp_set_num_threads(2)
-    run_stage("kmeans", tmp_path, TINY, inputs={"features": features})
-    assert faiss.omp_get_max_threads() == 2
-    faiss.omp_set_num_threads(1)
-
-
 def test_damaged_features_are_refused(tmp_path: Path) -> None:
     images = index_folder(draw_folder(tmp_path / "folder"), tmp_path)
     damaged = run_stage("extract", tmp_path, {"encoder": ENCODER}, inputs={"images": images})
@@ -162,12 +178,12 @@ def test_refuses_another_kind_and_nonsense(features: Artifact, tmp_path: Path) -
 def count_steps(monkeypatch: pytest.MonkeyPatch, *, bad: int | None = None) -> list[int]:
     """Counts iterations, and makes the centroids of number `bad` NaN."""
     steps: list[int] = []
-    sound = kmeans.FaissRun.step
+    sound = kmeans.move
 
-    def counted(self: Any, rows_ND: Any, centroids_KD: Any) -> Any:
+    def counted(*arguments: Any, **options: Any) -> Any:
         steps.append(len(steps) + 1)
-        moved_KD, inertia = sound(self, rows_ND, centroids_KD)
-        return (np.full_like(moved_KD, np.nan) if steps[-1] == bad else moved_KD), inertia
+        moved = sound(*arguments, **options)
+        return moved._replace(centroids_KD=moved.centroids_KD * np.nan) if steps[-1] == bad else moved
 
-    monkeypatch.setattr(kmeans.FaissRun, "step", counted)
+    monkeypatch.setattr(kmeans, "move", counted)
     return steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -263,11 +264,10 @@ def test_refuses_another_kind_and_nonsense(images: Artifact, codebook: Artifact,
 
 def with_weights(artifact: Artifact, target: Path, change: Any) -> Artifact:
     """A copy of an artifact with other weights, in itself whole."""
-    target.mkdir()
+    shutil.copytree(artifact.path, target)
     state = load_file(artifact.file("weights.safetensors"))
     change(state)
     save_file(state, target / "weights.safetensors")
-    (target / "config.json").write_bytes(artifact.file("config.json").read_bytes())
     weights = (target / "weights.safetensors").read_bytes()
     manifest = json.loads((artifact.path / MANIFEST).read_bytes())
     for entry in manifest["files"]:
