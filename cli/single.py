@@ -46,7 +46,7 @@ STATES = {
     "run": "would be made",
     "damaged": "is damaged: it would be moved aside and made again",
 }
-ALL = "All settings, also those of other kinds: smalti config {}"
+ALL = "All settings as a file for --config: smalti config {}"
 
 Values = dict[str, Any]
 """What typer read, by the names of the parameters."""
@@ -296,21 +296,27 @@ def _externals(declared: Stage) -> list[inspect.Parameter]:
 
 def _fields(declared: Stage) -> list[inspect.Parameter]:
     taken = {*declared.reads, *declared.externals, *COMMON, "set", "config", "ref"}
-    found = []
+    found: dict[str, inspect.Parameter] = {}
+    texts: dict[str, str] = {}
     for setting, kind in optional_settings(declared):
-        if setting.name not in taken:
-            name, is_text = setting.name, kind is list or _may_be_auto(declared, setting)
-            text = help_of(setting) + (f"; {AUTO}: what suits this machine" if name in declared.proposes else "")
-            text += "; numbers, or names where the classes have them" if name in declared.names else ""
-            found.append(
-                parameter(_argument(name), str | None if is_text else kind | None, text, flag=_switch(name, kind))
-            )
-    return found
+        name = setting.name
+        if name in taken:
+            continue
+        texts[name] = f"{texts[name]}; {help_of(setting)}" if name in texts else help_of(setting)
+        text = texts[name] + (f"; {AUTO}: what suits this machine" if name in declared.proposes else "")
+        text += "; numbers, or names where the classes have them" if name in declared.names else ""
+        known = str if kind is list or _may_be_auto(declared, setting) else kind
+        found[name] = parameter(_argument(name), known | None, text, flag=_switch(name, kind))
+    return list(found.values())
 
 
 def optional_settings(declared: Stage) -> list[tuple[Setting, Any]]:
-    """(setting, type) of every number, word, switch or list of these: what can be an option, if there is a choice."""
-    settings = [setting for setting in declared.settings() if not (setting.key == KIND and len(setting.choices) == 1)]
+    """(setting, type) of every number, word, switch or list of these: what can be an option, if there is a choice.
+
+    A setting that differs by kind is there once for each.
+    """
+    settings = declared.settings(all_kinds=True)
+    settings = [setting for setting in settings if not (setting.key == KIND and len(setting.choices) == 1)]
     kinds = [(setting, _plain_kind(setting.field.annotation)) for setting in settings]
     return [(setting, kind) for setting, kind in kinds if kind is not None]
 
@@ -369,7 +375,11 @@ def help_of(setting: Setting) -> str:
 
 def default_of(setting: Setting) -> str:
     """The default in words, or that there is none."""
-    part = f" with {setting.within}" if setting.within else ""
+    kind = f"kind {' or '.join(setting.kinds)}" if setting.kinds else ""
+    within = (
+        "" if kind and setting.within == setting.name.rpartition(".")[0] else setting.within
+    )  # its kind asks for it
+    part = f" with {' and '.join(filter(None, [within, kind]))}" if within or kind else ""
     if setting.value is REQUIRED:
         return f"needed{part}"
     value = ", ".join(map(str, setting.value)) if isinstance(setting.value, list) else json.dumps(setting.value)

@@ -109,7 +109,7 @@ def explain(complaint: ErrorDetails, model: type[BaseModel], where: str) -> str:
     if complaint["type"] in ("union_tag_not_found", "union_tag_invalid"):
         return _wrong_kind(complaint["ctx"], f"{place}.{KIND}")
     if complaint["type"] == "extra_forbidden":
-        return unknown_key(str(complaint["loc"][-1]), place.rpartition(".")[0], known_fields(complaint["loc"], model))
+        return _unknown_field(complaint["loc"], place, model)
     if complaint["type"] == "missing":
         return f"{place} is missing"
     found = complaint.get("input")
@@ -145,6 +145,16 @@ def _wrong_kind(context: Mapping[str, Any], place: str) -> str:
     nearest = difflib.get_close_matches(context["tag"], known, n=1, cutoff=0.5)
     advice = f"did you mean {nearest[0]!r}?" if nearest else f"known are: {', '.join(known)}"
     return f"{place} {context['tag']!r} is unknown: {advice}"
+
+
+def _unknown_field(location: Sequence[int | str], place: str, model: type[BaseModel]) -> str:
+    """The sentence for a setting that is not there, or is there in parts of other kinds alone."""
+    where, _, key = place.rpartition(".")
+    around = _walk(location[:-2], model)[1]
+    kinds = [kind for part in around if key in part.model_fields for kind in kinds_of(part)]
+    if kinds and any(location[-2] in kinds_of(part) for part in around):
+        return f"{place} belongs to {KIND} {' or '.join(kinds)}, but {where}.{KIND} is {location[-2]}"
+    return unknown_key(key, where, known_fields(location, model))
 
 
 def unknown_key(key: str, where: str, known: list[str]) -> str:

@@ -37,8 +37,9 @@ class Setting:
 
     name: dotted.  value: plain JSON, or REQUIRED.  choices: the words that it takes, where there are only some.
     parts: the configs that it may be; several are told apart by `kind`.  within: the name of the part around it that is
-    absent unless it is asked for: `value` counts as soon as one of its settings is given.  is_for_digits: the value
-    suits the embedded digits, and other images need another one to be given.
+    absent unless it is asked for: `value` counts as soon as one of its settings is given.  kinds: of the part around it,
+    if only these have the setting and it is of another one now.  is_for_digits: the value suits the embedded digits, and
+    other images need another one to be given.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Setting:
     choices: tuple[Any, ...] = ()
     parts: Parts = ()
     within: str = ""
+    kinds: tuple[str, ...] = ()
     is_for_digits: bool = False
 
     @property
@@ -69,12 +71,17 @@ class Setting:
 
 
 def settings_of(
-    model: type[BaseModel], given: Mapping[str, Any] | None = None, *, place: str = "", within: str = ""
+    model: type[BaseModel],
+    given: Mapping[str, Any] | None = None,
+    *,
+    place: str = "",
+    within: str = "",
+    all_kinds: bool = False,
 ) -> Iterator[Setting]:
     """Every setting of a config when `given` is asked for, in the order of the fields, a part before what is in it.
 
     Of a part with several kinds, the settings are those of the kind that it has; while it is absent, only its kind and
-    what all kinds have in common are given.
+    what all kinds have in common are given.  all_kinds: after them, the settings that only other kinds have.
     """
     given = given or {}
     values = merge(defaults(model, given), given)
@@ -87,11 +94,14 @@ def settings_of(
             "place": f"{place}{name}.",
             "within": within if isinstance(value, Mapping) else within or place + name,
         }
-        part = part_of(parts, value)
+        part, values_inside = part_of(parts, value), value if isinstance(value, Mapping) else {}
         if part is None:
-            yield from _common(parts, **inside)
+            found = list(_common(parts, **inside))
         else:
-            yield from _with_all_kinds(settings_of(part, value if isinstance(value, Mapping) else {}, **inside), parts)
+            found = list(_with_all_kinds(settings_of(part, values_inside, **inside, all_kinds=all_kinds), parts))
+        yield from found
+        if all_kinds:
+            yield from _of_other_kinds(parts, {setting.name for setting in found}, **inside)
 
 
 def schema_of(model: type[BaseModel], given: Mapping[str, Any], definitions: Definitions) -> dict[str, Any]:
@@ -155,6 +165,18 @@ def _common(parts: Parts, *, place: str, within: str) -> Iterator[Setting]:
     for setting in _with_all_kinds(settings_of(parts[0], place=place, within=within), parts):
         if setting.name.removeprefix(place) in shared:
             yield replace(setting, value=REQUIRED) if setting.key == KIND else setting
+
+
+def _of_other_kinds(parts: Parts, known: set[str], *, place: str, within: str) -> Iterator[Setting]:
+    """The settings that are not known yet, each with the kinds that have it so; once per meaning and default."""
+    found: dict[tuple[str, str, str], Setting] = {}
+    for part in parts:
+        for setting in settings_of(part, place=place, within=within, all_kinds=True):
+            if setting.name not in known:
+                told = setting.name, setting.text, repr(setting.value)
+                kinds = found[told].kinds if told in found else ()
+                found[told] = replace(setting, kinds=setting.kinds or kinds + kinds_of(part))
+    yield from found.values()
 
 
 def _with_all_kinds(settings: Iterator[Setting], parts: Parts) -> Iterator[Setting]:

@@ -164,15 +164,16 @@ class Stage:
     settles: Callable[[Any, Any], Any] | None = None
     """The config with what the inputs decide of it; its `is_settled` says whether they told everything already."""
 
-    def settings(self, given: Mapping[str, Any] | None = None) -> list[Setting]:
-        """Every setting when `given` is asked for (see `pipeline.settings`)."""
+    def settings(self, given: Mapping[str, Any] | None = None, *, all_kinds: bool = False) -> list[Setting]:
+        """Every setting when `given` is asked for (see `pipeline.settings.settings_of`)."""
         standard = {name: value_at(defaults(self.config, {}), name) for name in self.digits_defaults}
 
         def is_for_digits(setting: Setting) -> bool:
             is_given = value_at(given or {}, setting.name) is not REQUIRED
             return setting.name in standard and not is_given and setting.value == standard[setting.name]
 
-        return [replace(setting, is_for_digits=is_for_digits(setting)) for setting in settings_of(self.config, given)]
+        found = settings_of(self.config, given, all_kinds=all_kinds)
+        return [replace(setting, is_for_digits=is_for_digits(setting)) for setting in found]
 
     def is_settled(self, config: Any) -> bool:
         """Whether nothing of the config is left to inputs that are not made yet."""

@@ -117,6 +117,27 @@ def test_another_kind_has_its_own_settings() -> None:
     assert "# size:" in text
 
 
+def test_settings_of_other_kinds_are_options() -> None:
+    """What differs by kind is said for each."""
+    [power] = [param for param in COMMANDS["generate"].params if "--sampling.guidance.power" in param.opts]
+    assert power.help == "power of the cosine's argument; 0 is constant [needed with kind power-cosine]"
+    [filters] = [param for param in COMMANDS["pretokenize"].params if "--views.filter" in param.opts]
+    assert "[default with kind eval-crop or resize: bicubic]" in filters.help
+    assert re.search(r"\[default with kind random-crop[a-z -]*: bilinear\]", filters.help)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("kind power-cosine --sampling.guidance.scale 4 --sampling.guidance.power 2.75", "'x' names no artifact"),
+     ("power 2", "generate.sampling.guidance.power belongs to kind power-cosine, but generate.sampling.guidance.kind is constant"),
+     ("kind linear --sampling.guidance.scale 4 --sampling.guidance.power 2", "power belongs to kind power-cosine"),
+     ("kind power-cosine --sampling.guidance.power 2", "generate.sampling.guidance.scale is missing")],
+)  # fmt: skip
+def test_a_setting_of_another_kind_needs_that_kind(options: str, said: str, tmp_path: Path) -> None:
+    done = smalti(f"generate --generator x --tokenizer x --store {tmp_path} --sampling.guidance.{options}")
+    assert said in done.stderr
+
+
 def test_a_published_size_shows_its_numbers() -> None:
     text = smalti("config train-generator --set model.kind=rar --set model.size=b").stdout
     assert parse_yaml(text)["model"]["layers"] == 24
