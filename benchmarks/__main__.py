@@ -12,7 +12,7 @@ import sys
 from benchmarks import large
 from benchmarks.machine import describe_machine
 
-MODULES = ("tokens", "sampling", "llama", "digit", "quantizers", "recipe")
+MODULES = ("tokens", "sampling", "llama", "digit", "quantizers", "kmeans", "recipe")
 
 
 def main() -> None:
