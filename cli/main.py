@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from cli import doctor, inspection, recipes, settings
+from cli import comparison, doctor, inspection, recipes, settings
 from cli.options import followers
 from cli.output import explain, guarded, print_error
 from cli.pictures import generate_command, sample_command
@@ -62,6 +62,7 @@ app.command("run", cls=recipes.RunCommand, rich_help_panel=STORES)(recipes.run)
 for command in (
     recipes.plan,
     recipes.schema,
+    comparison.compare,
     settings.config,
     inspection.status,
     inspection.path,

@@ -11,6 +11,7 @@ from rich import filesize
 from typer.core import TyperCommand
 
 from cli import options
+from cli.comparison import print_rows, rows_of
 from cli.output import guarded, pictures_of, print_json, print_table, say
 from pipeline.artifact import Artifact
 from pipeline.compatibility import check_recipe
@@ -27,6 +28,7 @@ from pipeline.trees import Memory
 from smalti.counting import counted
 from stages import stages
 from stages.images.checks import check_step_sizes
+from stages.scoring.runs import Row
 
 ALL = "all"
 
@@ -102,7 +104,8 @@ def run(
     say(f"{loaded.name}: {loaded.title}", quiet=quiet)
     with options.running(values) as running:
         results = {step.name: (step, made) for step, made in run_recipe(loaded, Store(store), running, force=forced)}
-    _show_results(loaded, list(results.values()), time.monotonic() - started, json, quiet)
+    rows = rows_of({name: made.artifact for name, (_, made) in results.items()}, Store(store))
+    _show_results(loaded, list(results.values()), rows, time.monotonic() - started, json, quiet)
 
 
 @guarded
@@ -167,12 +170,13 @@ def _show_plan(recipe: Recipe, planned: list[Planned], as_json: bool) -> None:
     say(f"{left} of {counted(len(planned), 'step')} to do" if left else _all_done(len(planned)))
 
 
-def _show_results(recipe: Recipe, results: list[tuple[Step, Made]], seconds: float, as_json: bool, quiet: bool) -> None:
+def _show_results(
+    recipe: Recipe, results: list[tuple[Step, Made]], runs: list[Row], seconds: float, as_json: bool, quiet: bool
+) -> None:
     if as_json:
         steps = [_result_json(step, made) for step, made in results]
-        print_json(
-            {"recipe": recipe.name, "seconds": round(seconds, 1), "steps": steps, "pictures": _pictures(results)}
-        )
+        found = {"recipe": recipe.name, "seconds": round(seconds, 1), "steps": steps, "pictures": _pictures(results)}
+        print_json({**found, "comparison": [row.as_json() for row in runs]})
         return
     rows = [
         [step.name, _state(made), _seconds(made.artifact), made.artifact.name, made.artifact.figure]
@@ -181,6 +185,8 @@ def _show_results(recipe: Recipe, results: list[tuple[Step, Made]], seconds: flo
     print_table(f"{recipe.name}: {recipe.title}", ["step", "state", "seconds", "artifact", "figure"], rows)
     for name, path in _pictures(results).items():
         typer.echo(f"{name}: {path}")
+    if runs:
+        print_rows(runs)
     made_now = sum(not made.reused for _, made in results)
     total = sum(_tree_bytes(made.artifact) for _, made in results)
     if made_now:

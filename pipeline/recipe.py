@@ -9,15 +9,18 @@
 
 A step names its stage, its inputs (other steps; a list where the stage takes many) and its config. Steps may stand in any
 order. `base: other.yaml` takes everything from another recipe but what differs (`pipeline.recipe_text`).
-`--set codebook.clusters=64` changes a value of the result; the first word is a step or one of title, paths, steps.
+`--set codebook.clusters=64` changes a value of the result; the first word is a step, a pattern of several (`judge-*`), or one
+of title, paths, steps.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -232,22 +235,23 @@ def put_setting(values: dict[str, Any], keys: Sequence[str], value: Any) -> None
 
 def _apply(written: Written, setting: str) -> None:
     keys, value = parse_setting(setting)
-    steps = written.values.get("steps")
+    for place in _places(keys, written.values.get("steps"), setting):
+        put_setting(written.values, place, deepcopy(value))
+        for former in [former for former in written.origins if former[: len(place)] == place]:
+            del written.origins[former]
+        written.origins[place] = f"--set {setting}"
+
+
+def _places(keys: list[str], steps: Any, setting: str) -> list[Keys]:
+    """Where a setting belongs: at one place of the recipe, or at the same one in all steps of a pattern."""
     known = [name for name in RecipeText.model_fields if name != BASE]
-    if keys[0] not in known:
-        if not isinstance(steps, dict) or keys[0] not in steps:
-            raise UsageError(unknown_key(keys[0], f"--set {setting}", [*known, *(steps or ())]))
-        keys = [
-            "steps",
-            keys[0],
-            *([] if keys[1:2] in (["config"], ["inputs"], ["paths"], ["stage"]) else ["config"]),
-            *keys[1:],
-        ]
-    put_setting(written.values, keys, value)
-    place = tuple(keys)
-    for former in [former for former in written.origins if former[: len(place)] == place]:
-        del written.origins[former]
-    written.origins[place] = f"--set {setting}"
+    if keys[0] in known:
+        return [tuple(keys)]
+    names = fnmatch.filter(map(str, steps), keys[0]) if isinstance(steps, dict) else []
+    if not names:
+        raise UsageError(unknown_key(keys[0], f"--set {setting}", [*known, *(steps or ())]))
+    part = [] if keys[1:2] in (["config"], ["inputs"], ["paths"], ["stage"]) else ["config"]
+    return [("steps", name, *part, *keys[1:]) for name in names]
 
 
 def _step(

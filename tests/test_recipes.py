@@ -102,6 +102,26 @@ def test_recipe_is_called_by_its_own_name(path: Path) -> None:
     )
 
 
+DIGITS = {
+    "rar": ("vector", "rar"),
+    "ibq": ("index-backpropagation", "llama"),
+    "open-magvit2": ("lookup-free", "factorized"),
+}
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_digits_go_on_to_the_score_of_their_own_generator(name: str, tmp_path: Path) -> None:
+    recipe = load(ROOT / "recipes" / "digits" / f"{name}.yaml")
+    steps, configs = {step.name: step for step in recipe.steps}, named(recipe)
+    assert (configs["tokenizer"]["model"]["quantizer"]["kind"], configs["generator"]["model"]["kind"]) == DIGITS[name]
+    assert configs["generator"]["training"]["steps"] <= 800
+    features = steps["score"].inputs["features"]
+    samples = steps[steps[features].inputs["images"]].inputs["tokens"]
+    assert steps[samples].inputs["generator"] == "generator"
+    judged = {item.step.name: item.key for item in plan(load(ROOT / "recipes/digits/judges.yaml"), Store(tmp_path))}
+    assert judged.items() <= {item.step.name: item.key for item in plan(recipe, Store(tmp_path))}.items()
+
+
 def test_planning_imports_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from cli.main import app\n"

@@ -64,7 +64,7 @@ class GenerateSpec:
     config=GenerateConfig,
     reads={
         "generator": read("generator", help="the generator to sample from"),
-        TOKENIZER: read("tokenizer", help="the tokenizer of its codes"),
+        TOKENIZER: read("tokenizer", "codebook", help="the tokenizer of its codes"),
         LABELS: read("token-set", help="whose class proportions to follow (labels: like)", optional=True),
     },
     writes="images",

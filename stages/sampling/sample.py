@@ -43,6 +43,8 @@ Labels_I = NDArray[np.int32]
 def foresee(config: SampleConfig, inputs: KnownInputs) -> Facts:
     """Codes of the generator's tokenizer, for labels among its classes."""
     generator, tokenizers, like = inputs["generator"], inputs.all(TOKENIZER), inputs.all(LABELS)
+    if any(one.kind == "codebook" for one in tokenizers):
+        raise inputs.refusal(f"decodes with {tokenizers[0].name}, which makes a K-Means codebook and has no decoder")
     facts = generator.only("codes", "grid", "classes", "class_names", "factors", "pixels", "tokenizer")
     facts |= inputs.agree([generator, *tokenizers], "tokenizer", "codes")
     if tokenizers and tokenizers[0].get("downsample") and facts.get("grid"):

@@ -24,6 +24,7 @@ OTHERS = {
     "run": {"--images", "--path", "--set", "--as", *COMMON_FLAGS},
     "plan": {"--images", "--path", "--set", "--as", "--store", "--rescan", "--json"},
     "schema": {"--json"},
+    "compare": {"--markdown", "--store", "--json"},
     "config": {"--set", "--config", "--json"},
     "path": {"--store", "--json"},
     "status": {"--kind", "--store", "--json"},

@@ -134,6 +134,15 @@ def test_settings_reach_every_place(tmp_path: Path) -> None:
     assert configs["sum"]["scale"] == 4.0
 
 
+def test_a_pattern_sets_the_same_in_several_steps(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, RECIPE + "  number-2: {stage: count}\n  number-3: {stage: count}\n")
+    recipe = load_recipe(path, STAGES, settings=["number-*.inner={rate: 2e-2}", "number-3.inner.rate=3e-2"])
+    rates = {step.name: step.config.inner.rate for step in recipe.steps if step.stage.name == "count"}
+    assert rates == {"numbers": 1e-3, "number-2": 2e-2, "number-3": 3e-2}
+    assert "number-*" in refusal(tmp_path, RECIPE, "number-*.rows=3")
+    assert "--set num*.rows=x: " in refusal(tmp_path, RECIPE, "num*.rows=x")
+
+
 def test_numbers_of_yaml_1_2_are_numbers(tmp_path: Path) -> None:
     recipe = load(tmp_path, text=STEPS + "  n: {stage: count, config: {inner: {rate: 5e-4}}}")
     assert recipe.steps[0].config.inner.rate == 5e-4  # type: ignore[attr-defined]
