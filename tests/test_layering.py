@@ -41,21 +41,19 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def modules_of(tree: ast.AST, *, types: bool) -> Iterator[str]:
-    """Our modules that a file imports, also inside functions. types: also those that it imports for annotations alone."""
+def modules_of(tree: ast.AST) -> Iterator[str]:
+    """Our modules that a file imports, also inside functions and for annotations alone."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not types:
-            continue
         if isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             yield from {name if name in MODULES else str(node.module) for name in names} & set(MODULES)
         elif isinstance(node, ast.Import):
             yield from {alias.name for alias in node.names} & set(MODULES)
-        yield from modules_of(node, types=types)
+        yield from modules_of(node)
 
 
 def test_no_circles() -> None:
-    graph = {name: set(modules_of(ast.parse(path.read_text()), types=False)) - {name} for name, path in MODULES.items()}
+    graph = {name: set(modules_of(ast.parse(path.read_text()))) - {name} for name, path in MODULES.items()}
     TopologicalSorter(graph).prepare()  # CycleError names a circle
 
 
@@ -65,9 +63,7 @@ def test_groups_of_stages(name: str) -> None:
     place = next(number for number, layer in enumerate(GROUPS) if group in layer)
     below = {group}.union(*GROUPS[:place])
     found = {
-        other.split(".")[1]
-        for other in modules_of(ast.parse(MODULES[name].read_text()), types=True)
-        if other.startswith("stages.")
+        other.split(".")[1] for other in modules_of(ast.parse(MODULES[name].read_text())) if other.startswith("stages.")
     }
     assert found <= below
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -55,6 +55,7 @@ class WhitenedPatchesConfig(Config):
 class Dinov2Config(Config):
     """DINOv2 with four registers (arXiv 2304.07193, 2309.16588), patch features of one block."""
 
+    channels: ClassVar[int] = 3
     kind: Literal["dinov2"] = "dinov2"
     size: Literal["small", "base", "large", "giant"] = Field(description="Size of the vision transformer.")
     image_size: Annotated[int, Field(ge=14, multiple_of=14)] = Field(

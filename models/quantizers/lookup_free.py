@@ -7,8 +7,6 @@ the joint probabilities of the low and of the high half of the channels. Nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -117,20 +115,3 @@ def joint(logits_ND: Tensor) -> Tensor:
         zero_NL = probabilities_NL * F.logsigmoid(-logit_N[:, None]).exp()
         probabilities_NL = torch.cat([zero_NL, probabilities_NL * F.logsigmoid(logit_N[:, None]).exp()], dim=1)
     return probabilities_NL
-
-
-def split_code(codes: Tensor, bits: Sequence[int]) -> tuple[Tensor, ...]:
-    """The sub-tokens of a code: as many as `bits`, the lowest bits first (Open-MAGVIT2 predicts 18 as 6, then 12)."""
-    parts = []
-    for width in bits:
-        parts.append(codes & (2**width - 1))
-        codes = codes >> width
-    return tuple(parts)
-
-
-def join_code(parts: Sequence[Tensor], bits: Sequence[int]) -> Tensor:
-    """The inverse of `split_code`."""
-    codes = torch.zeros_like(parts[0])
-    for part, width in zip(reversed(parts), reversed(bits), strict=True):
-        codes = (codes << width) | part
-    return codes

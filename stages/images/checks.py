@@ -41,9 +41,10 @@ def common_pixels(images: Known) -> int | None:
 
 def check_rgb(network: Any, place: str, inputs: KnownInputs) -> None:
     """A refusal of a network for another number of colour channels than images have."""
-    channels = getattr(network, "channels", COLOURS)
-    if channels != COLOURS:
-        raise inputs.refusal(f"has {place}.channels {channels}, but images have {COLOURS} channels (red, green, blue)")
+    if network.channels != COLOURS:
+        raise inputs.refusal(
+            f"has {place}.channels {network.channels}, but images have {COLOURS} channels (red, green, blue)"
+        )
 
 
 def check_codes_fit(views: ViewPolicy, tokenizer: Known, inputs: KnownInputs) -> tuple[int, int] | None:

@@ -29,21 +29,8 @@ from smalti.arrays import ArraySpec, MappedArray, encode_shard
 from smalti.counting import counted
 from stages.devices import threads
 from stages.images.image_files import Pictures, PicturesAt
-from stages.scoring.features import (
-    KIND,
-    SIDE,
-    Description,
-    Extractor,
-    ExtractorFile,
-    ExtractorKind,
-    Moments,
-    inception,
-    join,
-    read_statistics,
-    whole,
-    write_metadata,
-    write_whole,
-)
+from stages.scoring.features import KIND, SIDE, Moments, join, read_statistics, whole, write_metadata, write_whole
+from stages.scoring.protocol import Description, Extractor, ExtractorFile, ExtractorKind, inception
 from stages.weights.cards import read_config
 from stages.weights.checkpoint_reader import identify_file
 from stages.weights.networks import NetworkFile

@@ -20,7 +20,7 @@ from torch_fidelity.utils import create_feature_extractor
 from pipeline.keys import sha256
 from pipeline.stage_cache import cached
 from stages.devices import pick_device
-from stages.scoring.features import ExtractorFile
+from stages.scoring.protocol import ExtractorFile
 from stages.weights.networks import NetworkFile, load_classifier
 from stages.weights.places import INCEPTION as WEIGHTS
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,63 +22,13 @@ from pipeline.compatibility import Origin
 from pipeline.draft import Draft
 from pipeline.errors import CorruptError
 from smalti.arrays import ArraySpec, MappedArray, encode_shard, group_files
-from stages.weights.networks import NetworkFile
+from stages.scoring.protocol import INCEPTION_FEATURES, Description, Extractor
 
 FORMAT = 1
 KIND = ATTRIBUTES = "image-features"
 SIDE = 32  # pixels a side of a thumbnail, at most
-INCEPTION_FEATURES, INCEPTION_LOGITS = 2048, 1008
-
-ExtractorKind = Literal["classifier", "inception", "inception-pytorch-fid"]
 
 # R rows (images), E features
-
-
-@dataclass(frozen=True)
-class Extractor:
-    """What describes images. id: tells it from others.  features, logits: how many values it gives of an image."""
-
-    kind: ExtractorKind
-    id: str
-    features: int
-    logits: int
-
-
-@dataclass(frozen=True)
-class ExtractorFile:
-    """An extractor, its weights, and the device that it runs on; picklable."""
-
-    kind: ExtractorKind
-    device: str
-    classifier: NetworkFile | None = None
-    weights: Path | None = None
-
-
-def inception(kind: ExtractorKind) -> Extractor:
-    """The published Inception, under one of its inputs."""
-    return Extractor(kind, f"{kind}-6726825d", INCEPTION_FEATURES, INCEPTION_LOGITS)
-
-
-@dataclass(frozen=True)
-class Description:
-    """On what features depend besides the images. extractors: those of distances.  size, views: None where nothing says."""
-
-    extractors: tuple[Origin, ...]
-    size: int | None = None
-    views: Any = None
-
-    def contradiction(self, other: Description) -> tuple[str, str] | None:
-        """How two descriptions differ, in words for each; None where their features can be compared."""
-        pairs = zip(self.extractors, other.extractors, strict=False)
-        if len(self.extractors) != len(other.extractors) or any(one.differs(another) for one, another in pairs):
-            return self._by(), other._by()
-        for words, one, another in (("at {} pixels", self.size, other.size), ("in views {}", self.views, other.views)):
-            if None not in (one, another) and one != another:
-                return words.format(one), words.format(another)
-        return None
-
-    def _by(self) -> str:
-        return f"by {', '.join(map(str, self.extractors))}"
 
 
 @dataclass(frozen=True)

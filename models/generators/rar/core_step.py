@@ -11,7 +11,6 @@ head, I inputs and O outputs of a linear layer, F hidden width of the MLP
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,10 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.generators.core_kernels import affine, compiled, likelihoods, mean_values
+from models.generators.rar.network import Block, Rar
 from models.generators.rar.step import query_affine
-
-if TYPE_CHECKING:
-    from models.generators.rar.network import Block, Rar
 
 
 class RarCoreStep:

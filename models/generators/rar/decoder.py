@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.generators.rar.memory import FEW_STREAMS, SHORTEST_STRETCH, STRETCH, table_bytes
+from models.generators.rar.network import Rar
 from models.generators.rar.step import RarStep
 from models.generators.step_decoder import StepDecoder
 from models.sampling.heads import CodeHead
 
 if TYPE_CHECKING:
     from models.generators.rar.core_step import RarCoreStep
-    from models.generators.rar.network import Rar
 
 Step = Callable[[Tensor, Tensor, int], Tensor]
 

@@ -6,17 +6,13 @@ I inputs and O outputs of a linear layer
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.generators.rar.memory import SHORTEST_PRODUCT
-
-if TYPE_CHECKING:
-    from models.generators.rar.network import Block, Rar
-    from models.layers.attention import CausalSelfAttention
+from models.generators.rar.network import Block, Rar
+from models.layers.attention import CausalSelfAttention
 
 
 class RarStep:

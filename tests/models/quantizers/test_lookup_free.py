@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.quantizers.config import LookupFreeConfig
-from models.quantizers.lookup_free import LookupFreeQuantizer, join_code, split_code
+from models.quantizers.lookup_free import LookupFreeQuantizer
 from tests.models.quantizers.quantizer_suite import QuantizerSuite
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "open_magvit2"
@@ -116,14 +116,6 @@ def test_every_code_comes_back() -> None:
     six_bits = LookupFreeQuantizer(LookupFreeConfig(), dim=6)
     codes_Bhw = torch.arange(64).reshape(1, 8, 8)
     assert torch.equal(six_bits.encode(six_bits.lookup(codes_Bhw)), codes_Bhw)
-
-
-def test_sub_tokens_come_back() -> None:
-    codes = torch.arange(2**18)
-    first, second = split_code(codes, (6, 12))
-    assert (int(first.max()), int(second.max())) == (63, 4095)
-    assert torch.equal(first + (second << 6), codes)
-    assert torch.equal(join_code((first, second), (6, 12)), codes)
 
 
 def test_float32_under_autocast() -> None:

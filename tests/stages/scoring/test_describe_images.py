@@ -18,8 +18,9 @@ from pipeline.runner import Options, make
 from pipeline.stage import Inputs
 from pipeline.store import Store
 from stages.scoring.describe_images import DescribeConfig, describe_images, described_as
-from stages.scoring.features import INCEPTION_FEATURES, ImageFeatures, Moments, inception, join
+from stages.scoring.features import ImageFeatures, Moments, join
 from stages.scoring.figures import distances
+from stages.scoring.protocol import INCEPTION_FEATURES, inception
 from stages.weights.networks import NetworkFile, load_classifier
 from stages.weights.places import INCEPTION
 from tests.stages.conformance import draw_folder, index_folder
