@@ -31,7 +31,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pipeline.artifact import Artifact
-from pipeline.errors import UsageError
+from pipeline.errors import CorruptError, UsageError
 from pipeline.keys import canonical_bytes, config_value, sha256
 from pipeline.recipe import Recipe, Step
 from pipeline.stage import Inputs, Stage
@@ -125,7 +125,10 @@ class KnownInputs:
         return UsageError(f"step {self.name} {sentence}" if self.step else f"{self.name} {sentence}", hint=hint)
 
     def agree(self, known: Iterable[Known], *names: str) -> Facts:
-        """Facts of these names that all of these have in common; a refusal names the first two that contradict each other."""
+        """Facts of these names that all of these have in common; a refusal names the first two that contradict each other.
+
+        Steps that contradict each other are a UsageError (exit code 2), given artifacts a CorruptError (4).
+        """
         common: Facts = {}
         origins: dict[str, str] = {}
         for one in known:
@@ -135,10 +138,11 @@ class KnownInputs:
                     continue
                 before = common.setdefault(name, fact)
                 if contradicts(before, fact):
-                    raise self.refusal(
+                    refusal = self.refusal(
                         f"cannot use {origins[name]} and {one.name} together: {WORDS[name].format(_said(fact))} in "
                         f"{one.name}, but {WORDS[name].format(_said(before))} in {origins[name]}"
                     )
+                    raise refusal if self.step else CorruptError(refusal.message)
                 origins.setdefault(name, one.name)
         return common
 
@@ -202,11 +206,22 @@ def settle(declared: Stage, config: BaseModel, inputs: Inputs) -> BaseModel:
     """The config with what finished inputs decide of it."""
     if declared.settles is None:
         return config
+    settled_config: BaseModel = declared.settles(config, _finished(declared, inputs))
+    return settled_config
+
+
+def check_together(declared: Stage, config: BaseModel, inputs: Inputs) -> None:
+    """UsageError or CorruptError (exit codes 2 and 4) where a stage does not fit to finished inputs, or these to each other."""
+    if declared.foresees is not None and declared.checks_inputs:
+        declared.foresees(config, _finished(declared, inputs))
+
+
+def _finished(declared: Stage, inputs: Inputs) -> KnownInputs:
+    """What is known of finished inputs, whoever made them."""
     found = {
         name: [Known(one.name, one.kind, facts_of(one), one) for one in inputs.all(name)] for name, _ in inputs.items()
     }
-    settled_config: BaseModel = declared.settles(config, KnownInputs(declared.name, found))
-    return settled_config
+    return KnownInputs(declared.name, found)
 
 
 def look_ahead(step: Step, known: Mapping[str, Known], made: Artifact | None) -> Known:

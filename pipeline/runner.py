@@ -20,7 +20,7 @@ from rich import filesize
 from pipeline import durable
 from pipeline.artifact import LOG, Artifact, check_data
 from pipeline.cluster import Cluster, InProcess
-from pipeline.compatibility import Known, foresee, look_ahead, settle, settled
+from pipeline.compatibility import Known, check_together, foresee, look_ahead, settle, settled
 from pipeline.cores import usual_threads
 from pipeline.draft import Draft, Request
 from pipeline.errors import BadImages, CorruptError, InputError, SmaltiError
@@ -192,8 +192,7 @@ def make(
             return Made(_note(store, request, paths, options), reused=True)
     if options.memory.doubt(request.externals.values()):  # nothing is made of what is only remembered
         return make(store, declared, config, inputs, paths, options)
-    if declared.check is not None:
-        declared.check(config, dict(inputs.items()))
+    check_together(declared, config, inputs)
     options.before_work()
     found = {need.external: need.get(options.progress) for need in wanted}
     say = options.progress.say

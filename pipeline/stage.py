@@ -148,8 +148,6 @@ class Stage:
     help: str
     example: str
     externals: Mapping[str, External] = field(default_factory=dict)
-    check: Callable[[Any, Mapping[str, Any]], None] | None = None
-    """Optional check of (config, inputs by name) before the draft is opened."""
     trains: bool = False
     """Under torchrun, every process takes part in the work; of other stages the first one does it all."""
     proposes: Mapping[str, Propose] = field(default_factory=dict)
@@ -160,7 +158,10 @@ class Stage:
     """Dotted settings whose default suits the embedded digits alone: other images need them to be given."""
 
     foresees: Callable[[Any, Any], dict[str, Any]] | None = None
-    """(config, KnownInputs) -> facts of the output; refuses what does not fit together (`pipeline.compatibility`)."""
+    """(config, KnownInputs) -> facts of the output; refuses what does not fit together (`pipeline.compatibility`), when a recipe is
+    read."""
+    checks_inputs: bool = False
+    """Whether `foresees` is asked of finished inputs, too, before a draft is opened; other stages check what they read."""
     settles: Callable[[Any, Any], Any] | None = None
     """The config with what the inputs decide of it; its `is_settled` says whether they told everything already."""
 

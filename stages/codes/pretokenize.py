@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +21,9 @@ from smalti.arrays import MappedArray
 from smalti.attributes import TokenAttributes
 from stages.codes.code_usage import CodeUsage
 from stages.codes.token_files import ShardSizes, TokenLayout, write_labels_and_cards
-from stages.codes.tokenizing import load_encodes
+from stages.codes.tokenizing import check_codes_fit, load_encodes
 from stages.devices import pick_device, threads
-from stages.images.checks import check_codes_fit, check_seen
+from stages.images.checks import check_seen
 from stages.images.passes import ImagesAt, run_passes, view_passes
 from stages.weights.cards import TokenizerCard
 from stages.weights.networks import NetworkFile
@@ -70,12 +68,6 @@ class TokenizeSpec:
     rows_per_pass: int
 
 
-def check_views(config: PretokenizeConfig, inputs: Mapping[str, Any]) -> None:
-    """UsageError, before anything is read, where the views do not fit the tokenizer."""
-    card = TokenizerCard.of(inputs["tokenizer"])
-    card.grid(seen_views(config, card).size)
-
-
 def foresee(config: PretokenizeConfig, inputs: KnownInputs) -> Facts:
     """The codes are the tokenizer's, the labels those of the images."""
     images, tokenizer = inputs["images"], inputs["tokenizer"]
@@ -109,8 +101,8 @@ def foresee(config: PretokenizeConfig, inputs: KnownInputs) -> Facts:
     },
     writes="token-set",
     example="smalti pretokenize --images digits:train --tokenizer digits/rar/codebook",
-    check=check_views,
     foresees=foresee,
+    checks_inputs=True,
 )
 def pretokenize(config: PretokenizeConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Turn every view of every image into codes.

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from models.encoders.config import BUILDERS
 from models.registry import build
 from pipeline.artifact import Artifact
+from pipeline.compatibility import Known, KnownInputs, either
 from pipeline.draft import Draft
-from pipeline.errors import CorruptError
+from pipeline.errors import CorruptError, UsageError
+from pipeline.images import ViewPolicy
 from pipeline.keys import config_value
 from pipeline.stage_cache import cached
 from stages.codes.encoders import Encoder, build_encoder
-from stages.weights.cards import CodebookConfig, read_config
+from stages.weights.cards import CodebookConfig, TokenizerCard, read_config
 from stages.weights.files import WEIGHTS, load_weights, save_weights
 from stages.weights.networks import NetworkFile, load_tokenizer
 
@@ -53,6 +55,29 @@ class FeatureTokenizer:
 
         features_BhwD = self.encoder(images_BCHW)
         return nearest(features_BhwD.flatten(0, 2), self.centroids_KD).reshape(features_BhwD.shape[:3])
+
+
+def check_codes_fit(views: ViewPolicy, tokenizer: Known, inputs: KnownInputs) -> tuple[int, int] | None:
+    """Rows and columns of codes of a view, as far as they are known; a refusal where views do not divide into codes."""
+    if tokenizer.artifact is not None:
+        try:
+            return TokenizerCard.of(tokenizer.artifact).grid(views.size)
+        except UsageError as error:
+            raise inputs.refusal(f"cannot use these views: {error.message}", hint=error.hint) from error
+    pixels, downsample = tokenizer.get("pixels"), tokenizer.get("downsample")
+    if tokenizer.kind == "codebook":
+        accepts = tokenizer.get("accepts", (pixels or views.size,))
+        if views.size not in accepts:
+            raise inputs.refusal(
+                f"sees images at {views.size} pixels (views.size), but {tokenizer.name} takes images of {either(accepts)} pixels"
+            )
+        grid: tuple[int, int] | None = tokenizer.get("grid")
+        return grid
+    if downsample is not None and views.size % downsample:
+        raise inputs.refusal(
+            f"sees images at {views.size} pixels (views.size), but a code of {tokenizer.name} is {downsample} pixels wide"
+        )
+    return None if downsample is None else (views.size // downsample,) * 2
 
 
 @cached(4)

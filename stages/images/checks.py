@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.artifact import Artifact
-from pipeline.compatibility import Known, KnownInputs, either
+from pipeline.compatibility import Known, KnownInputs
 from pipeline.errors import SmaltiError, UsageError
 from pipeline.images import ImageSet, ViewPolicy
 from pipeline.images.views import NoneViews
@@ -45,26 +45,6 @@ def check_rgb(network: Any, place: str, inputs: KnownInputs) -> None:
         raise inputs.refusal(
             f"has {place}.channels {network.channels}, but images have {COLOURS} channels (red, green, blue)"
         )
-
-
-def check_codes_fit(views: ViewPolicy, tokenizer: Known, inputs: KnownInputs) -> tuple[int, int] | None:
-    """Rows and columns of codes of a view, as far as they are known; a refusal where views do not divide into codes."""
-    pixels, downsample = tokenizer.get("pixels"), tokenizer.get("downsample")
-    if tokenizer.kind == "codebook":
-        accepts = tokenizer.get("accepts", (pixels or views.size,))
-        if views.size not in accepts:
-            raise inputs.refusal(
-                f"sees images at {views.size} pixels (views.size), but {tokenizer.name} takes images of {either(accepts)} pixels"
-            )
-        grid: tuple[int, int] | None = tokenizer.get("grid")
-        return grid
-    if downsample is None:
-        return None
-    if views.size % downsample:
-        raise inputs.refusal(
-            f"sees images at {views.size} pixels (views.size), but a code of {tokenizer.name} is {downsample} pixels wide"
-        )
-    return (views.size // downsample,) * 2
 
 
 def check_sizes(declared: Stage, given: Mapping[str, Any], inputs: Inputs) -> None:

@@ -87,7 +87,12 @@ def to_images(rows_RSS3: NDArray[np.uint8], device: torch.device) -> torch.Tenso
     """Bytes (R, S, S, 3) to a tensor (R, 3, S, S) in [0,1] on the device."""
     import torch
 
-    return torch.from_numpy(rows_RSS3).to(device).permute(0, 3, 1, 2).contiguous().float().div_(255)
+    return unit_pixels(torch.from_numpy(rows_RSS3).to(device))
+
+
+def unit_pixels(rows_RSS3: torch.Tensor) -> torch.Tensor:
+    """Bytes (R, S, S, 3) to float32 (R, 3, S, S) in [0,1], on the tensor's device."""
+    return rows_RSS3.permute(0, 3, 1, 2).contiguous().float().div_(255)
 
 
 @cached(4)

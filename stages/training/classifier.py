@@ -10,8 +10,9 @@ from torch import Tensor
 
 from models.classifiers.config import BUILDERS
 from models.registry import build
+from stages.images.passes import unit_pixels
 from stages.training.config import TrainClassifierConfig
-from stages.training.images import TrainingImages, mean_figure, unit_pixels
+from stages.training.images import TrainingImages, mean_figure
 from stages.training.task import Batch, Losses, Modules, Part, Task
 
 PART = "classifier"

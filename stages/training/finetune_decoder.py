@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from pipeline.compatibility import Facts, KnownInputs
 from pipeline.draft import Draft
+from pipeline.keys import config_value
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
-from stages.images.checks import check_codes_fit
+from stages.codes.tokenizing import check_codes_fit
 from stages.training.config import (
     FinetuneDecoderConfig,
 )
-from stages.training.inputs import IMAGES, START, WEIGHTS, check_images, check_known_start, check_start
+from stages.training.inputs import IMAGES, START, WEIGHTS, check_images, check_start
 from stages.training.train_tokenizer import count_used, describe, where
 from stages.weights.cards import TokenizerCard
-from stages.weights.files import config_json, save_weights
+from stages.weights.files import save_weights
 from stages.weights.identity import CODES_OF
-
-
-def check_inputs(config: FinetuneDecoderConfig, inputs: Mapping[str, Any]) -> None:
-    """UsageError, before any image is read, where the views or a discriminator do not fit."""
-    check_start(config, inputs)
-    TokenizerCard.of(inputs["tokenizer"]).grid(config.views.size)
 
 
 def foresee(config: FinetuneDecoderConfig, inputs: KnownInputs) -> Facts:
     """The same codes as before."""
     check_images(config, None, inputs)
-    check_known_start(config, inputs)
+    check_start(config, inputs)
     grid = check_codes_fit(config.views, inputs["tokenizer"], inputs)
     return {**inputs["tokenizer"].only("tokenizer", "codes", "downsample"), "grid": grid, "pixels": config.views.size}
 
@@ -41,11 +33,11 @@ def foresee(config: FinetuneDecoderConfig, inputs: KnownInputs) -> Facts:
     reads=IMAGES | {"tokenizer": read("tokenizer", help="the tokenizer whose decoder is trained further")} | START,
     writes="tokenizer",
     trains=True,
-    check=check_inputs,
     example="smalti finetune-decoder --images digits/rar/train-images --tokenizer digits/rar/tokenizer --training.steps 200",
     externals=WEIGHTS,
     digits_defaults=("views.size",),
     foresees=foresee,
+    checks_inputs=True,
 )
 def finetune_decoder(config: FinetuneDecoderConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Train the decoder of a tokenizer further, with its encoder and its codebook frozen.
@@ -68,6 +60,6 @@ def finetune_decoder(config: FinetuneDecoderConfig, inputs: Inputs, out: Draft, 
     )
     used = count_used(outcome, out, run)
     if outcome.is_first:
-        save_weights(out, outcome.task.tokenizer.state_dict(), config_json(card.decoder))
+        save_weights(out, outcome.task.tokenizer.state_dict(), config_value(card.decoder))
         describe(out, outcome.task, outcome.figures["psnr"], used, where=where(inputs))
         out.facts |= {CODES_OF: card.identity}

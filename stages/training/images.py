@@ -88,8 +88,3 @@ def open_images(inputs: Inputs, run: Runtime, *, views: ViewPolicy, seed: int) -
     run.progress.say(f"  reading {' and '.join(counts)}, building the networks")
     opened = [TrainingImages(artifact, views=views, seed=seed) for artifact in artifacts]
     return opened[0], opened[-1]
-
-
-def unit_pixels(pixels_PSS3: torch.Tensor) -> torch.Tensor:
-    """Bytes (P, S, S, 3) to float32 (P, 3, S, S) in [0,1], on the tensor's device."""
-    return pixels_PSS3.permute(0, 3, 1, 2).contiguous().float().div_(255)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,13 +71,13 @@ def check_batch(training: TrainingConfig, inputs: KnownInputs, *data: Known) -> 
         )
 
 
-def check_known_start(config: TokenizerLearning, inputs: KnownInputs) -> None:
+def check_start(config: TokenizerLearning, inputs: KnownInputs) -> None:
     """A refusal of a discriminator that the training does not use, or that is another network than its own."""
     for start in inputs.all(DISCRIMINATOR):
         if config.adversarial is None:
             raise inputs.refusal(
                 f"reads the discriminator of {start.name}, but its adversarial is null: the training would not use it",
-                hint="say with adversarial by how much the tokenizer minds it, or leave the discriminator out",
+                hint="give adversarial its settings, or leave the discriminator out",
             )
         network = start.get("discriminator")
         if network not in (None, config_value(config.adversarial.discriminator)):
@@ -86,12 +85,3 @@ def check_known_start(config: TokenizerLearning, inputs: KnownInputs) -> None:
                 f"has adversarial.discriminator {config_value(config.adversarial.discriminator)}, but {start.name} "
                 f"makes {network}"
             )
-
-
-def check_start(config: TokenizerLearning, inputs: Mapping[str, Any]) -> None:
-    """UsageError where a discriminator is given to a training that has none."""
-    if DISCRIMINATOR in inputs and config.adversarial is None:
-        raise UsageError(
-            f"a discriminator is given, but adversarial is null: the training would not use {inputs[DISCRIMINATOR].name}",
-            hint="say with adversarial by how much the tokenizer minds it, or leave the discriminator out",
-        )

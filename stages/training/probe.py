@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.artifact import Artifact
 from pipeline.compatibility import Facts, KnownInputs
 from pipeline.draft import SCRATCH, Draft
-from pipeline.errors import CorruptError, InputError, UsageError
+from pipeline.errors import CorruptError, InputError
 from pipeline.keys import canonical_bytes
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
@@ -43,15 +43,6 @@ Predict = Callable[[NDArray[Any]], NDArray[Any]]
 """Codes (B, T) to classes (B,)."""
 
 
-def check_inputs(config: ProbeConfig, inputs: Any) -> None:
-    if (config.inputs == "centroids") != ("codebook" in inputs):
-        raise UsageError(
-            "probe lacks --codebook, which inputs=centroids needs"
-            if config.inputs == "centroids"
-            else "probe was given a codebook, which inputs=one-hot does not use; set inputs=centroids"
-        )
-
-
 def foresee(config: ProbeConfig, inputs: KnownInputs) -> Facts:
     """Both token sets are alike, of two classes at least, and the codebook is theirs."""
     facts = inputs.agree([inputs["train"], inputs["held-out"]], "tokenizer", "codes", "grid", "classes", "class_names")
@@ -78,8 +69,8 @@ def foresee(config: ProbeConfig, inputs: KnownInputs) -> Facts:
     },
     writes="metrics",
     example="smalti probe --train digits/rar/semantic-tokens --held-out digits/rar/semantic-tokens-held-out",
-    check=check_inputs,
     foresees=foresee,
+    checks_inputs=True,
 )
 def probe_codes(config: ProbeConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Fit a linear classifier on codes and judge it on held-out images.

@@ -45,8 +45,6 @@ class Part:
     optimizer: Optimizer
     schedule: Schedule
     is_decayed: Callable[[str, Tensor], bool] = field(default=is_matrix)
-    first_step: int = 0
-    """Before it, the part rests."""
     goes_first: bool = False
 
 

@@ -14,10 +14,11 @@ from models.losses.adversarial import Adversary, as_in_training
 from models.metrics import psnr
 from models.tokenizer import DecoderPass, Reconstructed, Tokenizer, TokenizerPass, to_bytes
 from smalti.counting import counted
+from stages.images.passes import unit_pixels
 from stages.training.codebook import collapse, collapsed, count_codes
 from stages.training.config import AdversaryConfig, ReconstructionTraining, TokenizerLearning
 from stages.training.grids import draw_reconstructions
-from stages.training.images import TrainingImages, mean_figure, unit_pixels
+from stages.training.images import TrainingImages, mean_figure
 from stages.training.task import Batch, Losses, Modules, Part, Task
 
 if TYPE_CHECKING:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pipeline.artifact import Artifact
 from pipeline.compatibility import Facts, KnownInputs
 from pipeline.draft import Draft
-from pipeline.errors import UsageError
-from pipeline.images import ImageSet
+from pipeline.keys import config_value
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
-from smalti.counting import counted
 from stages.images.checks import NOT_YET, check_rgb, check_seen, common_pixels
 from stages.training.config import TrainClassifierConfig
 from stages.training.inputs import check_batch
-from stages.weights.files import config_json, save_weights
+from stages.weights.files import save_weights
 
 HELD_OUT = "held-out"
 LEAST = 8  # the network halves the image three times
@@ -69,6 +66,7 @@ def foresee(config: TrainClassifierConfig, inputs: KnownInputs) -> Facts:
     writes="classifier",
     trains=True,
     foresees=foresee,
+    checks_inputs=True,
     settles=settle,
     example="smalti train-classifier --images digits/rar/train-images --held-out digits/rar/validation-images --training.seed 1",
 )
@@ -81,8 +79,6 @@ def train_classifier(config: TrainClassifierConfig, inputs: Inputs, out: Draft, 
     from stages.training.engine import train
     from stages.training.images import open_images
 
-    for artifact in inputs.flat():
-        check_classes(config, artifact)
     images, judged = open_images(inputs, run, views=config.seen, seed=config.training.seed)
     outcome = train(
         lambda device: ClassifierTask(config, images, judged, device),
@@ -92,7 +88,7 @@ def train_classifier(config: TrainClassifierConfig, inputs: Inputs, out: Draft, 
         label="train-classifier",
     )
     if outcome.is_first:
-        save_weights(out, outcome.task.network.state_dict(), config_json(config.model))
+        save_weights(out, outcome.task.network.state_dict(), config_value(config.model))
         describe(
             out,
             config,
@@ -100,19 +96,6 @@ def train_classifier(config: TrainClassifierConfig, inputs: Inputs, out: Draft, 
             images=len(images),
             where=HELD_OUT if HELD_OUT in inputs else "training images",
         )
-
-
-def check_classes(config: TrainClassifierConfig, artifact: Artifact) -> None:
-    """UsageError if the image set has other classes than the network."""
-    found = len(ImageSet.open(artifact.path).classes)
-    if found != config.model.classes:
-        raise UsageError(
-            f"model.classes is {config.model.classes}, but {artifact.name} has {counted(found, 'class')}",
-            path=artifact.path,
-            hint="leave model.classes out, and give images and held-out images of the same classes",
-        )
-    if found == 1:
-        raise UsageError(f"a judge tells classes apart, but the images of {artifact.name} have one", path=artifact.path)
 
 
 def describe(out: Draft, config: TrainClassifierConfig, accuracy: float, *, images: int, where: str) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from models.losses.config import ReconstructionConfig
 from pipeline.compatibility import Facts, KnownInputs
 from pipeline.draft import Draft
 from pipeline.keys import config_value
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
-from stages.images.checks import check_codes_fit
+from stages.codes.tokenizing import check_codes_fit
 from stages.training.config import (
     AdversaryConfig,
     TrainDiscriminatorConfig,
@@ -20,11 +17,6 @@ from stages.training.inputs import IMAGES, check_images
 from stages.training.train_tokenizer import where
 from stages.weights.cards import TokenizerCard
 from stages.weights.networks import build_adversary, save_discriminator
-
-
-def check_views(config: TrainDiscriminatorConfig, inputs: Mapping[str, Any]) -> None:
-    """UsageError, before any image is read, where the tokenizer cannot see images of this size."""
-    TokenizerCard.of(inputs["tokenizer"]).grid(config.views.size)
 
 
 def foresee(config: TrainDiscriminatorConfig, inputs: KnownInputs) -> Facts:
@@ -42,8 +34,8 @@ def foresee(config: TrainDiscriminatorConfig, inputs: KnownInputs) -> Facts:
     | {"tokenizer": read("tokenizer", help="the tokenizer whose reconstructions are to be told from images")},
     writes="discriminator",
     trains=True,
-    check=check_views,
     foresees=foresee,
+    checks_inputs=True,
     example="smalti train-discriminator --images digits/rar/train-images --tokenizer digits/rar/tokenizer --training.steps 200",
     digits_defaults=("views.size",),
 )

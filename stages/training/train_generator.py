@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifact import Artifact
 from pipeline.compatibility import Facts, KnownInputs
 from pipeline.draft import Draft
-from pipeline.errors import CorruptError, InputError, UsageError
+from pipeline.errors import InputError
 from pipeline.keys import config_value
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, read, stage
@@ -29,43 +28,17 @@ if TYPE_CHECKING:
 HELD_OUT, TOKENIZER = "held-out", "tokenizer"
 
 
-COMPARED = {"codes": "a vocabulary of {}", "grid": "a grid of {} codes", "classes": "{} classes"}
-
-
-def check_inputs(config: TrainGeneratorConfig, inputs: Mapping[str, Artifact | list[Artifact]]) -> None:
-    """Before any data is read: all token sets have one vocabulary, length and number of classes, and samples can be drawn."""
-    sets = [one for name in ("tokens", HELD_OUT) for one in listed(inputs.get(name, []))]
-    if not listed(inputs.get("tokens", [])):
-        raise InputError("train-generator needs at least one token set", hint="give --tokens")
-    for other in sets[1:]:
-        for name, words in COMPARED.items():
-            found, wanted = other.facts.get(name), sets[0].facts.get(name)
-            if found != wanted:
-                raise CorruptError(
-                    f"{other.name} has {words.format(found)}, but {sets[0].name} has {wanted}: one generator cannot "
-                    "learn from both",
-                    path=other.path,
-                )
-    if (config.samples is None) != (TOKENIZER not in inputs):
-        lacking = f"the input {TOKENIZER}" if config.samples else "samples.every"
-        raise UsageError(
-            f"samples on the way need both a {TOKENIZER} and samples.every: give {lacking} too, or neither"
-        )
-    if not config.is_settled:
-        raise UsageError(
-            f"training.rows_per_pass is auto, but {sets[0].name} does not say its codes and grid",
-            hint="give training.rows_per_pass a number",
-        )
-    classes = sets[0].facts.get("classes")
-    for label in (config.samples and config.samples.classes) or ():
-        if classes is not None and label >= classes:
-            raise UsageError(f"samples.classes names class {label}, but {sets[0].name} knows 0 to {classes - 1}")
-
-
 def settle(config: TrainGeneratorConfig, inputs: KnownInputs) -> TrainGeneratorConfig:
     """A number of rows for `training.rows_per_pass auto`, as soon as the codes are known."""
     shape = shape_of(inputs.all("tokens")[0].facts) if inputs.all("tokens") else None
-    if config.is_settled or shape is None:
+    if config.is_settled:
+        return config
+    if shape is None:
+        if any(one.artifact for one in inputs.all("tokens")):
+            raise inputs.refusal(
+                f"has training.rows_per_pass auto, but {inputs.all('tokens')[0].name} does not say its codes and grid: "
+                "give it a number"
+            )
         return config
     try:
         return settle_rows(config, shape)
@@ -108,10 +81,6 @@ def check_model(config: TrainGeneratorConfig, shape: CodeShape | None) -> None:
         check_sampling(config.samples.sampling, config.model, shape)
 
 
-def listed(value: Artifact | list[Artifact]) -> list[Artifact]:
-    return value if isinstance(value, list) else [value]
-
-
 @stage(
     "train-generator",
     version=4,
@@ -122,8 +91,8 @@ def listed(value: Artifact | list[Artifact]) -> list[Artifact]:
         TOKENIZER: read("tokenizer", help="what makes images of samples on the way (samples)", optional=True),
     },
     writes="generator",
-    check=check_inputs,
     foresees=foresee,
+    checks_inputs=True,
     settles=settle,
     trains=True,
     example="smalti train-generator --tokens digits/rar/tokens --training.steps 800",
@@ -141,10 +110,6 @@ def train_generator(config: TrainGeneratorConfig, inputs: Inputs, out: Draft, ru
     run.progress.say("  reading and checking the codes, building the network")
     tokens = TrainingTokens(inputs.all("tokens"), like=first)
     card = GeneratorCard(model=config.model, space=CodeSpace.of(tokens.attributes))
-    try:
-        check_model(config, card.shape)
-    except ValueError as error:
-        raise UsageError(f"cannot train a generator of kind {config.model.kind} on {first.name}: {error}") from error
     if config.model.trained_by == "counting":
         count(config, card, tokens, out)
         return

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 from pipeline.compatibility import Facts, KnownInputs
 from pipeline.draft import Draft
+from pipeline.keys import config_value
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, stage
 from smalti.counting import counted
 from stages.training.config import TrainTokenizerConfig
-from stages.training.inputs import HELD_OUT, IMAGES, START, WEIGHTS, check_images, check_known_start, check_start
+from stages.training.inputs import HELD_OUT, IMAGES, START, WEIGHTS, check_images, check_start
 from stages.weights.cards import digest_of
-from stages.weights.files import config_json, save_weights
+from stages.weights.files import save_weights
 
 if TYPE_CHECKING:
     from stages.training.engine import Outcome
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def foresee(config: TrainTokenizerConfig, inputs: KnownInputs) -> Facts:
     """A tokenizer of its own codes."""
     check_images(config, config.model.autoencoder, inputs)
-    check_known_start(config, inputs)
+    check_start(config, inputs)
     size = config.views.size
     return {
         "tokenizer": inputs.own(digest_of(inputs.made)),
@@ -40,11 +41,11 @@ def foresee(config: TrainTokenizerConfig, inputs: KnownInputs) -> Facts:
     reads=IMAGES | START,
     writes="tokenizer",
     trains=True,
-    check=check_start,
     example="smalti train-tokenizer --images digits/rar/train-images --held-out digits/rar/validation-images --training.steps 800",
     externals=WEIGHTS,
     digits_defaults=("views.size",),
     foresees=foresee,
+    checks_inputs=True,
 )
 def train_tokenizer(config: TrainTokenizerConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Train a tokenizer that turns images into codes and back.
@@ -67,7 +68,7 @@ def train_tokenizer(config: TrainTokenizerConfig, inputs: Inputs, out: Draft, ru
     )
     used = count_used(outcome, out, run)
     if outcome.is_first:
-        save_weights(out, outcome.task.tokenizer.state_dict(), config_json(config.model))
+        save_weights(out, outcome.task.tokenizer.state_dict(), config_value(config.model))
         describe(out, outcome.task, outcome.figures["psnr"], used, where=where(inputs))
         warn(run, config.training.steps, outcome.task.final_warning(out.facts["used"]))
 

@@ -95,12 +95,11 @@ class Trainer(Generic[TaskT]):
     def advance(self, batch: Batch) -> Losses:
         """One step of every part on this process's share of the batch; counts a bad one, or raises NumericError."""
         self._seed(0)
-        turns = [trained for trained in self.turns if self.step >= trained.part.first_step]
         buffers = self._copy_of_buffers(self.parts) if self.config.skip_bad_steps else []
-        passes = self._passes(batch, turns)
+        passes = self._passes(batch)
         seen = Losses({}, {})
-        for trained in turns:
-            losses = self._gradients(trained, passes, is_last=trained is turns[-1])
+        for trained in self.turns:
+            losses = self._gradients(trained, passes, is_last=trained is self.turns[-1])
             loss, norm = self._clip(trained, losses)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self._count_bad_step(trained, losses, loss, norm)
@@ -196,14 +195,14 @@ class Trainer(Generic[TaskT]):
         """Let what torch draws depend on the step and on the rows of a pass, whichever process makes it."""
         self.replicas.seed(torch_seed(self.config.seed, "step", self.step, self._part(piece).number))
 
-    def _passes(self, batch: Batch, turns: list[TrainedPart]) -> SharedPasses:
+    def _passes(self, batch: Batch) -> SharedPasses:
         """The passes of this step over its batch, on the device."""
         there = [tensor.to(self.replicas.device, non_blocking=True).chunk(self.pieces) for tensor in batch.values()]
         pieces: list[Batch] = [dict(zip(batch, piece, strict=True)) for piece in zip(*there, strict=True)]
         self.task.part = self._part(0)
         if len(pieces) > 1:
             self.task.survey(pieces)
-        is_made_twice = self.pieces > 1 and turns[0] is not self.main
+        is_made_twice = self.pieces > 1 and self.turns[0] is not self.main
         buffers = self._copy_of_buffers([self.main]) if is_made_twice else []
         return SharedPasses(
             pieces,

@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
 from pipeline.artifact import Artifact
 from pipeline.draft import Draft
 from pipeline.durable import HashingFile
 from pipeline.errors import CorruptError
-from pipeline.keys import canonical_bytes, config_value, sha256
+from pipeline.keys import canonical_bytes, sha256
 
 if TYPE_CHECKING:
     import torch
@@ -88,23 +86,12 @@ def load_config(artifact: Artifact) -> dict[str, Any]:
 
 def fill(network: torch.nn.Module, state: dict[str, torch.Tensor], artifact: Artifact) -> None:
     """Load strictly; CorruptError (exit code 4) lists what is missing, surplus or of another shape."""
-    own = network.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    surplus = sorted(state.keys() - own.keys())
-    shapes = [
-        f"{name}: expected {tuple(own[name].shape)}, found {tuple(state[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
-    ]
-    if missing or surplus or shapes:
-        rows = [f"missing {name}" for name in missing] + [f"surplus {name}" for name in surplus] + shapes
+    from models.adapters.layout import compare, how_many, shapes, table
+
+    differences = compare(shapes(state), shapes(network.state_dict()))
+    if differences:
         raise CorruptError(
-            f"the weights of {artifact.name} do not fit its config ({len(rows)} differences):\n  "
-            + "\n  ".join(rows[:20]),
+            f"the weights of {artifact.name} do not fit its config: {how_many(differences)}\n{table(differences[:20])}",
             path=artifact.path,
         )
     network.load_state_dict(state)
-
-
-def config_json(config: BaseModel) -> dict[str, Any]:
-    return config_value(config)

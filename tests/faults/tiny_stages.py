@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.artifact import Artifact
+from pipeline.compatibility import Facts, KnownInputs
 from pipeline.config import Config
 from pipeline.draft import Draft
 from pipeline.errors import InputError
@@ -119,9 +120,10 @@ def identify(config: AddConfig, path: Path) -> str:
         raise InputError(f"the weights {path} are missing", path=path) from error
 
 
-def check_scale(config: AddConfig, inputs: dict[str, Artifact]) -> None:
+def foresee(config: AddConfig, inputs: KnownInputs) -> Facts:
     if config.scale == 0:
         raise InputError("a scale of 0 leaves nothing")
+    return {}
 
 
 @stage(
@@ -132,7 +134,8 @@ def check_scale(config: AddConfig, inputs: dict[str, Artifact]) -> None:
     writes="sum",
     example="smalti add --numbers tiny/numbers",
     externals={"weights": External("a file of weights", identify=identify, needed=lambda config: config.scale < 0)},
-    check=check_scale,
+    foresees=foresee,
+    checks_inputs=True,
 )
 def add(config: AddConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
     """Add numbers, with a checkpoint on the way."""

@@ -56,9 +56,7 @@ class SmallTask(Task):
         self.network, self.critic = Network(dropout), nn.Linear(1, 1)
         self.parts = [Part("main", self.network, OPTIMIZER, SCHEDULE)]
         if parts == 2:
-            self.parts.append(
-                Part("critic", self.critic, AdamW(learning_rate=0.02), SCHEDULE, first_step=3, goes_first=critic_first)
-            )
+            self.parts.append(Part("critic", self.critic, AdamW(learning_rate=0.02), SCHEDULE, goes_first=critic_first))
         self.seen: list[list[int]] = []
         self.evaluations = 0
         self.passes: list[tuple[float, bool]] = []

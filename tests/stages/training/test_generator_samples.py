@@ -228,9 +228,9 @@ def test_settings_without_these_switches_keep_their_key(store: Store) -> None:
 def test_what_does_not_belong_together_is_refused_before_data_is_read(
     store: Store, tokens: Artifact, tokenizer: Artifact, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="give the input tokenizer too"):
+    with pytest.raises(UsageError, match="reads no tokenizer"):
         train_in(tmp_path, DRAWN, tokens)
-    with pytest.raises(UsageError, match=r"give samples.every too"):
+    with pytest.raises(UsageError, match=r"set samples.every"):
         train_in(tmp_path, CONFIG, tokens, tokenizer=tokenizer)
     with pytest.raises(CorruptError, match="tokenizer"):
         train_in(tmp_path, DRAWN, tokens, tokenizer=tokenizer_artifact(store, seed=1))
@@ -238,14 +238,14 @@ def test_what_does_not_belong_together_is_refused_before_data_is_read(
     one = made(store, "token-set", lambda out: None, name="one", **facts)
     for name, value, said in (
         ("codes", 9, "a vocabulary of 9"),
-        ("grid", [4, 4], r"a grid of \[4, 4\] codes"),
+        ("grid", [4, 4], "a grid of 4x4 codes"),
         ("classes", 4, "4 classes"),
     ):
         other = made(store, "token-set", lambda out: None, name=name, **{**facts, name: value})
-        with pytest.raises(CorruptError, match=f"{said}, but .* has .*: one generator cannot learn from both"):
+        with pytest.raises(CorruptError, match=f"cannot use .* together: {said} in"):
             train_in(tmp_path, CONFIG, one, held_out=other)
     beyond = {**DRAWN, "samples": {"classes": [0, 3]}}
-    with pytest.raises(UsageError, match=r"names class 3, but .* knows 0 to 2"):
+    with pytest.raises(UsageError, match="asks for class 3, but there are 3 classes"):
         train_in(tmp_path, beyond, one, tokenizer=tokenizer)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from models.logistic import StreamedLogistic
 from pipeline.artifact import Artifact
-from pipeline.errors import CorruptError, InputError, UsageError
+from pipeline.errors import CorruptError, UsageError
 from stages.training import probe
 from stages.training.probe import one_hot
 from tests.stages.conformance import check_every_crash, check_same_bytes, draw_folder, index_folder, run_stage
@@ -88,28 +88,28 @@ def test_every_crash(chain: Chain, tmp_path: Path) -> None:
 
 def test_refuses_codes_of_another_codebook(chain: Chain, tmp_path: Path) -> None:
     other = chain.cluster(5)
-    with pytest.raises(CorruptError, match="made with another tokenizer"):
+    with pytest.raises(CorruptError, match=r"cannot use .* together: codes of the tokenizer"):
         chain.probe(tmp_path, train=chain.tokenize(chain.images, other))
-    with pytest.raises(CorruptError, match="made with another tokenizer"):
+    with pytest.raises(CorruptError, match=r"cannot use .* together: a vocabulary of 5"):
         chain.probe(tmp_path, {"inputs": "centroids"}, codebook=other)
 
 
 def test_refuses_other_classes(chain: Chain, tmp_path: Path) -> None:
     folder = draw_folder(tmp_path / "folder", classes=3, images=2)
-    with pytest.raises(CorruptError, match="differ in classes"):
+    with pytest.raises(CorruptError, match=r"3 classes in .*, but 2 classes in"):
         chain.probe(tmp_path, **{"held-out": chain.tokenize(index_folder(folder, tmp_path), chain.codebook)})
 
 
 def test_refuses_a_single_class(chain: Chain, tmp_path: Path) -> None:
     single = chain.tokenize(index_folder(draw_folder(tmp_path / "folder", classes=1), tmp_path), chain.codebook)
-    with pytest.raises(InputError, match="a probe needs two"):
+    with pytest.raises(UsageError, match="needs images of two classes at least"):
         chain.probe(tmp_path, train=single, **{"held-out": single})
 
 
 def test_codebook_and_inputs_belong_together(chain: Chain, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="lacks --codebook"):
+    with pytest.raises(UsageError, match="reads no codebook"):
         chain.probe(tmp_path, {"inputs": "centroids"})
-    with pytest.raises(UsageError, match="set inputs=centroids"):
+    with pytest.raises(UsageError, match="set inputs: centroids"):
         chain.probe(tmp_path, codebook=chain.codebook)
     with pytest.raises(UsageError, match="one-hot"):
         chain.probe(tmp_path, {"inputs": "pixels"})

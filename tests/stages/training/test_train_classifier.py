@@ -75,7 +75,7 @@ def test_seeds_give_other_weights_and_threads_of_decoding_do_not(tmp_path: Path,
 
 def test_other_classes_are_refused(tmp_path: Path, images: Artifact) -> None:
     config = {**TINY, "model": {**MODEL, "classes": 3}}
-    with pytest.raises(UsageError, match=r"model\.classes is 3, but .* has 2 classes; leave model\.classes out"):
+    with pytest.raises(UsageError, match=r"has model\.classes 3, but .* has 2 classes; leave model\.classes out"):
         run_stage("train-classifier", tmp_path, config, inputs={"images": images})
 
 

@@ -106,10 +106,15 @@ def test_without_a_game_it_has_no_use(
     tmp_path: Path, images: Artifact, tokenizer: Artifact, discriminator: Artifact
 ) -> None:
     inputs = {"images": images, "tokenizer": tokenizer, "discriminator": discriminator}
-    with pytest.raises(UsageError, match="a discriminator is given, but adversarial is null"):
+    with pytest.raises(UsageError, match="its adversarial is null: the training would not use it"):
         run_stage("finetune-decoder", tmp_path, BESIDE, inputs=inputs)
-    with pytest.raises(UsageError, match="a discriminator is given, but adversarial is null"):
-        run_stage("train-tokenizer", tmp_path, None, inputs={"images": images, "discriminator": discriminator})
+    with pytest.raises(UsageError, match="its adversarial is null: the training would not use it"):
+        run_stage(
+            "train-tokenizer",
+            tmp_path,
+            {"training": {"batch": 4}},
+            inputs={"images": images, "discriminator": discriminator},
+        )
 
 
 def test_views_that_the_tokenizer_cannot_see_are_refused(tmp_path: Path, images: Artifact, tokenizer: Artifact) -> None:

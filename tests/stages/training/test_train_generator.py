@@ -158,7 +158,10 @@ def test_a_class_without_images_is_refused_by_the_histogram(tmp_path: Path, toke
 
 @pytest.mark.parametrize(
     ("said", "words"),
-    [({"codes": 9}, "vocabulary of 9, but .* has 8"), ({"classes": 4}, "has 4 classes, but .* has 3")],
+    [
+        ({"codes": 9}, "vocabulary of 9 in .*, but a vocabulary of 8 in"),
+        ({"classes": 4}, "4 classes in .*, but 3 classes in"),
+    ],
 )
 def test_token_sets_of_different_kinds_are_refused(
     tmp_path: Path, tokenizer: Artifact, tokens: Artifact, said: dict[str, Any], words: str
