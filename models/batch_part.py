@@ -1,4 +1,4 @@
-"""Which part of a training step's batch a forward pass sees, where a batch is cut into pieces or shared by processes."""
+"""The part of a training step's batch that a forward pass sees, with gradient accumulation or several processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class BatchPart(NamedTuple):
-    """Which of the equal parts of a step's batch a forward pass sees; by default all of it.
+    """One of the equal parts of a step's batch; by default all of it.
 
     A batch is shared between `world` processes in the order of their ranks, and each cuts its share into `pieces`.
     """

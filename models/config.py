@@ -6,10 +6,10 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.config import JsonDict
 
 NEUTRAL: JsonDict = {"neutral": True}
-"""`Field(default, json_schema_extra=NEUTRAL)`: a later field whose default leaves the keys of older configs alone."""
+"""`Field(default, json_schema_extra=NEUTRAL)`: a field that was added later and whose default does not change artifact keys."""
 
 
 class Config(BaseModel):
-    """A frozen config that refuses unknown keys and silent conversions (1.5 is no int, "8" is no number)."""
+    """A frozen config that refuses unknown keys and conversions (1.5 is not a valid int, "8" is not a valid number)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())

@@ -1,8 +1,8 @@
-"""Multinomial logistic regression on rows that are read a batch at a time: memory is that of its weights and of a batch.
+"""Multinomial logistic regression on rows that are read in batches: memory is that of the weights and of one batch.
 
-It minimizes what the exact solvers minimize, mean cross entropy + penalty / 2 x |weights|^2, by stochastic gradients. Each
-input has a learning rate of its own, which falls with the gradients that it has met (Duchi et al. 2011, with one sum per
-input). An input that is met seldom gets the penalty of all steps since then at once, so batches may be sparse.
+It minimizes the objective of the exact solvers, mean cross entropy + penalty / 2 x |weights|^2, by stochastic gradients, with
+Adagrad's learning rates (Duchi et al. 2011, one sum per input). An input gets the penalty of all steps since its last
+occurrence at once, so batches may be sparse.
 
 B rows of a batch, F inputs, U inputs of a part, L classes
 """
@@ -61,7 +61,7 @@ class StreamedLogistic:
         return self._logits(parts).argmax(1)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """All that training changes, as arrays; `load` takes it up again."""
+        """All that training changes, as arrays, for `load`."""
         return {name: getattr(self, name) for name in STATE}
 
     def load(self, state: Any) -> None:

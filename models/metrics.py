@@ -1,4 +1,4 @@
-"""Figures of merit that need tensors alone."""
+"""Metrics that are functions of tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a config to its network: `kind` names a builder, and only then is its module (and torch) imported."""
+"""From a config to its network: `kind` names a builder, whose module (and torch) is imported on demand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from models.config import Config
 
 
 def load(place: str) -> Any:
-    """What "module:name" means."""
+    """Import "module:name"."""
     module, name = place.split(":")
     return getattr(import_module(module), name)
 

@@ -1,4 +1,4 @@
-"""Schedules as functions of the 0-based step; numbers in, numbers out, no torch."""
+"""Schedules as functions of the 0-based step; no torch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def power_cosine(scale: float, power: float, tokens: int) -> npt.NDArray[np.floa
 
 
 def warmup_plateau_linear(step: int, *, peak: float, start: float, end: float, warmup: int, total: int) -> float:
-    """Learning rate of the llama-style generators: up, a plateau, down; `start` and `end` are shares of the peak.
+    """Learning rate of the Llama-style generators: warm-up, plateau, decay; `start` and `end` are shares of the peak.
 
     Linear from start to the peak over `warmup` steps, the peak for 5 % of what remains, then linear to `end` at the
     last step, total - 1.

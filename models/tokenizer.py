@@ -1,6 +1,6 @@
 """A tokenizer is an autoencoder with a quantizer in its middle: images in [0,1] to codes and back.
 
-The pixel range of the network and the rounding to bytes live inside, so that callers only know [0,1] and codes.
+The pixel range of the network is internal: images outside are in [0,1].
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ class Tokenizer(nn.Module):
         return self.to_images(self.autoencoder.decode(self.quantizer.lookup(codes_Bhw)))
 
     def to_pixels(self, images_BCHW: Tensor) -> Tensor:
-        """[0,1] to the range that the network sees."""
+        """[0,1] to the network's pixel range."""
         return images_BCHW if self.config.autoencoder.pixel_range == "0..1" else 2 * images_BCHW - 1
 
     def to_images(self, pixels_BCHW: Tensor) -> Tensor:
-        """What the decoder gives to [0,1], clamped."""
+        """The network's pixel range to [0,1], clamped."""
         is_unit = self.config.autoencoder.pixel_range == "0..1"
         return (pixels_BCHW if is_unit else (pixels_BCHW + 1) / 2).clamp(0, 1)
 
 
 class Reconstructed(NamedTuple):
-    """What one pass of images through a tokenizer gives to its training, and to a discriminator.
+    """The results of a training pass through a tokenizer.
 
     losses: weighted, named scalars; the training loss is their sum, with an adversarial term on top.
     stats: named scalars for the log, without gradient.
-    reconstruction_loss: the part of the losses that compares images, with which an adaptive weight is found.
+    reconstruction_loss: the part of the losses that compares images; an adaptive adversarial weight depends on it.
     pixels_BCHW, output_BCHW: images and reconstructions in the network's range, the latter with gradient.
     """
 
@@ -74,7 +74,7 @@ class Reconstructed(NamedTuple):
 
 
 class TokenizerPass(nn.Module):
-    """A tokenizer and its loss as one module, whose forward is what replicas run."""
+    """A tokenizer and its loss as one module, for data parallel training."""
 
     def __init__(self, tokenizer: Tokenizer, loss: nn.Module):
         super().__init__()
@@ -82,7 +82,7 @@ class TokenizerPass(nn.Module):
         self.loss = loss
 
     def forward(self, images_BCHW: Tensor) -> Reconstructed:
-        """Images in [0,1]; the quantizer keeps its statistics if the module is in training mode."""
+        """Images in [0,1]; in training mode the quantizer updates its statistics."""
         pixels_BCHW = self.tokenizer.to_pixels(images_BCHW)
         quantized = self.quantize(pixels_BCHW)
         output_BCHW = self.tokenizer.autoencoder.decode(quantized.z_BDhw)
@@ -95,7 +95,7 @@ class TokenizerPass(nn.Module):
 
 
 class DecoderPass(TokenizerPass):
-    """The same where only the decoder learns: images keep their codes, and the quantizer has no losses."""
+    """The same with only the decoder trained: codes of images do not change, and the quantizer has no losses."""
 
     def __init__(self, tokenizer: Tokenizer, loss: nn.Module):
         super().__init__(tokenizer, loss)

@@ -1,1 +1,1 @@
-"""From published weight files to our networks: what a state dict is, by its names and shapes; strict."""
+"""From published weight files to our networks: recognised by names and shapes of their tensors; strict."""

@@ -1,8 +1,8 @@
-"""Published DiGIT checkpoints (fairseq's names): generators, and what else lies beside them in the same file; strict.
+"""Published DiGIT checkpoints (fairseq's names): generators; strict.
 
 The state dict of a file holds `decoder.*` (the generator), and, of the parts that training kept frozen, `pretrained_encoder.*`,
-`centroids` and `centroid_norm` (the codebook, transposed), `vqgan.*`. Shapes tell every size of a generator but its heads, which are
-in the file's own settings, `cfg["model"]`.
+`centroids` and `centroid_norm` (the codebook, transposed), `vqgan.*`. Sizes of a generator are read from shapes, its number of heads
+from the file's settings, `cfg["model"]`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from models.adapters.layout import ANY, Difference, GeneratorWeights, LayoutError, Shape, compare, shapes
+from models.adapters.layout import GeneratorWeights, LayoutError, Shape, compare, shapes
+from models.adapters.tokenizers import require
 from models.generators.config import GPT_SIZES, SPECIALS, UNREAD_POSITIONS, CodeShape, GptConfig
 from models.generators.gpt.network import Gpt
 
@@ -21,7 +22,7 @@ SUBJECT = "a DiGIT generator"
 PREFIX = "decoder."
 VERSION = "version"  # a number beside the tensors
 TABLE, PREFIX_POSITIONS, LOGITS = "embed_tokens.weight", "embed_positions_1.weight", "output_projection.weight"
-TELLING = {TABLE: 2, LOGITS: 2, "embed_positions.weight": 2, "layers.0.fc1.weight": 2}  # ranks
+RANKS = {TABLE: 2, LOGITS: 2, "embed_positions.weight": 2, "layers.0.fc1.weight": 2}  # ranks
 SETTINGS: dict[str, Any] = {
     "activation_fn": "gelu",
     "decoder_learned_pos": True,
@@ -29,7 +30,7 @@ SETTINGS: dict[str, Any] = {
     "layernorm_embedding": False,
     "share_decoder_input_output_embed": False,
 }
-"""What the network takes for granted, of what shapes do not tell."""
+"""The only values that the network supports, of settings that shapes do not show."""
 
 OUTER = {
     "embeddings": "embed_tokens",
@@ -45,7 +46,7 @@ IN_BLOCKS = {
     "mlp.fc1": "fc1",
     "mlp.fc2": "fc2",
 }
-"""Our names of modules and the published ones; q, k and v, which we join, are apart."""
+"""Our names of modules and the published ones; published files have q, k and v apart, we join them."""
 
 
 def recognise(
@@ -55,17 +56,16 @@ def recognise(
     grid: tuple[int, int] = (16, 16),
     sampling: Literal["steps", "masks"] = "steps",
 ) -> GeneratorWeights:
-    """Read sizes off the shapes, check every tensor of the generator, and rename; other parts of the file are passed over.
+    """Read sizes from shapes, check every tensor of the generator, and rename; other parts of the file are ignored.
 
-    settings: the file's `cfg["model"]`.  grid: of the codes, and of those of a condition: position tables are longer, and do
-    not tell.  sampling: the published pixel decoders of both kinds have the same names and shapes.  Raises LayoutError with
-    all that is missing, surplus or misshapen, and ValueError for settings of another network.
+    settings: the file's `cfg["model"]`.  grid: of the codes and of those of a condition, which position tables, being longer, do
+    not show.  sampling: published pixel decoders of both kinds have the same names and shapes.  Raises LayoutError with all
+    that is missing, surplus or misshapen, and ValueError for settings of another network.
     """
     state = {name.removeprefix(PREFIX): tensor for name, tensor in published.items() if name.startswith(PREFIX)}
     state.pop(VERSION, None)
     found = shapes(state)
-    if any(len(found.get(name, ())) != rank for name, rank in TELLING.items()):
-        raise LayoutError(SUBJECT, [Difference(n, found.get(n), (ANY,) * rank) for n, rank in TELLING.items()])
+    require(found, RANKS, SUBJECT)
     config, shape = _read_sizes(found, settings, grid, sampling)
     with torch.device("meta"):
         ours = shapes(Gpt(config, shape).state_dict())
@@ -104,14 +104,14 @@ def _read_sizes(
 
 
 def _check_settings(settings: Mapping[str, Any], norm: Literal["pre", "post"]) -> int:
-    """How many heads there are. ValueError for settings that are missing, or of another network."""
+    """The number of heads. ValueError for settings that are missing, or of another network."""
     wanted = SETTINGS | {"decoder_normalize_before": norm == "pre"}
     others = [f"{name} is {settings[name]!r}" for name in wanted if settings.get(name, wanted[name]) != wanted[name]]
     if others:
         raise ValueError(f"the settings in the file are not those of {SUBJECT}: {', '.join(others)}")
     heads = settings.get("decoder_attention_heads")
     if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
-        raise ValueError(f"the file's settings do not tell how many heads {SUBJECT} has: {heads!r}")
+        raise ValueError(f"decoder_attention_heads in the file's settings must be a positive integer, but is {heads!r}")
     return heads
 
 
@@ -129,7 +129,7 @@ def _to_ours(state: Mapping[str, Tensor], ours: Iterable[str], codes: int) -> di
 
 
 def _published_names(name: str) -> tuple[str, ...]:
-    """The tensors that one of ours is, one after the other."""
+    """The published tensors whose concatenation is ours."""
     module, kind = name.rsplit(".", 1)
     if not module.startswith("blocks."):
         return (f"{OUTER[module]}.{kind}",)
@@ -140,5 +140,5 @@ def _published_names(name: str) -> tuple[str, ...]:
 
 
 def _specials_last(table_VD: Tensor, codes: int) -> Tensor:
-    """Published ids are those of specials, then of codes; ours are those of codes first. What follows both stays."""
+    """Published ids begin with specials, then codes; ours with codes, then specials. Later ids stay."""
     return torch.cat([table_VD[SPECIALS : SPECIALS + codes], table_VD[:SPECIALS], table_VD[SPECIALS + codes :]])

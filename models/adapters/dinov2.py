@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def to_timm(published: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a published state dict; a dict that is in timm's names already comes back as it is.
+    """Rename a published state dict; one that is already in timm's names is returned unchanged.
 
     The class row of the position table is added into the class token, the mask token (training only) is dropped.
     """

@@ -22,7 +22,7 @@ PATCH, BLUR = "main.0.weight", "block_in.0.weight"
 
 @dataclass(frozen=True)
 class DiscriminatorWeights:
-    """What a state dict turned out to hold: `build(config, DISCRIMINATORS, channels=channels)` takes the state as it is."""
+    """A recognised state dict: `build(config, DISCRIMINATORS, channels=channels)` takes the state unchanged."""
 
     config: DiscriminatorConfig
     channels: int
@@ -30,7 +30,7 @@ class DiscriminatorWeights:
 
 
 def recognise(state: Mapping[str, Tensor], *, averaged: bool = True) -> DiscriminatorWeights:
-    """Read sizes off the shapes and check every tensor; what else the file holds is left out.
+    """Read sizes from shapes and check every tensor; other parts of the file are ignored.
 
     Raises LayoutError with all that is missing, surplus or misshapen, in published names.
     """
@@ -56,7 +56,7 @@ def recognise(state: Mapping[str, Tensor], *, averaged: bool = True) -> Discrimi
 
 
 def read_patch(found: Mapping[str, Tensor], width: int) -> PatchConfig:
-    """Its last layer is number 3 * layers + 2: each layer is followed by a norm and an activation, the first by the latter."""
+    """The last layer is number 3 * layers + 2: a norm and an activation follow each layer, only an activation the first."""
     numbers = [int(name.split(".")[1]) for name in found if name.split(".")[1:2] and name.split(".")[1].isdigit()]
     return PatchConfig(width=width, layers=max(1, (max(numbers) - 2) // 3))
 

@@ -26,7 +26,7 @@ SUBJECT = "an IBQ tokenizer"
 
 
 def recognise(state: Mapping[str, Tensor], *, averaged: bool = True) -> TokenizerWeights:
-    """Read sizes off the shapes, check every tensor, rename. The published metrics are those of the averaged weights.
+    """Read sizes from shapes, check every tensor, rename. The published metrics are those of the averaged weights.
 
     Raises LayoutError with all that is missing, surplus or misshapen.
     """

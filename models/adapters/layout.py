@@ -1,4 +1,4 @@
-"""Whether a state dict has exactly the names and shapes that a network wants; every difference is told at once."""
+"""Whether a state dict has exactly the names and shapes of a network; all differences are reported at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ANY = -1  # a wanted size that is not known
 
 @dataclass(frozen=True)
 class GeneratorWeights:
-    """What a state dict turned out to be: a generator of this config, for codes of this shape.
+    """A recognised state dict: a generator of this config, for codes of this shape.
 
     state: its tensors by our names.  size: the published size ("b", ...) that it has, or None.
     """

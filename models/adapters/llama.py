@@ -1,6 +1,6 @@
 """Published generators of IBQ and of Open-MAGVIT2: Lightning checkpoints that also hold their tokenizer; strict.
 
-Sizes are read off the shapes. Two are not in them: the width of a head, which is 64 in all published files, and the
+Sizes are read from shapes. Two do not show there: the width of a head, which is 64 in all published files, and the
 grid of codes, because rotary tables are not stored.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.adapters.layout import GeneratorWeights, LayoutError, Shape, compare, shapes
-from models.adapters.tokenizers import PARTS, count, require, untold
+from models.adapters.tokenizers import PARTS, count, rank_differences, require
 from models.generators.config import CodeShape, FactorizedConfig, LlamaConfig
 from models.generators.llama.network import Llama
 
@@ -51,9 +51,9 @@ def recognise(
     grid: tuple[int, int] = (16, 16),
     heads: int | None = None,
 ) -> GeneratorWeights:
-    """Read sizes off the shapes, check every tensor of the generator, rename. The tokenizer's are for its own adapter.
+    """Read sizes from shapes, check every tensor of the generator, rename. The tokenizer in the file has its own adapter.
 
-    grid: rows and columns of codes.  heads: how many there are, if they are not 64 wide. Raises LayoutError with all that
+    grid: rows and columns of codes.  heads: their number, if they are not 64 wide. Raises LayoutError with all that
     is missing, surplus or misshapen.
     """
     state = {name: tensor for name, tensor in state.items() if not name.startswith(PARTS)}
@@ -89,18 +89,18 @@ def _read_factorized(
     numbers = _read_numbers(found, subject, heads, blocks="spatial_blocks.")
     layers = count(found, "factorized_blocks.")
     if min(layers, low - 1, high - 1) < 1:
-        telling = {"pre_emb.weight": 2, "post_emb.weight": 2, "factorized_blocks.0.attention.wqkv.weight": 2}
-        raise LayoutError(subject, untold(found, telling))
+        ranks = {"pre_emb.weight": 2, "post_emb.weight": 2, "factorized_blocks.0.attention.wqkv.weight": 2}
+        raise LayoutError(subject, rank_differences(found, ranks))
     config = FactorizedConfig(**numbers, head_layers=layers, factors=(low, high))
     return config, low * high, config.factors
 
 
 def _read_numbers(found: Mapping[str, Shape], subject: str, heads: int | None, *, blocks: str) -> dict[str, Any]:
-    """Width, blocks and heads; the first block and at least one class must be there."""
+    """Width, blocks and heads. LayoutError without a first block or a class."""
     rows, width = found[CLASSES]
     layers = count(found, blocks)
     if layers < 1 or rows < 2 or width % (HEAD_WIDTH if heads is None else 4 * heads):
-        raise LayoutError(subject, untold(found, {CLASSES: 2, f"{blocks}0.attention.wqkv.weight": 2}))
+        raise LayoutError(subject, rank_differences(found, {CLASSES: 2, f"{blocks}0.attention.wqkv.weight": 2}))
     return {"width": width, "layers": layers, "heads": heads or width // HEAD_WIDTH}
 
 

@@ -17,7 +17,7 @@ HEAD = re.compile(r"(?:loss\.perceptual_loss\.)?lin(\d)\.model\.1\.weight")
 
 
 def vgg_features(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The convolutions up to relu5_3, named by layer; all else in the file is left out. Raises LayoutError."""
+    """The convolutions up to relu5_3, named by layer; other parts of the file are ignored. Raises LayoutError."""
     found = {match[1]: tensor for name, tensor in state.items() if (match := FEATURE.fullmatch(name))}
     with torch.device("meta"):
         wanted = shapes(make_layers(cfgs["D"])[: TAPS[-1] + 1].state_dict())
@@ -28,7 +28,7 @@ def vgg_features(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def lpips_heads(state: Mapping[str, Tensor]) -> list[Tensor]:
-    """The five heads in order; all else in the file is left out. Raises LayoutError."""
+    """The five heads in order; other parts of the file are ignored. Raises LayoutError."""
     found = {
         f"lin{match[1]}.model.1.weight": tensor for name, tensor in state.items() if (match := HEAD.fullmatch(name))
     }

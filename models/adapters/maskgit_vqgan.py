@@ -17,7 +17,7 @@ SUBJECT = "a MaskGIT-VQGAN tokenizer"
 
 
 def recognise(state: Mapping[str, Tensor]) -> TokenizerWeights:
-    """Read sizes off the shapes, check every tensor, rename.
+    """Read sizes from shapes, check every tensor, rename.
 
     Raises LayoutError with all that is missing, surplus or misshapen.
     """

@@ -1,4 +1,4 @@
-"""Published RAR weights: bare state dicts in our own parameter names, whose size is read off their shapes."""
+"""Published RAR weights: bare state dicts in our parameter names; sizes are read from shapes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from models.adapters.layout import ANY, Difference, GeneratorWeights, LayoutError, Shape, compare, shapes
+from models.adapters.layout import GeneratorWeights, LayoutError, Shape, compare, shapes
+from models.adapters.tokenizers import rank_differences, require
 from models.generators.config import SIZES, SPARE_POSITIONS, CodeShape, RarConfig
 from models.generators.rar.network import Rar
 
 # Rank of each tensor that the sizes are read from.
-TELLING = {
+RANKS = {
     "cls_token": 3,
     "pos_embed": 3,
     "embeddings.weight": 2,
@@ -24,7 +25,7 @@ TELLING = {
 
 
 def recognise(state: Mapping[str, Tensor]) -> GeneratorWeights:
-    """Read sizes off the shapes and check every tensor. Raises LayoutError with all that is missing, surplus, misshapen."""
+    """Read sizes from shapes and check every tensor. Raises LayoutError with all that is missing, surplus, misshapen."""
     found = shapes(state)
     config, shape = _read_sizes(found)
     with torch.device("meta"):
@@ -38,8 +39,7 @@ def recognise(state: Mapping[str, Tensor]) -> GeneratorWeights:
 
 
 def _read_sizes(found: Mapping[str, Shape]) -> tuple[RarConfig, CodeShape]:
-    if any(len(found.get(name, ())) != rank or 0 in found[name] for name, rank in TELLING.items()):
-        raise LayoutError("a RAR generator", _untold(found))
+    require(found, RANKS, "a RAR generator")
     width = found["cls_token"][2]
     codes = found["lm_head.weight"][0]
     tokens = found["pos_embed"][1] - SPARE_POSITIONS
@@ -47,7 +47,7 @@ def _read_sizes(found: Mapping[str, Shape]) -> tuple[RarConfig, CodeShape]:
     heads = width // found["blocks.0.attn.q_norm.weight"][0]
     side = math.isqrt(max(tokens, 0))
     if min(tokens, classes, heads) < 1 or width % heads or side * side != tokens:
-        raise LayoutError("a RAR generator of a square grid of codes", _untold(found))
+        raise LayoutError("a RAR generator of a square grid of codes", rank_differences(found, RANKS))
     config = RarConfig(
         width=width,
         layers=len({name.split(".")[1] for name in found if name.startswith("blocks.")}),
@@ -55,8 +55,3 @@ def _read_sizes(found: Mapping[str, Shape]) -> tuple[RarConfig, CodeShape]:
         mlp_width=found["blocks.0.mlp.fc1.weight"][0],
     )
     return config, CodeShape(codes=codes, grid=(side, side), classes=classes)
-
-
-def _untold(found: Mapping[str, Shape]) -> list[Difference]:
-    """The tensors that sizes are read from, as they are, beside their ranks."""
-    return [Difference(name, found.get(name), (ANY,) * rank) for name, rank in TELLING.items()]

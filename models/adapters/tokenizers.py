@@ -1,4 +1,4 @@
-"""What the adapters of published tokenizers share: sizes read off shapes, averaged weights, strict renaming."""
+"""What the adapters of published files share: sizes read from shapes, averaged weights, strict renaming."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNTERS = ("quantizer.step", "quantizer.usage_K")  # ours; no published file ha
 
 @dataclass(frozen=True)
 class TokenizerWeights:
-    """What a state dict turned out to be: `Tokenizer(config).load_state_dict(state)` takes it as it is."""
+    """A recognised state dict: `Tokenizer(config).load_state_dict(state)` takes `state` unchanged."""
 
     config: TokenizerConfig
     state: dict[str, Tensor]
@@ -35,8 +35,8 @@ def has_averages(state: Mapping[str, Tensor]) -> bool:
 def network_weights(state: Mapping[str, Tensor], *, averaged: bool) -> dict[str, Tensor]:
     """The tensors of the tokenizer alone, under their plain names, from a training checkpoint or a generator's.
 
-    Losses (discriminator, perceptual network) are left out. The averaged twin of a tensor is called like it, without
-    the dots; twins of nothing stay in, for the caller to refuse. Raises LayoutError if averages are wanted but missing.
+    Losses (discriminator, perceptual network) are left out. The average of a tensor has its name without the dots;
+    averages of no tensor stay in, for the caller to refuse. Raises LayoutError if averages are wanted but missing.
     """
     state = tokenizer_part(state)
     raw = {name: tensor for name, tensor in state.items() if not name.startswith(("loss.", AVERAGE))}
@@ -67,15 +67,15 @@ def tokenizer_part(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def read_levels(found: Mapping[str, Shape], subject: str) -> dict[str, Any]:
-    """Channels, width, multipliers and blocks of a network with levels, from the shapes of its encoder."""
+    """Channels, width, multipliers and blocks of a `LevelledConfig`, from the shapes of the encoder."""
     levels = count(found, "encoder.down.")
-    telling = {"encoder.conv_in.weight": 4}
-    telling |= {f"encoder.down.{level}.block.0.conv2.weight": 4 for level in range(max(levels, 1))}
-    require(found, telling, subject)
+    ranks = {"encoder.conv_in.weight": 4}
+    ranks |= {f"encoder.down.{level}.block.0.conv2.weight": 4 for level in range(max(levels, 1))}
+    require(found, ranks, subject)
     width, channels = found["encoder.conv_in.weight"][:2]
     widths = [found[f"encoder.down.{level}.block.0.conv2.weight"][0] for level in range(levels)]
     if width % 32 or any(level_width % width for level_width in widths):
-        raise LayoutError(subject, untold(found, telling))
+        raise LayoutError(subject, rank_differences(found, ranks))
     return {
         "channels": channels,
         "width": width,
@@ -85,24 +85,24 @@ def read_levels(found: Mapping[str, Shape], subject: str) -> dict[str, Any]:
 
 
 def count(found: Mapping[str, Shape], prefix: str) -> int:
-    """How many numbered children `prefix` has."""
+    """The number of numbered children of `prefix`."""
     return len({name.removeprefix(prefix).split(".")[0] for name in found if name.startswith(prefix)})
 
 
-def require(found: Mapping[str, Shape], telling: Mapping[str, int], subject: str) -> None:
-    """Raise LayoutError unless the tensors that sizes are read from are there with the rank that they must have."""
-    if any(len(found.get(name, ())) != rank or 0 in found[name] for name, rank in telling.items()):
-        raise LayoutError(subject, untold(found, telling))
+def require(found: Mapping[str, Shape], ranks: Mapping[str, int], subject: str) -> None:
+    """LayoutError unless the tensors that sizes are read from are there, not empty, and of these ranks."""
+    if any(len(found.get(name, ())) != rank or 0 in found[name] for name, rank in ranks.items()):
+        raise LayoutError(subject, rank_differences(found, ranks))
 
 
-def untold(found: Mapping[str, Shape], telling: Mapping[str, int]) -> list[Difference]:
-    return [Difference(name, found.get(name), (ANY,) * rank) for name, rank in telling.items()]
+def rank_differences(found: Mapping[str, Shape], ranks: Mapping[str, int]) -> list[Difference]:
+    return [Difference(name, found.get(name), (ANY,) * rank) for name, rank in ranks.items()]
 
 
 def adapt(
     state: Mapping[str, Tensor], config: TokenizerConfig, *, subject: str, published: Callable[[str], str]
 ) -> TokenizerWeights:
-    """Check every tensor and rename it; `published` gives the published name of one of the autoencoder's tensors.
+    """Check every tensor and rename it; `published` maps our name of an autoencoder's tensor to the published one.
 
     Raises LayoutError with all that is missing, surplus or misshapen, in published names.
     """

@@ -1,4 +1,4 @@
-"""What all autoencoders are: an encoder, a decoder, and the weight at which adversarial gradients are measured."""
+"""Base of all autoencoders: an encoder, a decoder, and the weight at which adversarial gradients are measured."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ class Autoencoder(nn.Module):
 
     @property
     def last_weight(self) -> Tensor:
-        """What an adaptive weight of the adversarial loss measures gradients at: that of the last convolution."""
+        """Weight of the last convolution, whose gradients set an adaptive weight of the adversarial loss."""
         return [module for module in self.decoder.modules() if isinstance(module, nn.Conv2d)][-1].weight

@@ -1,1 +1,1 @@
-"""Classifiers: the judges of the recipes whose images no published network knows."""
+"""Classifiers, which score samples of image sets that no published classifier was trained on."""

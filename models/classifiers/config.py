@@ -28,16 +28,16 @@ class ConvolutionalClassifierConfig(Config):
 
     @property
     def outputs(self) -> int:
-        """Number of classes of a network that can be built; ValueError where nothing told it."""
-        return _told(self.classes, "classes")
+        """Number of classes; ValueError where it is not set."""
+        return _required(self.classes, "classes")
 
     @property
     def pixels(self) -> int:
-        """Pixels per side of a network that can be built; ValueError where nothing told them."""
-        return _told(self.image_size, "image_size")
+        """Pixels per side; ValueError where they are not set."""
+        return _required(self.image_size, "image_size")
 
 
-def _told(value: int | None, name: str) -> int:
+def _required(value: int | None, name: str) -> int:
     if value is None:
         raise ValueError(f"a classifier without {name} cannot be built")
     return value

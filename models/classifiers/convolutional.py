@@ -1,6 +1,6 @@
-"""The judge of small image sets: four convolutions, a tanh feature vector, a linear head.
+"""A classifier of small images: four convolutions, a tanh feature vector, a linear head.
 
-Tanh bounds the features, so that a Frechet distance between them is not ruled by a few far images.
+Tanh bounds the features, so that outliers do not dominate a Frechet distance.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PCA-whitened local patches: the first layer that any self-supervised network learns, in closed form.
+"""PCA-whitened local patches as features.
 
 Every cell of a grid is described by the patch of pixels around it, projected on the leading principal components of all
 patches of the image set and scaled to variance 1. Fitting is one pass in a fixed order in float64, with the sign of
@@ -44,7 +44,7 @@ class WhitenedPatches(nn.Module):
 
 
 class WhitenedPatchesFit:
-    """Running sums of the patches; the order of `add` is part of the result's last bits."""
+    """Running sums of the patches; the order of `add` affects the last bits of the result."""
 
     def __init__(self, config: WhitenedPatchesConfig):
         values = config.channels * config.patch**2
@@ -62,7 +62,7 @@ class WhitenedPatchesFit:
     def finish(self) -> dict[str, Tensor]:
         """State of a WhitenedPatches: mean and projection, float32."""
         if self.patches == 0:
-            raise ValueError("no image was given to fit whitened patches on")
+            raise ValueError("whitened patches cannot be fitted: no image was given")
         mean_P = self.sum_P / self.patches
         covariance_PP = self.products_PP / self.patches - torch.outer(mean_P, mean_P)
         return {"mean_P": mean_P.float(), "projection_PD": whitening(covariance_PP, self.config).float()}

@@ -1,7 +1,7 @@
 """Configs of the generators; no torch here.
 
-A config says the architecture. How many codes, positions and classes there are is a property of the token set that it is
-trained on: its `CodeShape`, which the network is built from beside the config.
+A config describes the architecture. Numbers of codes, positions and classes are properties of the token set: a network is built
+from its config and a `CodeShape`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MLP_MULTIPLE = 256  # the hidden width of SwiGLU is rounded up to a multiple of 
 
 GPT_SIZES: dict[str, dict[str, Any]] = {
     "base": {"width": 1024, "layers": 16, "heads": 16, "mlp_width": 4096, "norm": "post"},
-    # Its heads are not published. 16 are those of GPT-3's model of this width and depth, which fairseq calls large, too.
+    # The number of heads is not published; 16 is that of GPT-3's model of this width and depth, fairseq's "large".
     "large": {"width": 1536, "layers": 24, "heads": 16, "mlp_width": 6144, "norm": "post"},
     # The pixel decoders of both, and the baseline that has pixel codes alone.
     "pixels": {"width": 1024, "layers": 16, "heads": 16, "mlp_width": 4096, "norm": "pre"},
@@ -48,12 +48,12 @@ GPT_SIZES: dict[str, dict[str, Any]] = {
 SPECIALS = 5  # of fairseq's vocabulary, beside the codes: start of text, padding, end, unknown (the mask), line feed
 UNREAD_POSITIONS = 2  # first rows of fairseq's position tables
 
-SPARE_POSITIONS = 1024  # rows of RAR's position tables that nothing reads; published files carry them
+SPARE_POSITIONS = 1024  # unused rows of RAR's position tables, which published files have
 SPARE_STEPS = 100
 
 
 class CodeShape(Config):
-    """The codes that a generator draws, and what they depend on.
+    """The codes of an image, and what they are conditioned on.
 
     codes: values of a code.  grid: rows and columns of codes of an image.  classes: labels are 0 to classes - 1; 0 if
     there are none.  factors: number of values of each sub-token of a code, if it has some, the lowest first: the code is
@@ -73,13 +73,13 @@ class CodeShape(Config):
 
 
 class GeneratorSettings(Config):
-    """Base of the configs of all generators: what stages have to know of a kind before they import its network."""
+    """Base of the configs of all generators: properties of a kind that are needed without importing its network."""
 
     kind: str
     trained_by: ClassVar[Literal["gradient", "counting"]] = "gradient"
-    """gradient: by its `loss`; counting: by one look at the data, `fit`."""
+    """gradient: by its `loss`; counting: by `fit`, in one pass over the data."""
     takes_orders: ClassVar[bool] = False
-    """Whether it can draw the positions of an image in any order."""
+    """Whether codes can be generated in any order."""
 
     @property
     def conditions_on(self) -> Literal["none", "class", "codes"]:
@@ -88,16 +88,16 @@ class GeneratorSettings(Config):
 
     @property
     def sampled_by(self) -> Literal["steps", "masks"]:
-        """steps: one position after the other; masks: all positions at once, again and again."""
+        """steps: autoregressively, one position after the other; masks: iteratively, all positions at once."""
         return "steps"
 
     @property
     def can_be_guided(self) -> bool:
-        """Whether it also learns to do without its condition: guidance compares the two."""
+        """Whether it is also trained without its condition, as classifier-free guidance needs."""
         return False
 
     def subtokens(self, shape: CodeShape) -> tuple[int, ...]:
-        """Number of values of each of the draws that make a code."""
+        """Number of values of each sub-token of a code."""
         return (shape.codes,)
 
     def check(self, shape: CodeShape) -> None:
@@ -107,11 +107,11 @@ class GeneratorSettings(Config):
         if self.conditions_on == "codes" and shape.condition is None:
             raise ValueError("its condition is codes of another space, and none are given")
         if self.conditions_on != "codes" and shape.condition is not None:
-            raise ValueError("it has no use for codes of another space as its condition")
+            raise ValueError("it takes no codes of another space as its condition, but some are given")
 
 
 class AnnealedOrders(Config):
-    """Each image in a random order before step `start`, ever fewer of them until step `end`, then all in the order `scan`.
+    """Random orders before step `start`, a share of them that falls linearly to 0 at step `end`, then the order `scan`.
 
     start = end = 0: the order `scan` from the first step on.
     """
@@ -149,12 +149,12 @@ OrdersConfig = Annotated[AnnealedOrders | FixedOrder, Field(discriminator="kind"
 
 
 def _offer_size(schema: dict[str, Any], kind: type[TransformerSettings]) -> None:
-    """In the JSON schema, as in a recipe, a size may stand for its numbers."""
+    """In the JSON schema, as in a recipe, `size` may replace the numbers of a published size."""
     schema["properties"]["size"] = {"enum": list(kind.sizes), "description": "a published size, instead of its numbers"}
 
 
 class TransformerSettings(GeneratorSettings):
-    """A transformer. `size: b` stands for the numbers of a published size."""
+    """A transformer. `size: b` sets the numbers of a published size."""
 
     model_config = ConfigDict(json_schema_extra=_offer_size)
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -174,7 +174,7 @@ class TransformerSettings(GeneratorSettings):
             raise ValueError(f"size is {size!r}, known are {', '.join(cls.sizes)}")
         doubled = sorted(set(cls.sizes[size]) & set(fields))
         if doubled:
-            raise ValueError(f"size {size} already says {', '.join(doubled)}; give either the size or the numbers")
+            raise ValueError(f"size {size} already sets {', '.join(doubled)}; give either the size or the numbers")
         return {**cls.sizes[size], **fields}
 
     @model_validator(mode="after")
@@ -189,7 +189,7 @@ class TransformerSettings(GeneratorSettings):
 
 
 class LabelSettings(TransformerSettings):
-    """One that is conditioned on the class, and learns to do without it."""
+    """A transformer conditioned on the class, with label dropout."""
 
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels dropped in training, for guidance")
 
@@ -268,8 +268,8 @@ class FactorizedConfig(LlamaSettings):
         written = " x ".join(map(str, factors))
         if not factors:
             raise ValueError(
-                f"it draws codes as sub-tokens, and these {shape.codes} codes name no factors; give some whose product is "
-                f"{shape.codes} as factors"
+                f"it draws codes as sub-tokens, but these {shape.codes} codes have no factors; set factors to numbers "
+                f"whose product is {shape.codes}"
             )
         if len(factors) < 2:
             raise ValueError(f"it draws codes as two or more sub-tokens, and factors name one, of {written} values")
@@ -323,7 +323,7 @@ class GptConfig(TransformerSettings):
 
 
 class CountingSettings(GeneratorSettings):
-    """A table of the codes that each class shows at each position, from one look at the data."""
+    """A table of code frequencies per class and position, counted in one pass over the data."""
 
     trained_by: ClassVar = "counting"
     takes_orders: ClassVar = True
@@ -340,7 +340,7 @@ class HistogramConfig(CountingSettings):
 
 
 class UniformConfig(CountingSettings):
-    """The worst case: every code is equally likely everywhere."""
+    """A lower bound: every code is equally likely at every position."""
 
     kind: Literal["uniform"] = "uniform"
 
@@ -352,8 +352,7 @@ GeneratorConfig = Annotated[
 
 
 class Entry(NamedTuple):
-    """Where the parts of a kind of generator are, as "module:Class"; memory: a module without torch, `models.generators.memory`
-    says which functions it has."""
+    """The parts of a kind of generator, as "module:Class".  memory: a module without torch, see `models.generators.memory`."""
 
     network: str
     decoder: str
@@ -390,4 +389,4 @@ GENERATORS: dict[str, Entry] = {
 }
 
 LOOPS: dict[str, str] = {"steps": "models.sampling.loop:sample", "masks": "models.sampling.masks:sample_masks"}
-"""What samples, by `sampled_by`."""
+"""The sampling loop of each `sampled_by`."""

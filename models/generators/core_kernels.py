@@ -1,6 +1,6 @@
 """Linear layers, and attention of one position over a cache, for a few rows on one core of the CPU, compiled by numba.
 
-Every weight and every key is read once, in the order in which it lies in memory, and nothing is dispatched in between.
+Every weight and every key is read once, in memory order, without dispatch in between.
 
 R streams, J positions of the cache, D width, H heads, E = D / H, I inputs and O outputs of a
 linear layer, which are 3 D where it makes queries, keys and values
@@ -19,7 +19,7 @@ OPTIONS: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", 
 
 
 def compiled(function: Any) -> Any:
-    """`function` compiled at its first call, and kept for the next process where some folder can be written."""
+    """`function`, compiled at its first call and cached on disk where a folder can be written."""
     try:
         return njit(cache=True, **OPTIONS)(function)
     except RuntimeError:  # numba finds no folder for its cache
@@ -28,7 +28,7 @@ def compiled(function: Any) -> Any:
 
 @compiled
 def affine(x_RI, weight_OI, bias_O):
-    """x W^T + b, (R, O): a weight that was loaded multiplies four rows."""
+    """x W^T + b, (R, O); four rows per loaded weight."""
     rows, inputs = x_RI.shape
     outputs = len(bias_O)
     out_RO = np.empty((rows, outputs), np.float32)
@@ -55,7 +55,7 @@ def affine(x_RI, weight_OI, bias_O):
 
 @compiled
 def attend(qkv_RO, keys_RHJE, values_RHJE, position, scale):
-    """Write this position's keys and values, and let its queries see all up to here: (R, D)."""
+    """Write this position's keys and values; attention of its queries over all positions so far, (R, D)."""
     streams, heads, _, own = keys_RHJE.shape
     width = heads * own
     out_RD = np.empty((streams, width), np.float32)
@@ -67,13 +67,13 @@ def attend(qkv_RO, keys_RHJE, values_RHJE, position, scale):
             values_JE[position] = qkv_RO[r, 2 * width + start : 2 * width + start + own]
             for e in range(own):
                 y_E[e] = qkv_RO[r, start + e] * scale
-            mean_values(likelihoods(y_E, keys_JE, position + 1), values_JE, y_E)
+            mean_values(attention_weights(y_E, keys_JE, position + 1), values_JE, y_E)
     return out_RD
 
 
 @compiled
-def likelihoods(q_E, keys_JE, seen):
-    """The softmax of a query's products with the first `seen` keys, the softmax's scale being part of the query."""
+def attention_weights(q_E, keys_JE, seen):
+    """Softmax of a query's products with the first `seen` keys, (seen,); the query is scaled already."""
     weights_J = np.empty(seen, np.float32)
     largest = np.float32(-np.inf)
     for j in range(seen):
@@ -93,7 +93,7 @@ def likelihoods(q_E, keys_JE, seen):
 
 @compiled
 def mean_values(weights_J, values_JE, out_E):
-    """Weighted sum of values, four at a time, so that the sum is loaded and stored less often."""
+    """Weighted sum of values; four at a time, so that the sum is loaded and stored less often."""
     seen = len(weights_J)
     out_E[:] = 0
     for j in range(0, seen - 3, 4):

@@ -1,5 +1,4 @@
-"""What every generator is: a network that is built from its config and the shape of its codes, and learns which codes follow
-which. How it is sampled is another module's, which the network does not know.
+"""The base class of generators: a network built from its config and the shape of its codes. Sampling is in other modules.
 
 B rows, T tokens of an image
 """
@@ -19,7 +18,7 @@ from models.generators.config import GENERATORS, LOOPS, CodeShape, GeneratorSett
 from models.registry import load
 
 Streams = Callable[[str], np.random.Generator]
-"""From a name to its random numbers, which depend on the seed of the training, the name and the step."""
+"""From a name to a random generator, seeded by the seed of the training, the name and the step."""
 
 
 class Generator(nn.Module, ABC):
@@ -32,12 +31,12 @@ class Generator(nn.Module, ABC):
         config.check(shape)
         self.config, self.shape = config, shape
         self.checkpoint_blocks = False
-        """Whether each of the repeated blocks is computed again in the backward pass instead of keeping its activations."""
+        """Whether activations of the repeated blocks are recomputed in the backward pass (activation checkpointing)."""
 
     def draws(self, streams: Streams, rows: int, step: int) -> dict[str, NDArray[Any]]:
-        """What chance decides in a training step, for all `rows` of its global batch (the first axis): arguments of `loss`.
+        """The random variables of a training step, for all `rows` of its global batch (first axis): arguments of `loss`.
 
-        Which of them there are depends on the step alone.
+        Their names depend on the step alone.
         """
         return {}
 
@@ -47,12 +46,12 @@ class Generator(nn.Module, ABC):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross entropy of all B*T codes, and named scalars, {"correct": share of argmax hits} among them.
 
-        codes_BT: int64 in raster order.  condition: labels (B,) or codes (B, S) of another space, int64, or None.  Without
-        draws nothing is left to chance, and the condition is given.
+        codes_BT: int64 in raster order.  condition: labels (B,) or codes (B, S) of another space, int64, or None.
+        Without draws the loss is deterministic and conditional.
         """
 
     def fit(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Learn from codes (N, T) and labels (N,), a block of them after the other, where the config says "counting"."""
+        """Learn from blocks of codes (N, T) and labels (N,), where the config is `trained_by` counting."""
         raise NotImplementedError
 
     def decayed(self, name: str, parameter: Tensor) -> bool:
@@ -60,12 +59,12 @@ class Generator(nn.Module, ABC):
         return parameter.ndim >= 2
 
     def repeated_blocks(self) -> Iterable[nn.Module]:
-        """The blocks that are compiled where that is asked for, all alike."""
+        """Blocks of one structure, which are compiled one by one if compilation is on."""
         return ()
 
 
 def build_generator(config: GeneratorSettings, shape: CodeShape) -> Generator:
-    """The network of a kind, with fresh parameters. ValueError if it cannot work on such codes."""
+    """The network of a config, with fresh parameters. ValueError if its config does not fit the codes."""
     network: Generator = load(GENERATORS[config.kind].network)(config, shape)
     return network
 
@@ -73,14 +72,14 @@ def build_generator(config: GeneratorSettings, shape: CodeShape) -> Generator:
 def build_decoder(
     model: Generator, *, rows: int, guided: bool, orders: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Any:
-    """What samples from these weights as they are now, in passes of `rows` (see `models.sampling.loop.Decoder`).
+    """A decoder (see `models.sampling.loop.Decoder`) that samples from the present weights, in passes of `rows`.
 
-    orders: the position in raster order that each step lays, (T,) for all rows or (rows, T) one each; default: the
-    generator's own.  dtype: of the blocks' weights and of the cache, default theirs.
+    orders: the position in raster order that each step generates, (T,) for all rows or (rows, T); default: the
+    generator's own.  dtype: of the blocks' weights and of the cache, default that of the weights.
     """
     return load(GENERATORS[model.config.kind].decoder)(model, rows=rows, guided=guided, orders=orders, dtype=dtype)
 
 
 def loop_of(config: GeneratorSettings) -> Any:
-    """The loop that the kind is sampled by: (decoder, condition, sample ids, config=, seed=, stream=) to codes (rows, T)."""
+    """The sampling loop of the kind: (decoder, condition, sample ids, config=, seed=, stream=) to codes (rows, T)."""
     return load(LOOPS[config.sampled_by])

@@ -1,4 +1,4 @@
-"""Keys and values of all positions so far, in buffers that never move.
+"""Keys and values of all positions so far, in static buffers.
 
 R streams, J positions of the cache, N positions that are fed at once, D width, H heads, E = D / H, O = 3 D
 """
@@ -15,7 +15,7 @@ FEW_STREAMS = 8  # up to here the compiled attention is the faster one on the CP
 
 
 class KeyCache:
-    """Of every block; causal attention over them, softmax scale 1/sqrt(E)."""
+    """The cache of all blocks, and causal attention over it, softmax scale 1/sqrt(E)."""
 
     def __init__(
         self,
@@ -40,14 +40,14 @@ class KeyCache:
         self.unseen_11J = ahead.triu(1)[:, None, None].unbind()
 
     def attend_first(self, block: int, qkv_RNO: Tensor) -> Tensor:
-        """Begin anew with N positions at once: (R, N, D)."""
+        """Start a pass with N positions at once: (R, N, D)."""
         both_2RHJE = self.both_2RHJE[block]
         qkv_3RHNE = qkv_RNO.unflatten(-1, (3, both_2RHJE.shape[2], -1)).permute(2, 0, 3, 1, 4)
         both_2RHJE[:, :, :, : qkv_RNO.shape[1]] = qkv_3RHNE[1:]
         return F.scaled_dot_product_attention(*qkv_3RHNE, is_causal=True).transpose(1, 2).flatten(2)
 
     def attend(self, block: int, position: int, qkv_RO: Tensor) -> Tensor:
-        """Add a position, and let its queries see all up to it: (R, D)."""
+        """Add a position; attention of its queries over all positions so far, (R, D)."""
         if self.is_compiled:
             out_RD = self._compiled(qkv_RO.numpy(), *self._arrays[block], position, self.scale)
             return torch.from_numpy(out_RD)

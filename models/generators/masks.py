@@ -14,12 +14,12 @@ Masks_BT = NDArray[np.bool_]
 
 
 def draw_masks(rng: np.random.Generator, batch: int, tokens: int) -> Masks_BT:
-    """True where a code is masked, (batch, tokens): a share of cos(pi u / 2), u uniform, at random places."""
+    """True where a code is masked, (batch, tokens): a share of cos(pi u / 2), u uniform, at random positions."""
     return masks_of(rng.random(batch), rng.random((batch, tokens)))
 
 
 def masks_of(ratios_B: NDArray[np.floating], scores_BT: NDArray[np.floating]) -> Masks_BT:
-    """From uniforms: those with the lowest scores are masked, at least one of them and at most all."""
+    """From uniforms: the codes with the lowest scores are masked, at least one of them and at most all."""
     tokens = scores_BT.shape[1]
     masked_B = np.minimum(np.floor(tokens * np.cos(np.pi / 2 * ratios_B)) + 1, tokens)
     ranks_BT = scores_BT.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
@@ -27,12 +27,12 @@ def masks_of(ratios_B: NDArray[np.floating], scores_BT: NDArray[np.floating]) ->
 
 
 def even_mask(tokens: int) -> NDArray[np.bool_]:
-    """A mask without chance, (tokens,): evenly spread, of the share 2 / pi that drawn ones have in the mean."""
+    """A deterministic mask, (tokens,): evenly spread, of the mean share of drawn masks, 2 / pi."""
     return np.arange(1, tokens + 1) / GOLDEN_RATIO % 1 < 2 / np.pi
 
 
 def masked_after(iterations: int, tokens: int) -> list[int]:
-    """How many codes are masked after each iteration of sampling: ever fewer by a cosine, at least one, and in the end none."""
+    """Number of masked codes after each iteration of sampling: it falls as a cosine, by at least one, to 0 after the last."""
     counts, before = [], tokens
     for done in range(1, iterations):
         before = max(min(int(tokens * np.cos(np.pi / 2 * done / iterations)), before - 1), 1)

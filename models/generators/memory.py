@@ -1,4 +1,4 @@
-"""How much memory a generator takes, by its kind's own estimate; no torch here, so that planning needs none."""
+"""The memory that a generator takes, estimated by its kind's own functions; no torch here, so that planning needs none."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 
 from models.generators.config import GENERATORS, CodeShape, GeneratorSettings
 
-FEWEST_ROWS = 4  # whose products on the CPU take weights as they are: see `models.generators.products`
+FEWEST_ROWS = 4  # up to here products on the CPU take unpacked weights: see `models.generators.products`
 SHORTEST_PRODUCT = 16  # keys: batched products of fewer take a slow path on the CPU
 
 
 def training_bytes(config: GeneratorSettings, shape: CodeShape, **asked: Any) -> int | None:
-    """Of one process that trains with passes of `rows`: parameters, optimizer, and a pass with its gradients.
+    """Bytes of one process that trains with passes of `rows`: parameters, optimizer, and a pass with its gradients.
 
     rows: of a pass.  is_half: products under autocast to bfloat16.  is_averaged: averaged weights are kept, too.
-    checkpoints_activations, device_type: as they are.  None: the kind has no estimate.
+    checkpoints_activations, device_type.  None: the kind has no estimate.
     """
     return _estimate("training_bytes", config, shape, asked)
 
 
 def sampling_bytes(config: GeneratorSettings, shape: CodeShape, **asked: Any) -> int | None:
-    """Of one process that samples passes of `rows`: weights, what the decoder makes of them, cache, work.
+    """Bytes of one process that samples passes of `rows`: weights, the decoder's copies of them, cache, work.
 
     rows: of a pass.  guided: with a second stream for each.  bytes_per_number: of blocks and cache.  device_type.  None: the
     kind has no estimate.

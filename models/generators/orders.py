@@ -1,7 +1,7 @@
-"""The orders in which the codes of an image are laid, and what chance decides in a training step, in numpy.
+"""The orders in which the codes of an image are generated, and random orders and label drops of training, in numpy.
 
-The functions that draw do so for a whole global batch and use up the same amount of the stream whatever they decide, so
-a row depends on (stream, index in the global batch) alone and a process takes the rows that are its own.
+The functions that draw do so for a whole global batch and consume the same amount of the stream whatever they decide, so
+a row depends on (stream, index in the global batch) alone and each process takes its own rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Order_T = npt.NDArray[np.int64]
 
 
 def scan_order(scan: Scan, grid: tuple[int, int]) -> Order_T:
-    """The position in raster order that each step lays, (rows * columns,).
+    """The position in raster order that each step generates, (rows * columns,).
 
     alternate: every other row from right to left.  z-curve: quarter by quarter, and each quarter likewise (Morton codes).
     subsample: a coarse grid of every 2nd, 4th, ... row and column first, then what lies between.  spiral-in: around from
@@ -34,7 +34,7 @@ def scan_order(scan: Scan, grid: tuple[int, int]) -> Order_T:
 
 
 def _interleaved(grid: tuple[int, int], *, coarse_first: bool) -> npt.NDArray[np.int64]:
-    """The bits of row and column in turn, (rows, columns); the highest bit of both counts most, or the lowest one."""
+    """The interleaved bits of row and column, (rows, columns); the highest bits are most significant, or the lowest."""
     rows_h1, columns_1w = np.ogrid[: grid[0], : grid[1]]
     bits = max(grid).bit_length()
     keys_hw = np.zeros(grid, np.int64)

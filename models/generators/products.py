@@ -1,4 +1,4 @@
-"""Matrix products of a step: a few rows, a weight that stays the same for hundreds of them.
+"""Matrix products of a decoder's steps: a few rows, and one weight for hundreds of products.
 
 R rows, I inputs, O outputs
 """
@@ -17,13 +17,12 @@ from models.generators.memory import FEWEST_ROWS
 class Product:
     """x W^T + b.
 
-    On the CPU a step of few rows lasts as long as its weights take to arrive from memory. Very few rows are multiplied by a
-    loop that numba compiles; for more, the weight is kept as oneDNN's kernel reads it, which takes half to two thirds of the time
-    of a weight in its usual order.
+    On the CPU a step of few rows is bound by memory bandwidth. Very few rows are multiplied by a loop that numba compiles; for
+    more, the weight is packed for oneDNN's kernel, which takes half to two thirds of the time of an unpacked weight.
     """
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None, *, rows: int, dtype: torch.dtype):
-        """dtype: of the product.  rows: of x, where it has two dimensions; x of more dimensions is multiplied as it comes."""
+        """dtype: of the product.  rows: of x with two dimensions; for x with more the weight is not packed."""
         weight_OI = weight_OI.detach().to(dtype)
         bias_O = None if bias_O is None else bias_O.detach().to(dtype)
         self.weight_OI, self.bias_O = weight_OI, bias_O
@@ -39,7 +38,7 @@ class Product:
 
 
 def compiled(weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """By a loop, over the weight as it is."""
+    """By a compiled loop."""
     from models.generators.core_kernels import affine  # numba, which only this needs
 
     bias_O = weight_OI.new_zeros(len(weight_OI)) if bias_O is None else bias_O
@@ -48,6 +47,6 @@ def compiled(weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Ten
 
 
 def packed(weight_OI: Tensor, bias_O: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
-    """By oneDNN, over a copy of the weight."""
+    """By oneDNN, over a packed copy of the weight."""
     weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI, rows)
     return lambda x_RI: torch.ops.mkldnn._linear_pointwise(x_RI, weight, bias_O, "none", [], "")

@@ -1,4 +1,4 @@
-"""Decoders that lay one code after the other: streams, positions and CUDA graphs, which all of them share.
+"""The base class of autoregressive decoders: streams, positions and CUDA graphs.
 
 B rows of a pass, R streams (B, or 2B with guidance: the conditional half first), T tokens, D width
 """
@@ -17,13 +17,13 @@ from models.sampling.heads import Head
 
 
 class StepDecoder(ABC):
-    """Passes of `rows` samples through one set of weights; buffers are allocated once and serve every pass.
+    """Passes of `rows` samples through one set of weights; buffers are allocated once for all passes.
 
     The weights are read as they are at construction: build another decoder after an optimizer step. A pass is `prefill`
-    and then `step` for each further token; both give what `head` draws the next codes from.
+    and then `step` for each further token; both return the hidden states that `head` draws the next codes from.
 
     A subclass sets `head`, and turns a condition, and then the codes, into inputs of `compute`, which it passes to `feed`:
-    all that is done at a position alike in every pass stands in `compute`, because on CUDA it is recorded as a graph.
+    `compute` holds the work that is the same in every pass, because on CUDA it is recorded as a graph.
     """
 
     head: Head
@@ -37,7 +37,7 @@ class StepDecoder(ABC):
         orders: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ):
-        """orders: (T,) for all rows or (rows, T) one each, where the generator takes any; default its own.
+        """orders: (T,) for all rows or (rows, T), if the generator takes any; default its own.
 
         dtype: of weights and cache, default the weights' own.
         """
@@ -45,19 +45,19 @@ class StepDecoder(ABC):
         self.device, self.dtype = weight.device, dtype or weight.dtype
         self.rows, self.guided, self.streams = rows, guided, rows * (1 + guided)
         self.shape, self.tokens, self.subtokens = model.shape, model.shape.tokens, model.config.subtokens(model.shape)
-        self.lay(orders)
+        self.set_orders(orders)
         self.position = 0
         self.graphs: StepGraphs | None = None
         self.buffers: tuple[Tensor, ...] = ()
         self.hidden_RD: Tensor | None = None
 
-    def lay(self, orders: Tensor | None) -> None:
-        """Let the next passes lay the codes in these orders: (T,) for all rows, (rows, T) one each, or raster order."""
+    def set_orders(self, orders: Tensor | None) -> None:
+        """Set the orders of the next passes: (T,) for all rows, (rows, T), or None for raster order."""
         self.orders_BT = None if orders is None else orders.to(self.device).expand(self.rows, -1)
 
     @torch.inference_mode()
     def prefill(self, condition: Tensor | None) -> Tensor:
-        """Begin a pass for labels (rows,), where `classes` means none, or codes (rows, S) of another space, or None.
+        """Start a pass for labels (rows,), where `classes` means none, or codes (rows, S) of another space, or None.
 
         Hidden states (R, D).
         """
@@ -72,7 +72,7 @@ class StepDecoder(ABC):
 
     @abstractmethod
     def begin(self, condition: Tensor | None) -> Tensor:
-        """Feed the condition, several positions at once if it has several, and leave `position` at the last one that was fed."""
+        """Feed the condition, all its positions at once, and set `position` to the last one."""
 
     @abstractmethod
     def append(self, codes_B: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class StepDecoder(ABC):
 
     @abstractmethod
     def compute(self, position: int, *inputs: Tensor) -> Tensor:
-        """Hidden states (R, D), in tensors of its own, from inputs whose shapes are those of `allocate`; the cache grows by a position."""
+        """Hidden states (R, D), in new tensors, from inputs shaped as those of `allocate`; adds a position to the cache."""
 
     def allocate(self) -> tuple[Tensor, ...]:
         """One tensor for each input of `compute`."""
@@ -91,11 +91,11 @@ class StepDecoder(ABC):
         return torch.cat([rows, rows]) if self.guided else rows
 
     def labels_of(self, labels_B: Tensor) -> Tensor:
-        """The label of each stream: with guidance the second half has that of no class."""
+        """The label of each stream: with guidance, "no class" in the second half."""
         return torch.cat([labels_B, torch.full_like(labels_B, self.shape.classes)]) if self.guided else labels_B
 
     def feed(self, position: int, *inputs: Tensor) -> Tensor:
-        """`compute`, by a graph where there are some. An input that is one of `buffers` itself is not copied."""
+        """`compute`, as a graph if graphs are in use. An input that is one of `buffers` is not copied."""
         if self.graphs is None:
             return self.compute(position, *inputs)
         for buffer, given in zip(self.buffers, inputs, strict=True):
@@ -112,9 +112,11 @@ class StepDecoder(ABC):
 
     @torch.inference_mode()
     def use_graphs(self, capture: Capture) -> None:
-        """From now on steps run by graphs, between buffers that never move."""
+        """Run the following steps as graphs, on static buffers."""
         self.buffers = self.allocate()
-        compute = WeakMethod(self._compute_in_place)  # no cycle: its memory is free as soon as nobody holds the decoder
+        compute = WeakMethod(
+            self._compute_in_place
+        )  # no reference cycle: memory is freed with the last reference to the decoder
         self.graphs = StepGraphs(lambda position: compute()(position), capture)
 
     def _compute_in_place(self, position: int) -> None:

@@ -1,8 +1,7 @@
-"""Steps of a decoder as CUDA graphs: hundreds of small kernels are started as one.
+"""Steps of a decoder as CUDA graphs: hundreds of small kernels are launched at once.
 
-A step at one position does the same each time, on buffers that never move; what differs between positions is how much of
-the cache is read. So there is one graph per position. The first pass runs as it is and warms everything up; the second
-records; all others replay.
+A step at one position is the same in each pass, on static buffers; between positions, the part of the cache that is read
+differs. So there is one graph per position. The first pass runs eagerly as a warm-up, the second records, the others replay.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ Capture = Callable[[Work], Work]
 
 
 class StepGraphs:
-    """`run(position)` as graphs: it reads and writes buffers that never move, and waits for nothing."""
+    """`run(position)` as graphs: it must read and write static buffers and must not synchronise."""
 
     def __init__(self, run: Callable[[int], None], capture: Capture):
-        """capture: records what a function does without doing it, and returns what does it again."""
+        """capture: records a function without running it, and returns a function that replays it."""
         self._run, self._capture = run, capture
         self._seen: set[int] = set()
         self._graphs: dict[int, Work] = {}
 
     def __call__(self, position: int) -> None:
-        """Do the step at a position."""
+        """Run the step at a position."""
         if position not in self._seen:
             self._seen.add(position)
             self._run(position)
@@ -37,14 +36,14 @@ class StepGraphs:
 
 
 class GraphPool:
-    """Captures CUDA graphs that share the memory of what they compute on the way: they never run at the same time."""
+    """Captures CUDA graphs that share memory for intermediate results: they never run at the same time."""
 
     def __init__(self, device: torch.device):
-        self._stream = torch.cuda.Stream(device, priority=-1)  # before what runs beside it, such as decoding
+        self._stream = torch.cuda.Stream(device, priority=-1)  # before other streams, such as that of decoding
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Work) -> Work:
-        """What does `work` again; its tensors must be gone when it returns, but for the buffers that it writes."""
+        """A function that replays `work`, which must keep no tensor that it allocates."""
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):

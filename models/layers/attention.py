@@ -1,4 +1,4 @@
-"""Causal self-attention with normalised queries and keys; the kernel knows the mask, so none is built.
+"""Causal self-attention with normalised queries and keys.
 
 B rows, T positions, D width, H heads, E width of a head (D / H)
 """

@@ -1,4 +1,4 @@
-"""Where half precision would spoil a loss: float32, or whatever is wider."""
+"""Losses are computed in float32 or wider."""
 
 from __future__ import annotations
 

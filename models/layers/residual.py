@@ -18,8 +18,8 @@ def group_norm(width: int, *, affine: bool = True) -> nn.GroupNorm:
 class ResidualBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))).
 
-    Where the width changes, a 1x1 convolution makes the summands fit: of the block's input, or (shortcut "branch") of
-    the branch, which is then added to itself while the input is dropped: MaskGIT's weights were trained like that.
+    Where the width changes, a 1x1 convolution projects the block's input, or (shortcut "branch") the branch, which is then
+    added to itself and the input dropped: MaskGIT's weights were trained like that.
     """
 
     def __init__(self, width_in: int, width_out: int, *, bias: bool, shortcut: Shortcut = "input"):

@@ -1,8 +1,8 @@
 """Rotary positions of a grid (arXiv 2104.09864, in two dimensions), as published Llama-style image generators have them.
 
-Half of a head's pairs of channels turn by the row of a code, the other half by its column. The row of the table before
-all codes, which belongs to the class, is zero: not a rotation by nothing, but cosine and sine both 0, so that the query
-and the key there are zero vectors. Every query gives the class a score of 0; its value still counts.
+Half of a head's pairs of channels are rotated by the row of a code, the other half by its column. The first row of the table,
+which belongs to the class, is zero: cosine and sine are both 0 (not the identity rotation), so that query and key
+there are zero vectors. Every query gives the class a score of 0; its value still counts.
 
 J = 1 + h w positions, E width of a head, F = E / 2 pairs of adjacent channels
 """
@@ -27,12 +27,12 @@ def rope_table(grid: tuple[int, int], head_width: int) -> Tensor:
 
 
 def rotate(x_BJHE: Tensor, table_JF2: Tensor) -> Tensor:
-    """Turn the pairs of all heads, in float32: (a cos - b sin, b cos + a sin)."""
+    """Rotate the pairs of all heads, in float32: (a cos - b sin, b cos + a sin)."""
     pairs_BJHF2, table_J1F2 = x_BJHE.float().unflatten(-1, (-1, 2)), table_JF2[:, None]
     if (
         not torch.compiler.is_compiling()
-    ):  # as complex numbers in a quarter of the time, but compilers know only real ones
-        turned_BJHF = torch.view_as_complex(pairs_BJHF2) * torch.view_as_complex(table_J1F2)
-        return torch.view_as_real(turned_BJHF).flatten(-2)
+    ):  # complex numbers take a quarter of the time; the compiler does not support them
+        rotated_BJHF = torch.view_as_complex(pairs_BJHF2) * torch.view_as_complex(table_J1F2)
+        return torch.view_as_real(rotated_BJHF).flatten(-2)
     (first, second), (cos, sin) = pairs_BJHF2.unbind(-1), table_J1F2.unbind(-1)
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)

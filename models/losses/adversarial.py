@@ -1,8 +1,8 @@
-"""The adversarial game of VQGAN tokenizers: the discriminator's losses, and what the tokenizer minds of it.
+"""Adversarial training of VQGAN tokenizers: the losses of the discriminator, and the adversarial loss of the tokenizer.
 
-Hinge, vanilla or non-saturating loss of the discriminator, with LeCAM's regulariser (arXiv 2104.03310); the tokenizer's
-side is the non-saturating loss of each image's mean logit. Its weight is fixed, or (VQGAN, equation 7) such that at the
-last layer its gradient is as long as that of the reconstruction.
+Hinge, vanilla or non-saturating loss of the discriminator, with LeCAM's regulariser (arXiv 2104.03310); the tokenizer has
+the non-saturating loss of each image's mean logit. Its weight is fixed, or (VQGAN, equation 7) such that its gradient at
+the last layer has the norm of the reconstruction's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LARGEST_WEIGHT = 1e4
 
 
 class GanLosses(NamedTuple):
-    """losses: weighted, named scalars whose sum is minimised by one side.  stats: scalars for the log."""
+    """losses: weighted, named scalars whose sum is minimised.  stats: scalars for the log."""
 
     losses: dict[str, Tensor]
     stats: dict[str, Tensor]
@@ -35,7 +35,7 @@ class GanLosses(NamedTuple):
 class Adversary(nn.Module):
     """A discriminator and LeCAM's running means of its logits (buffers, so that a resumed training has them).
 
-    part: of the step's batch, which the next images are; what moves once per step does so with the last piece.
+    part: the part of the step's batch in the next pass; running means are updated with the last piece of a step.
     """
 
     real_mean: Tensor
@@ -50,21 +50,21 @@ class Adversary(nn.Module):
         self.part = BatchPart()
 
     def forward(self, pixels_BCHW: Tensor, output_BCHW: Tensor, *, step: int) -> GanLosses:
-        """The discriminator's side: images and reconstructions, both without gradient, in the network's range."""
+        """Losses of the discriminator on images and reconstructions, both without gradient, in the network's range."""
         real_B1hw = at_least_float32(self.discriminator(pixels_BCHW.detach()))
         fake_B1hw = at_least_float32(self.discriminator(output_BCHW.detach()))
         factor = float(step >= self.config.start)
-        losses = {"discriminator": factor * self.telling_apart(real_B1hw, fake_B1hw)}
+        losses = {"discriminator": factor * self.discriminator_loss(real_B1hw, fake_B1hw)}
         stats = {"logits_real": real_B1hw.detach().mean(), "logits_fake": fake_B1hw.detach().mean()}
         if self.config.lecam:
-            real_mean, fake_mean = self.follow(stats["logits_real"], stats["logits_fake"])
+            real_mean, fake_mean = self.update_means(stats["logits_real"], stats["logits_fake"])
             above_fake, below_real = F.relu(real_B1hw - fake_mean), F.relu(real_mean - fake_B1hw)
             lecam = above_fake.square().mean() + below_real.square().mean()
             losses["lecam"] = factor * self.config.lecam * lecam
             stats["lecam_unweighted"] = lecam.detach()
         return GanLosses(losses, stats)
 
-    def telling_apart(self, real_B1hw: Tensor, fake_B1hw: Tensor) -> Tensor:
+    def discriminator_loss(self, real_B1hw: Tensor, fake_B1hw: Tensor) -> Tensor:
         if self.config.loss == "hinge":
             return 0.5 * (F.relu(1 - real_B1hw).mean() + F.relu(1 + fake_B1hw).mean())
         if self.config.loss == "vanilla":
@@ -72,10 +72,10 @@ class Adversary(nn.Module):
         return F.softplus(-image_means(real_B1hw)).mean() + F.softplus(image_means(fake_B1hw)).mean()
 
     @torch.no_grad()
-    def follow(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """The running means with those of this step in them, over all processes and its pieces so far; they start at 0.
+    def update_means(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """The running means, which start at 0, with this step's means over all processes and its pieces so far.
 
-        They move once per step, with its last piece.
+        They are stored once per step, with its last piece.
         """
         means = torch.stack([real, fake]).to(self.real_mean.dtype)
         if self.part.world > 1:
@@ -93,9 +93,9 @@ class Adversary(nn.Module):
     def generator_side(
         self, output_BCHW: Tensor, *, reconstruction_loss: Tensor, last_weight: Tensor, step: int
     ) -> GanLosses:
-        """The tokenizer's side: its outputs with their gradient; the discriminator gets none.
+        """The adversarial loss of the tokenizer on its outputs; the discriminator gets no gradient.
 
-        reconstruction_loss, last_weight: what an adaptive weight compares the adversarial gradient with, and where.
+        reconstruction_loss, last_weight: an adaptive weight compares the gradients of both losses at this parameter.
         """
         if step < self.config.start:
             return GanLosses({}, {"adversarial_weight": output_BCHW.new_zeros(())})
@@ -111,7 +111,7 @@ class Adversary(nn.Module):
 
 
 def spread_statistics(module: nn.Module, pieces: int) -> None:
-    """Let the running statistics of batch normalisation move in `pieces` passes as far as in one of the whole batch."""
+    """Adapt the momentum of batch normalisation: `pieces` passes change running statistics as much as one pass does."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d) and pieces > 1 and norm.momentum is not None:
             norm.momentum = 1 - (1 - norm.momentum) ** (1 / pieces)
@@ -122,7 +122,7 @@ def image_means(logits_B1hw: Tensor) -> Tensor:
 
 
 def gradient_ratio(reconstruction_loss: Tensor, adversarial_loss: Tensor, weight: Tensor) -> Tensor:
-    """How much longer the gradient of the reconstruction is at `weight`; no gradient passes."""
+    """Ratio of the norms of both losses' gradients at `weight`, at most 10,000, detached."""
     (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, weight, retain_graph=True)
     (of_adversary,) = torch.autograd.grad(adversarial_loss, weight, retain_graph=True)
     return (of_reconstruction.norm() / (of_adversary.norm() + 1e-4)).clamp(0, LARGEST_WEIGHT).detach()
@@ -130,9 +130,9 @@ def gradient_ratio(reconstruction_loss: Tensor, adversarial_loss: Tensor, weight
 
 @contextmanager
 def as_in_training(module: nn.Module) -> Iterator[None]:
-    """Batch normalisation by the batch at hand, as in the game, without a trace in the running statistics.
+    """Batch normalisation by the statistics of the batch, as in training, without changing the running statistics.
 
-    Those are of images and reconstructions mixed: with them a network may call all the same that tells them apart.
+    These mix images and reconstructions: with them a discriminator may fail that separates the two in training.
     """
     norms = [one for one in module.modules() if isinstance(one, nn.BatchNorm2d)]
     before = [(one.training, one.track_running_stats) for one in norms]
@@ -147,7 +147,7 @@ def as_in_training(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """What is computed meanwhile gives the module's parameters no gradient."""
+    """Within this context the module's parameters get no gradient."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

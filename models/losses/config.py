@@ -22,12 +22,12 @@ class ReconstructionConfig(Config):
     @model_validator(mode="after")
     def _compares_something(self) -> ReconstructionConfig:
         if self.l1 == self.l2 == self.perceptual == 0:
-            raise ValueError("l1, l2 and perceptual are all 0, so that nothing would be learnt; give one a weight")
+            raise ValueError("l1, l2 and perceptual are all 0: there is no loss to train on; give one of them a weight")
         return self
 
 
 class PatchConfig(Config):
-    """PatchGAN (arXiv 1611.07004): overlapping patches are judged one by one."""
+    """PatchGAN (arXiv 1611.07004): overlapping patches are classified one by one."""
 
     kind: Literal["patch"] = "patch"
     width: int = Field(default=64, ge=1, description="Channels of the first layer.")
@@ -35,7 +35,7 @@ class PatchConfig(Config):
 
     @property
     def least_pixels(self) -> int:
-        """Side of the smallest image that has a patch: two more layers take a pixel each, and one must be left."""
+        """Side of the smallest image that gives a logit: two more layers take a pixel each, and one must be left."""
         return 3 * 2**self.layers
 
 
@@ -49,7 +49,7 @@ class BlurConfig(Config):
 
     @property
     def least_pixels(self) -> int:
-        """Side of the smallest image that can be halved so often."""
+        """Side of the smallest image that can be halved `stages` times."""
         return 2**self.stages
 
 
@@ -59,7 +59,9 @@ DiscriminatorConfig = Annotated[PatchConfig | BlurConfig, Field(discriminator="k
 class DiscriminationConfig(Config):
     """A discriminator and its loss; the defaults are IBQ's."""
 
-    discriminator: DiscriminatorConfig = Field(default=PatchConfig(), description="What tells images from outputs.")
+    discriminator: DiscriminatorConfig = Field(
+        default=PatchConfig(), description="The network that separates images from reconstructions."
+    )
     loss: Literal["hinge", "vanilla", "non-saturating"] = Field(
         default="hinge", description="The discriminator's loss."
     )
@@ -68,13 +70,13 @@ class DiscriminationConfig(Config):
 
 
 class AdversarialConfig(DiscriminationConfig):
-    """A discriminator beside the tokenizer, and by how much the tokenizer minds it; the defaults are IBQ's."""
+    """A discriminator that is trained with the tokenizer, and the adversarial loss; the defaults are IBQ's."""
 
     weight: float | None = Field(
         default=0.1, ge=0, description="Weight of the adversarial term; null: from the ratio of gradients."
     )
     adaptive_scale: float = Field(default=0.8, ge=0, description="Factor of that ratio where weight is null.")
-    start: int = Field(default=0, ge=0, description="First training step at which either side minds the other.")
+    start: int = Field(default=0, ge=0, description="First training step with adversarial losses, of both networks.")
     order: Literal["discriminator-first", "generator-first"] = Field(
         default="discriminator-first", description="Whose step comes first, on the same reconstruction."
     )

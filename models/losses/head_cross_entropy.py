@@ -1,7 +1,7 @@
-"""A linear layer to the logits of all codes and their cross entropy, in one, so that many codes need little memory.
+"""A linear layer to the logits of all codes, fused with their cross entropy, so that many codes need little memory.
 
 For 262,144 codes the logits of 2,048 positions are 2 GiB, and their cross entropy takes several times that. Here they are
-computed for a block of codes at a time, and once more in the backward pass: memory for one tile of them is enough, and
+computed for a block of codes at a time, and again in the backward pass: one tile of them is in memory at a time, and
 every row of the weight is read once in either pass.
 
 M positions, D width, K codes, k codes of a block
@@ -18,10 +18,8 @@ from torch import Tensor, nn
 
 from models.layers.precision import at_least_float32
 
-MANY_CODES = (
-    2**16
-)  # from here on memory is what counts; with fewer codes computing logits twice costs more than it saves
-CPU_TILE, DEVICE_TILE = 2**21, 2**25  # logits at a time: as many as a cache holds, or as keep a device busy
+MANY_CODES = 2**16  # with fewer codes computing logits twice costs more than it saves
+CPU_TILE, DEVICE_TILE = 2**21, 2**25  # logits of a tile: a CPU's cache, or enough work for a device
 FEWEST_CODES = 256  # of a tile, however many rows it has
 
 
@@ -37,7 +35,7 @@ def head_cross_entropy(x_MD: Tensor, linear: nn.Linear, targets_M: Tensor) -> tu
 
 
 def product_dtype(x_MD: Tensor, weight_KD: Tensor) -> torch.dtype:
-    """What autocast would multiply in, or what the two are."""
+    """The dtype of their product: autocast's, or the wider of the two."""
     kind = x_MD.device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -45,7 +43,7 @@ def product_dtype(x_MD: Tensor, weight_KD: Tensor) -> torch.dtype:
 
 
 class TiledCrossEntropy(torch.autograd.Function):
-    """Mean cross entropy and hits, tile by tile; between the passes it keeps a number per position."""
+    """Mean cross entropy and hits, tile by tile; one number per position is kept for the backward pass."""
 
     @staticmethod
     def forward(
@@ -81,7 +79,7 @@ class TiledCrossEntropy(torch.autograd.Function):
         of_bias_K = None if bias_K is None else torch.empty_like(bias_K)
         with torch.autocast(x_MD.device.type, enabled=False):
             for codes, logits_Mk in tiles(narrow_MD, weight_KD, bias_K):
-                surplus_Mk = logits_Mk.sub_(total_M[:, None]).exp_()  # likelihoods, of targets less 1
+                surplus_Mk = logits_Mk.sub_(total_M[:, None]).exp_()  # probabilities, minus 1 for targets
                 place_M1, is_inside_M1 = places(targets_M, codes)
                 surplus_Mk.scatter_add_(1, place_M1, -is_inside_M1.to(surplus_Mk.dtype))
                 if of_bias_K is not None:
@@ -93,7 +91,7 @@ class TiledCrossEntropy(torch.autograd.Function):
 
 
 def tiles(x_MD: Tensor, weight_KD: Tensor, bias_K: Tensor | None) -> Iterator[tuple[range, Tensor]]:
-    """Blocks of codes, each with its logits (M, k), float32 or wider, for the caller to write over."""
+    """Blocks of codes, each with its logits (M, k), float32 or wider, which the caller may overwrite."""
     tile = CPU_TILE if x_MD.device.type == "cpu" else DEVICE_TILE
     size = max(tile // len(x_MD), FEWEST_CODES)
     for start in range(0, len(weight_KD), size):
@@ -103,6 +101,6 @@ def tiles(x_MD: Tensor, weight_KD: Tensor, bias_K: Tensor | None) -> Iterator[tu
 
 
 def places(targets_M: Tensor, codes: range) -> tuple[Tensor, Tensor]:
-    """Where in the block each target is, (M, 1), and whether it is there at all; elsewhere any place within."""
+    """The index of each target in the block, (M, 1), clamped, and whether the target is in the block."""
     place_M1 = (targets_M - codes.start)[:, None]
     return place_M1.clamp(0, len(codes) - 1), (place_M1 >= 0) & (place_M1 < len(codes))

@@ -1,4 +1,4 @@
-"""PatchGAN (arXiv 1611.07004): a small convolutional network that judges overlapping patches.
+"""PatchGAN (arXiv 1611.07004): a small convolutional network with one logit per overlapping patch.
 
 Module names are those of the published checkpoints.
 """

@@ -1,7 +1,7 @@
 """LPIPS (arXiv 1801.03924): distance of two images in the features of a VGG16 that was trained on ImageNet.
 
-The network is frozen: it is no child of this module, so that neither parameters nor checkpoints nor averages contain
-its 59 MB; it only follows the module from device to device.
+The network is frozen and not registered as a submodule: parameters, checkpoints and averages do not contain its 59 MB. It is
+moved between devices with the module.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Configs of the quantizers, and the table of their builders (no torch here).
 
-The width of a code is not repeated here: a quantizer is built with `dim`, the latent channels of its autoencoder.
+A quantizer is built with its config and `dim`, the latent channels of its autoencoder.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class LookupFreeConfig(Config):
         return 2**dim
 
     def enlargement(self, step: int) -> float:
-        """By how much the entropy weight is raised at this step."""
+        """Relative increase of the entropy weight at this step."""
         return self.enlarge_ratio * max(0.0, 1 - step / self.enlarge_steps)
 
 
 class IndexBackpropagationConfig(Config):
-    """Largest dot product with a codebook whose every row gets gradient (IBQ, arXiv 2412.02692)."""
+    """Largest dot product with a codebook of which every row gets a gradient (IBQ, arXiv 2412.02692)."""
 
     kind: Literal["index-backpropagation"] = "index-backpropagation"
     codes: int = Field(ge=1, description="Size of the codebook.")

@@ -1,7 +1,7 @@
-"""Where a forward pass stands in the batch of a training step, and the groups of tokens over which entropies are taken.
+"""The groups of tokens over which entropies are taken, where a batch is split into passes.
 
-The entropy of the mean distribution depends on how many tokens the mean is over. So it is taken over groups of a fixed
-number of tokens, in the order of the batch, however the batch is cut into pieces and shared between processes.
+The entropy of the mean distribution depends on the number of tokens in the mean. So it is taken over groups of a fixed
+number of tokens, in the order of the batch, however the batch is split by accumulation and processes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Group(NamedTuple):
 
 
 def groups_of_pass(tokens: int, size: int, *, number: int, count: int) -> list[Group]:
-    """The groups of `size` tokens that pass `number` of `count` equal ones, each of `tokens`, has a part in.
+    """The groups of `size` tokens that overlap pass `number` of `count` passes of `tokens` each.
 
     A batch of fewer tokens is one group; the last group of a batch may be smaller than the others.
     """
@@ -65,12 +65,12 @@ class GroupsTokens(CountsUse):
         return groups_of_pass(tokens, self.entropy_tokens, number=part.number, count=part.count)
 
     def needs_survey(self, tokens: int) -> bool:
-        """Whether groups lie in several passes: the same answer for all passes of a batch."""
+        """Whether some group spans several passes; the same for all passes of a batch."""
         return self.part.count > 1 and tokens % self.entropy_tokens != 0
 
     @torch.no_grad()
     def survey(self, z_ND: Tensor) -> None:
-        """Take the mass of every group that this process has a part in, over all processes."""
+        """Compute the mass of every group that overlaps this process's share, over all processes."""
         part = self.part
         groups = groups_of_pass(len(z_ND), self.entropy_tokens, number=part.rank, count=part.world)
         self._masses = {group.number: self.mass(z_ND[group.rows]) for group in groups}
@@ -91,8 +91,8 @@ class GroupsTokens(CountsUse):
     def mean_over_groups(entropies: list[Tensor], groups: list[Group]) -> Tensor:
         """The share of this pass in the mean over all groups, each weighed by its tokens.
 
-        The mean over the passes of a batch is the mean over groups, in value and in gradient: a pass counts the value of
-        a group by the tokens that it holds of it, but its gradient as a whole, since it reaches these tokens alone.
+        The mean over the passes of a batch is the mean over groups, in value and in gradient: a pass weighs the value of
+        a group by the tokens that it holds, but its gradient, which reaches these tokens only, by all tokens of the group.
         """
         tokens = sum(group.rows.stop - group.rows.start for group in groups)
         terms = []

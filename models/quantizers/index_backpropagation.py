@@ -1,7 +1,7 @@
-"""Index backpropagation quantization (IBQ, arXiv 2412.02692): all codes learn, through a softmax over the codebook.
+"""Index backpropagation quantization (IBQ, arXiv 2412.02692): all codes get gradients, through a softmax over the codebook.
 
-A latent becomes the codebook row of the largest dot product, but the gradient is that of the softmax's mean row. An
-entropy loss keeps single tokens sure and all codes in use. How that is exact and cheap is said in `propagation.py`.
+A latent is replaced by the codebook row of the largest dot product; the gradient is that of the softmax-weighted mean row. An
+entropy loss makes the distribution of each token sharp and that of codes uniform. `propagation.py` computes this exactly.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The entropy loss is over a softmax of 2^D codes, but its logits are sums over channels, so it factorises exactly:
 the entropy of a token is the sum of D binary entropies, and the mean distribution over codes is one matrix product of
-the joint probabilities of the low and of the high half of the channels. Nothing of tokens x 2^D is ever made.
+the joint probabilities of the low and of the high half of the channels. No tensor of tokens x 2^D is allocated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EPSILON = 1e-5  # inside the logarithm of the mean distribution, as published
 
 
 class LookupFreeQuantizer(GroupsTokens):
-    """Signs of `dim` channels; there is no parameter. Channel 0 is the lowest bit; a channel of exactly 0 is a 0 bit."""
+    """Signs of `dim` channels, without parameters. Channel 0 is the lowest bit; a channel of exactly 0 is a 0 bit."""
 
     def __init__(self, config: LookupFreeConfig, *, dim: int):
         super().__init__(
@@ -108,7 +108,7 @@ def binary_entropy(logits: Tensor) -> Tensor:
 def joint(logits_ND: Tensor) -> Tensor:
     """Probability of each of the 2^D values of D independent channels; channel 0 is the lowest bit.
 
-    Through the logarithm, whose gradient keeps its digits where the plain sigmoid's p (1 - p) loses them near 1.
+    Through the logarithm: the gradient p (1 - p) of a sigmoid loses its digits near 1.
     """
     probabilities_NL = logits_ND.new_ones(len(logits_ND), 1)
     for logit_N in logits_ND.unbind(1):

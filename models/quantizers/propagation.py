@@ -1,9 +1,9 @@
-"""The softmax at the heart of index backpropagation: exact gradients without a tokens x codes matrix.
+"""The softmax of index backpropagation: exact gradients without a tokens x codes matrix.
 
 With latents Z, codebook E, S = Z E^T and P = softmax(S), forward gives E[argmax S] and backward the gradient of P E;
 beside it the two entropies of Q = softmax(S / temperature). Plain code keeps some ten matrices of tokens x codes (2 GiB
-each for 2,048 tokens and 262,144 codes). Here both directions go over chunks of rows in a few tiles of bounded size
-and compute S anew, with gradients in closed form: 10 N K D operations where autograd spends 16.
+each for 2,048 tokens and 262,144 codes). Here both passes go over chunks of rows in a few tiles of bounded size
+and recompute S, with gradients in closed form: 10 N K D operations instead of autograd's 16.
 
 What the entropies need is in `tempered.py`.
 """
@@ -50,9 +50,9 @@ class Propagated(NamedTuple):
 
 
 class TokenGroup(NamedTuple):
-    """Rows over which the mean of Q is taken; tokens: of the group, also outside of these rows.
+    """Rows over which the mean of Q is taken.  tokens: of the whole group, which may extend beyond these rows.
 
-    mass_K: the sum of Q over all these tokens, where some lie outside.
+    mass_K: the sum of Q over all tokens of a group that does.
     """
 
     rows: slice
@@ -126,7 +126,7 @@ class _Propagation(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         z_ND, codebook_KD, codes_N, top_N, mean_GK = ctx.saved_tensors
         pull_ND = (codebook_KD[codes_N] - z_ND) * (2 * grad_quantization / z_ND.numel())
-        upstream_ND = grad_z_ND + pull_ND  # the first part of the loss sees what the decoder sees
+        upstream_ND = grad_z_ND + pull_ND  # the first part of the loss, through P E
         grad_z_ND = -2 * pull_ND  # the direct share of the first part, and the second part
         grad_codebook_KD = torch.zeros_like(codebook_KD)
         tempered = iter(ctx.tempered)
@@ -165,7 +165,7 @@ def softmax_gradient(
 
 
 def logit_tiles(z_ND: Tensor, codebook_KD: Tensor) -> Iterator[Tensor]:
-    """S in chunks of rows, each over the one before; columns of -inf fill the last group of codes."""
+    """S in chunks of rows, each overwriting the one before; columns of -inf fill the last group of codes."""
     codes, rows = len(codebook_KD), tile_rows(z_ND, codebook_KD)
     tile_nK = z_ND.new_empty(min(rows, len(z_ND)), codes + -codes % GROUP)
     for z_nD in z_ND.split(rows):

@@ -1,4 +1,4 @@
-"""The interface of the quantizers: what every one of them takes and returns."""
+"""The interface of the quantizers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from models.metrics import perplexity
 class Quantized(NamedTuple):
     """A quantized latent grid.
 
-    z_BDhw: what the decoder gets; gradients reach the encoder through it.
+    z_BDhw: input of the decoder; gradients reach the encoder through it.
     codes_Bhw: int64 codes.
-    losses: named scalars that carry the quantizer's own weights: their sum is its share of the training loss.
+    losses: named scalars, weighted by the quantizer's config; their sum is its term of the training loss.
     stats: named scalars without gradient, for the log; those of `Quantizer.stats` are among them.
     """
 
@@ -32,8 +32,8 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module, ABC):
     """Latents to codes and back. Built as `Quantizer(config, dim=D)`; a subclass passes on its number of codes.
 
-    part: what the next forward pass sees. A training that cuts a batch into pieces or shares it sets it before each
-    pass. Clocks count steps: what changes once per step does so with the last piece.
+    part: the part of a batch in the next pass. With gradient accumulation or several processes the training sets it before
+    each pass. State that changes once per step changes with the last piece.
     """
 
     def __init__(self, codes: int):
@@ -43,7 +43,7 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, z_BDhw: Tensor) -> Quantized:
-        """Quantize for training. What it keeps between steps lies in buffers, and changes in training mode alone."""
+        """Quantize for training. State between steps is in buffers, and changes in training mode only."""
 
     @abstractmethod
     def encode(self, z_BDhw: Tensor) -> Tensor:
@@ -51,20 +51,20 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def lookup(self, codes_Bhw: Tensor) -> Tensor:
-        """What the decoder gets for codes in 0..K-1: (B, D, h, w)."""
+        """Input of the decoder for codes in 0..K-1: (B, D, h, w)."""
 
     def needs_survey(self, tokens: int) -> bool:
-        """Whether this step asks for `survey` before passes of so many tokens."""
+        """Whether `survey` is needed in this step, before passes of `tokens` tokens."""
         return False
 
     def survey(self, z_ND: Tensor) -> None:
-        """See the latents of this process's whole share of a batch, before the first of several pieces is quantized.
+        """Collect statistics of the latents (N, D) of this process's share of a batch, before its first piece is quantized.
 
-        Of a share in one piece, `forward` does this itself.
+        `forward` calls it if the share is one piece.
         """
 
     def prepare(self, z_ND: Tensor) -> None:
-        """What `forward` does first: in a training step of one piece, the survey that is due."""
+        """Called first by `forward`: the survey of a training step of one piece."""
         if self.training and self.part.pieces == 1 and self.needs_survey(len(z_ND)):
             self.survey(z_ND.detach())
 

@@ -1,7 +1,7 @@
 """The entropies of Q = softmax(S / temperature), chunk by chunk, and their gradient.
 
-At a low temperature nearly all of Q underflows to 0. A chunk in which that holds touches only the codes within
-the underflow window below the largest logit of each row, found through the maxima of groups of codes. A diffuse chunk
+At a low temperature nearly all of Q underflows to 0. In such a (sparse) chunk only the codes within the underflow window
+below the largest logit of each row are computed, found through the maxima of groups of codes. A diffuse chunk
 (logits of small spread, or a high temperature) takes the dense form, a few rows at a time: same result in the same memory,
 at about half the speed.
 """
@@ -39,7 +39,7 @@ def find_peaks(logits_nK: Tensor) -> Peaks:
 
 
 class Slopes(NamedTuple):
-    """What both gradients share: by how much log Q counts, and the slope of the codebook's entropy along each code."""
+    """Factor of log Q in the gradient, and slope of the codebook's entropy along each code."""
 
     sample: Tensor
     codebook_K: Tensor
@@ -73,17 +73,17 @@ class Windowed(NamedTuple):
 
 
 class Diffuse(NamedTuple):
-    """A chunk of which too much is within the window: everything is computed anew from the logits."""
+    """A chunk with too many entries within the window: everything is recomputed from the logits."""
 
     entropy_n: Tensor
     top_n: Tensor
     temperature: float
 
     def gradient(self, rows: slice, logits_nK: Tensor, slopes: Slopes) -> Tensor:
-        """The same for every entry of some rows, whose logits are given and kept.
+        """The gradient of `Windowed.add_gradient` for every entry of some rows, whose logits are not overwritten.
 
-        Q is normalised anew: these logits come from a product of another shape than those of the forward pass, and the
-        gradient is a difference that a normaliser of other roundings would spoil.
+        Q is normalised again: these logits come from a product of another shape than in the forward pass, and the
+        gradient is a difference that would suffer from a normaliser with other rounding errors.
         """
         scaled_nK = floored((logits_nK - self.top_n[rows, None]).div_(self.temperature))
         log_q_nK = scaled_nK.sub_(scaled_nK.exp().sum(1, keepdim=True).log())
@@ -124,19 +124,18 @@ def tempered_diffuse(logits_nK: Tensor, top_n: Tensor, temperature: float, mass_
 
 
 def underflow(dtype: torch.dtype) -> float:
-    """Beyond this x, exp(-x) is no normal number any more and counts as 0: 87 in float32, 708 in float64.
+    """Beyond this x, exp(-x) is below the normal numbers and taken as 0: 87 in float32, 708 in float64.
 
-    (Between here and 104 or 745 it would be subnormal, which no sum over codes can tell from 0, at a hundred times
-    the cost of an operation.)
+    (Up to 104 or 745 it would be subnormal, which makes no difference to a sum over codes and takes a hundred times as long.)
     """
     return -math.log(torch.finfo(dtype).tiny)
 
 
 def floored(log_q: Tensor) -> Tensor:
-    """In place: nothing so low that its exponential, or what is made of it, is subnormal. What is raised stays rounding."""
+    """In place: clamp, so that exponentials and their products are not subnormal. The change is below rounding."""
     return log_q.clamp_(min=8 - underflow(log_q.dtype))
 
 
 def row_dot(a_nK: Tensor, b_nK: Tensor) -> Tensor:
-    """(n, 1), without another tile."""
+    """Dot product of each row, (n, 1), without another tile."""
     return torch.bmm(a_nK[:, None], b_nK[:, :, None])[:, 0]

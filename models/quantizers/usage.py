@@ -1,7 +1,4 @@
-"""The running use of a codebook: which codes were used lately.
-
-The running use is a buffer, so that a checkpoint has it, and is summed over processes.
-"""
+"""The running use of the codes of a codebook, a buffer that is summed over processes."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ class CountsUse(Quantizer):
 
     @torch.no_grad()
     def count(self, codes_N: Tensor) -> None:
-        """Count the codes of a piece; with the last one advance the step and the running use, over all processes."""
+        """Count the codes of a piece; with the last piece update the step and the running use, over all processes."""
         counts_K = torch.bincount(codes_N, minlength=self.codebook_size).to(self.usage_K.dtype)
         self._counts_K = counts_K + self._counts_K if self.part.piece else counts_K  # of this step so far
         if not self.part.is_last:

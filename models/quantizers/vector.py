@@ -1,8 +1,7 @@
 """Vector quantization: each latent becomes the nearest row of a learnt codebook (VQ-VAE, arXiv 1711.00937).
 
-The codebook starts from latents of the first training step, and codes that are hardly used are revived from latents:
-both keep small codebooks fully used. What they need (step, running use) is in buffers, so that a checkpoint has it,
-and draws come from torch's default generator, which the training engine seeds before every step.
+The codebook is initialised with latents of the first training step, and little-used codes are replaced by latents: both
+keep small codebooks fully used. Random numbers come from torch's default generator, which the training seeds before each step.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class VectorQuantizer(CountsUse):
 
     @torch.no_grad()
     def survey(self, z_ND: Tensor) -> None:
-        """Before the search of a training step: fill the codebook at the first, revive codes at every N-th."""
+        """Fill the codebook in the first training step, revive codes in every N-th."""
         if self.starts():
             self.replace(torch.ones_like(self.usage_K, dtype=torch.bool), z_ND)
         elif self.revives():
@@ -89,7 +88,7 @@ class VectorQuantizer(CountsUse):
         draws = torch.randperm(len(z_ND), device=z_ND.device)
         fresh_ND = z_ND[draws.repeat(-(-rows // len(draws)))[:rows]].to(self.codebook_KD.dtype)
         if self.part.world > 1:
-            torch.distributed.broadcast(fresh_ND, src=0)  # each process draws others, and all must hold one codebook
+            torch.distributed.broadcast(fresh_ND, src=0)  # processes draw different rows, but need the same codebook
         self.codebook_KD[is_replaced_K] = fresh_ND
         self.usage_K[is_replaced_K] = 1 / self.config.codes
 

@@ -1,6 +1,6 @@
 """From logits to a code: filters, and the inverse of the cumulative distribution in code order, in float64.
 
-In float32, a sum over 262,144 codes leaves a third of them out of reach: their share is below its rounding.
+In a float32 sum over 262,144 codes a third of them could never be drawn: their probability is below its rounding.
 
 B rows, K codes, V logits (K, or more)
 """
@@ -16,9 +16,8 @@ from models.sampling.config import Filters
 def choose(logits_BV: Tensor, uniforms_B: Tensor, filters: Filters, *, codes: int | None = None) -> Tensor:
     """A code per row, (B,) int64, from float32 logits and float64 uniforms in [0, 1).
 
-    codes: K, default V. What follows these is never drawn, but has its share of the probabilities that top_p adds up.
-
-    A row without a finite largest logit gives the impossible code K, for the caller to look for.
+    codes: K, default V. Later entries are never drawn, but take part in the softmax.
+    A row without a finite largest logit gives the invalid code K, which the caller has to check for.
     """
     if filters.greedy:
         largest_B, codes_B = logits_BV[:, :codes].max(-1)
@@ -39,7 +38,7 @@ def keep_top_k(logits_BK: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(probabilities_BK: Tensor, p: float) -> Tensor:
-    """Zero all but the likeliest codes whose sum first reaches p; ties go to the lower code; at least one stays."""
+    """Zero all but the smallest set of likeliest codes whose sum reaches p; ties go to the lower code."""
     sorted_BK, codes_BK = probabilities_BK.sort(dim=-1, descending=True, stable=True)
     before_BK = sorted_BK.double().cumsum(-1) - sorted_BK
     kept_BK = torch.zeros_like(probabilities_BK, dtype=torch.bool).scatter(1, codes_BK, before_BK < p)
@@ -51,25 +50,17 @@ def invert(probabilities_BK: Tensor, uniforms_B: Tensor) -> Tensor:
 
     A total that is not finite gives K.
     """
-    cumulative_BK = climbing(probabilities_BK.double().cumsum(-1), probabilities_BK)
+    cumulative_BK = probabilities_BK.double().cumsum(-1)
+    if cumulative_BK.device.type != "cpu":  # other devices sum blocks of codes, with different rounding
+        cumulative_BK = non_decreasing(cumulative_BK, probabilities_BK)
     total_B1 = cumulative_BK[:, -1:].contiguous()
     drawn_B1 = torch.searchsorted(cumulative_BK, uniforms_B.double()[:, None] * total_B1, right=True)
-    # Rounding may lift uniform * total to the total itself: that is the last code with a probability.
+    # Rounding may raise uniform * total to the total itself: then it is the last code with a probability.
     last_B1 = torch.searchsorted(cumulative_BK, total_B1)
     codes_B1 = torch.minimum(drawn_B1, last_B1)
     return torch.where(total_B1.isfinite(), codes_B1, probabilities_BK.shape[-1])[:, 0]
 
 
-def climbing(cumulative_BK: Tensor, probabilities_BK: Tensor) -> Tensor:
-    """Cumulative sums that never fall, and that rise at codes with a probability alone.
-
-    The CPU adds one code after the other, which does both. Other devices add blocks of codes, whose roundings differ.
-    """
-    if cumulative_BK.device.type == "cpu":
-        return cumulative_BK
-    return forbid_falls(cumulative_BK, probabilities_BK)
-
-
-def forbid_falls(cumulative_BK: Tensor, probabilities_BK: Tensor) -> Tensor:
-    """The largest sum up to each code, over codes with a probability."""
+def non_decreasing(cumulative_BK: Tensor, probabilities_BK: Tensor) -> Tensor:
+    """Cumulative sums that never fall, and that rise only at codes with a probability above 0."""
     return cumulative_BK.masked_fill(probabilities_BK == 0, 0).cummax(-1).values

@@ -17,7 +17,7 @@ Weights_T = NDArray[np.float32]
 
 
 class OneOrEach:
-    """Marks a tuple that may be given as one value, which counts for every sub-token."""
+    """Marks a tuple that may be given as one value, which holds for every sub-token."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_before_validator_function(self._listed, handler(source))
@@ -51,7 +51,7 @@ class ConstantGuidance(Config):
 
 
 class LinearGuidance(Config):
-    """A weight that rises evenly from 1 at step 0 towards the scale, which the step after the last would have."""
+    """A weight that rises linearly from 1 at step 0 towards the scale, which it would reach one step after the last."""
 
     kind: Literal["linear"] = "linear"
     scale: Positives = Field(description=SCALE)
@@ -62,7 +62,7 @@ class LinearGuidance(Config):
 
 
 class PowerCosineGuidance(Config):
-    """A weight that rises by a cosine from 1 at step 0 towards the scale, the later the larger the power: RAR's."""
+    """RAR's: a weight that rises as a cosine from 1 at step 0 towards the scale; a larger power makes it rise later."""
 
     kind: Literal["power-cosine"] = "power-cosine"
     scale: Positives = Field(description=SCALE)
@@ -77,7 +77,7 @@ Guidance = Annotated[ConstantGuidance | LinearGuidance | PowerCosineGuidance, Fi
 
 
 class Filters(NamedTuple):
-    """What the logits of one sub-token pass through."""
+    """Temperature and filters of the logits of one sub-token."""
 
     temperature: float
     top_k: int | None
@@ -118,7 +118,7 @@ class SamplingConfig(Config):
                 raise ValueError(f"{name} has {len(values)} values, but a code is drawn in {subtokens}: give {wanted}")
 
     def filters(self, subtoken: int) -> Filters:
-        """Those of a sub-token."""
+        """Filters of a sub-token."""
         return Filters(
             _of(self.temperature, subtoken),
             self.top_k and _of(self.top_k, subtoken),

@@ -1,4 +1,4 @@
-"""Heads: what draws a code from a hidden state.
+"""Heads, which draw a code from a hidden state.
 
 R streams (B, or 2B with guidance: the conditional half first), D width, K values of a sub-token
 """
@@ -11,18 +11,18 @@ from typing import Protocol
 from torch import Tensor
 
 Choose = Callable[[int, Tensor], Tensor]
-"""From a sub-token's number and its float32 logits (R, K) to its values (B,): guides, tempers, filters and draws."""
+"""From a sub-token's number and its float32 logits (R, K) to its values (B,): guidance, temperature, filters, draw."""
 
 
 class Head(Protocol):
-    """A code is drawn in one go, or its sub-tokens one after the other, each given those before it."""
+    """Draws a code at once, or its sub-tokens one after the other, each given those before it."""
 
     def draw(self, hidden_RD: Tensor, choose: Choose) -> Tensor:
         """Codes (B,) int64."""
 
 
 class CodeHead:
-    """Draws a code in one go, from logits that are a function of the hidden state."""
+    """Draws a code at once, from logits that are a function of the hidden state."""
 
     def __init__(self, logits: Callable[[Tensor], Tensor]):
         """logits: (R, D) to float32 (R, K)."""

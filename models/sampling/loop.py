@@ -18,20 +18,20 @@ from models.sampling.philox import uniforms
 
 
 class Decoder(Protocol):
-    """What the loop sees of a generator: a static cache that takes a condition and then a code at a time."""
+    """The interface of a generator to the loop: a static cache that takes a condition and then a code at a time."""
 
     rows: int
     guided: bool
     tokens: int
     subtokens: tuple[int, ...]
-    """Number of values of each draw that makes a code."""
+    """Number of values of each sub-token of a code."""
     device: torch.device
     head: Head
     orders_BT: Tensor | None
-    """The position in raster order that each step produces; None for raster order."""
+    """The position in raster order that each step generates; None for raster order."""
 
     def prefill(self, condition: Tensor | None) -> Tensor:
-        """Begin a pass. Hidden states (R, D) that the first codes are drawn from."""
+        """Start a pass. Hidden states (R, D) that the first codes are drawn from."""
 
     def step(self, codes_B: Tensor) -> Tensor:
         """Append a code to each row. Hidden states (R, D) that the next ones are drawn from."""
@@ -49,12 +49,12 @@ def sample(
 ) -> Tensor:
     """One pass: codes (B, T) int64 in raster order, on the decoder's device.
 
-    condition: labels (B,) or codes (B, S) of another space, int64, or None.  stream: of random numbers; samples whose
-    condition was sampled take another one than their condition.
+    condition: labels (B,) or codes (B, S) of another space, int64, or None.  stream: of random numbers; a sampled
+    condition and the samples given it need different ones.
 
-    condition and ids_B (sample ids, which the random numbers belong to) have exactly `decoder.rows` rows: pad a last
-    pass by any of them and drop those rows. Raises ValueError where decoder, condition and config do not belong
-    together, and FloatingPointError where logits are not finite.
+    condition and ids_B (sample ids, which the random numbers are a function of) have exactly `decoder.rows` rows: pad a
+    last pass and drop the padding. Raises ValueError where decoder, condition and config do not fit together, and
+    FloatingPointError where logits are not finite.
     """
     check_pass(decoder, condition, ids_B, config)
     tokens, counts = decoder.tokens, decoder.subtokens
@@ -86,13 +86,13 @@ def sample(
 
 
 def guide(logits_RK: Tensor, weight: float) -> Tensor:
-    """Away from the unconditional logits (second half) towards and beyond the conditional ones (first half): (B, K)."""
+    """Classifier-free guidance of conditional (first half) and unconditional logits (second half): (B, K)."""
     conditional_BK, unconditional_BK = logits_RK.chunk(2)
     return torch.add(unconditional_BK, conditional_BK - unconditional_BK, alpha=weight)
 
 
 class Pass(Protocol):
-    """What every decoder says of its passes."""
+    """The properties of a decoder's passes."""
 
     rows: int
     guided: bool
@@ -100,7 +100,7 @@ class Pass(Protocol):
 
 
 def check_pass(decoder: Pass, condition: Tensor | None, ids_B: Tensor, config: SamplingConfig) -> None:
-    """ValueError where decoder, condition, sample ids and config do not belong together."""
+    """ValueError where decoder, condition, sample ids and config do not fit together."""
     config.check(len(decoder.subtokens))
     if decoder.guided != config.guided:
         raise ValueError(f"the decoder has guided={decoder.guided}, but {config.guidance!r} needs {config.guided}")

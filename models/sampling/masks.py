@@ -1,7 +1,7 @@
-"""The sampling loop of generators that see all codes at once: everything is masked at first, and in each iteration all masked codes
-are drawn and the least likely ones masked again (MaskGIT, arXiv 2202.04200).
+"""The sampling loop of masked generators: all codes are masked at first; each iteration draws all masked codes and masks the
+least likely ones again (MaskGIT, arXiv 2202.04200).
 
-B rows, T tokens, K codes, V = K and what shares their probability but is never drawn
+B rows, T tokens, K codes, V logits: of codes, then of specials, which are never drawn
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from models.sampling.philox import uniforms
 
 
 class MaskedDecoder(Protocol):
-    """What the loop sees of a generator."""
+    """The interface of a generator to the loop."""
 
     rows: int
     guided: bool
@@ -44,7 +44,7 @@ def sample_masks(
 ) -> Tensor:
     """One pass: codes (B, T) int64 in raster order, on the decoder's device. See `models.sampling.loop.sample`.
 
-    A sample's numbers are those of (seed, stream, sample id, iteration, position).
+    Random numbers are functions of (seed, stream, sample id, iteration, position).
     """
     check_pass(decoder, condition, ids_B, config)
     (values,) = decoder.subtokens
@@ -59,29 +59,29 @@ def sample_masks(
             for which in range(2)
         )
         logits_BTV = decoder.logits(codes_BT, masks_BT, condition)
-        drawn_BT, likelihoods_BT = _draw(logits_BTV, draws_BT, config.filters(0), values)
+        drawn_BT, log_probabilities_BT = _draw(logits_BTV, draws_BT, config.filters(0), values)
         if (drawn_BT[masks_BT] == values).any():
             raise FloatingPointError("the generator's logits are not finite (NaN or infinity)")
         codes_BT = torch.where(masks_BT, drawn_BT, codes_BT)
         if count:
             temperature = 0.0 if config.greedy else config.noise * (1 - (iteration + 1) / len(counts))
-            confidence_BT = likelihoods_BT + temperature * gumbel(noise_BT)
+            confidence_BT = log_probabilities_BT + temperature * gumbel(noise_BT)
             masks_BT = least(confidence_BT.masked_fill(~masks_BT, torch.inf), count)
     return codes_BT
 
 
 def _draw(logits_BTV: Tensor, uniforms_BT: Tensor, filters: Filters, codes: int) -> tuple[Tensor, Tensor]:
-    """Codes and the logarithms of their probabilities, of all positions, a piece of the rows after the other."""
+    """Codes of all positions and the logarithms of their probabilities, in pieces of rows."""
     _, tokens, values = logits_BTV.shape
     rows = max(1, LARGEST_PIECE // (tokens * values))
-    drawn, likelihoods = [], []
+    drawn, log_probabilities = [], []
     for logits, uniform in zip(logits_BTV.split(rows), uniforms_BT.split(rows), strict=True):
         codes_M = choose(logits.flatten(0, 1), uniform.flatten(), filters, codes=codes)
-        # Of codes alone: what is banned has no probability.
+        # Over codes only: specials have no probability.
         log_MK = logits.flatten(0, 1)[:, :codes].log_softmax(-1)
-        likelihoods.append(log_MK.gather(1, codes_M.clamp_max(codes - 1)[:, None]).view_as(uniform))
+        log_probabilities.append(log_MK.gather(1, codes_M.clamp_max(codes - 1)[:, None]).view_as(uniform))
         drawn.append(codes_M.view_as(uniform))
-    return torch.cat(drawn), torch.cat(likelihoods)
+    return torch.cat(drawn), torch.cat(log_probabilities)
 
 
 def gumbel(uniforms: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Philox4x32-10, a counter-based generator (Salmon et al. 2011), in integer tensor operations.
 
-The same bits on every device and for every batch: a number depends on its seed and its counter alone.
+A number is a function of its seed and its counter, with the same bits on every device and in every batch.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, added to the key after each round
 ROUNDS = 10
-ORDERS = 2**16 - 1  # stream of the orders in which codes are laid
+ORDERS = 2**16 - 1  # stream of the orders in which codes are generated
 
 
 def uniforms(seed: int, ids_B: Tensor, *, steps: int, subtoken: int = 0, stream: int = 0) -> Tensor:
     """Float64 uniforms in [0, 1), (B, steps): multiples of 2**-53, one per (seed, stream, sample id, step, sub-token).
 
-    seed: 0..2**64-1; ids_B: int64 sample ids, not negative; subtoken, stream: 0..2**16-1. Samples that are made of
-    other samples draw from another stream than these, so that equal seeds do not correlate their numbers.
+    seed: 0..2**64-1; ids_B: int64 sample ids, not negative; subtoken, stream: 0..2**16-1. Samples conditioned on
+    other samples use another stream than these, so that equal seeds do not correlate them.
     """
     ids_B1 = ids_B.to(torch.int64)[:, None]
     steps_1S = torch.arange(steps, device=ids_B.device)[None]
@@ -29,7 +29,7 @@ def uniforms(seed: int, ids_B: Tensor, *, steps: int, subtoken: int = 0, stream:
 
 
 def random_orders(seed: int, ids_B: Tensor, tokens: int) -> Tensor:
-    """A uniform random permutation of 0..tokens-1 for each sample id, (B, tokens), from a stream that draws no codes."""
+    """A uniform random permutation of 0..tokens-1 for each sample id, (B, tokens), from a stream of its own."""
     return uniforms(seed, ids_B, steps=tokens, stream=ORDERS).argsort(dim=1, stable=True)
 
 

@@ -212,7 +212,7 @@ def sampled_passes(
         ids_B = np.arange(first, first + rows)
         ids_B[ids_B >= stop] = first
         if config.random_order:
-            decoder.lay(random_orders(config.seed, torch.from_numpy(ids_B), decoder.tokens))
+            decoder.set_orders(random_orders(config.seed, torch.from_numpy(ids_B), decoder.tokens))
         labels_B = torch.from_numpy(labels_I[ids_B].astype(np.int64)) if takes_labels else None
         try:
             with products(config.precision):

@@ -264,7 +264,7 @@ class TokenizerLearning(ReconstructionTraining):
     adversarial: AdversaryConfig | None = Field(
         default=None,
         json_schema_extra=NEUTRAL,
-        description="a discriminator that learns beside the tokenizer, and by how much that minds it; null: none",
+        description="a discriminator that is trained with the tokenizer, and the adversarial loss; null: none",
     )
     reconstructions: ReconstructionsConfig | None = Field(
         default=ReconstructionsConfig(),

@@ -1,4 +1,4 @@
-"""GPT for the sampling loops: one code after the other over a static cache, or all codes at once, again and again.
+"""GPT for both sampling loops: one code after the other over a static cache, or all codes in each iteration.
 
 B rows, which are as many streams (there is no guidance), N positions that are fed at once, T tokens, S codes of the condition, D
 width, H heads, E = D / H, K codes, V = K + 5 (codes, then specials)
@@ -22,11 +22,11 @@ from models.sampling.heads import CodeHead
 def decoder_of(
     model: Gpt, *, rows: int, guided: bool, orders: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> GptDecoder | MaskedGptDecoder:
-    """What the loop of its config needs, which `sampled_by` names. ValueError where guidance or orders are asked for."""
+    """The decoder for the loop that `sampled_by` names. ValueError if guidance or orders are given."""
     if guided:
-        raise ValueError("a gpt learns nothing without its condition: there is no guidance (leave guidance out)")
+        raise ValueError("a gpt is not trained without its condition and cannot be guided: leave guidance out")
     if orders is not None:
-        raise ValueError("a gpt draws codes in raster order alone")
+        raise ValueError("a gpt generates codes in raster order only: leave orders out")
     if model.config.sampled_by == "masks":
         return MaskedGptDecoder(model, rows=rows, dtype=dtype)
     return GptDecoder(model, rows=rows, dtype=dtype)
@@ -55,7 +55,7 @@ class GptDecoder(StepDecoder):
         self.use_graphs_on_cuda()
 
     def begin(self, condition: Tensor | None) -> Tensor:
-        """Feed the codes of the condition, if there are some, and the start."""
+        """Feed the codes of the condition, if any, and the start token."""
         no_codes_B0 = torch.empty(self.rows, 0, dtype=torch.int64, device=self.device)
         x_BND = self.model.embed(no_codes_B0, condition).float()
         self.position = self.start
@@ -91,7 +91,7 @@ class GptDecoder(StepDecoder):
 
 
 class _BlockWeights:
-    """A block's layers as functions."""
+    """The layers of a block, as the step needs them."""
 
     def __init__(self, block: Block, *, rows: int, dtype: torch.dtype):
         self.is_pre, self.norm1, self.norm2 = block.is_pre, block.norm1, block.norm2
@@ -104,7 +104,7 @@ def _product(linear: nn.Linear, rows: int, dtype: torch.dtype) -> Product:
 
 
 class MaskedGptDecoder:
-    """Passes of `rows` samples for the loop over masks; every call reads the whole sequence."""
+    """Passes of `rows` samples for the loop over masks; every call computes the whole sequence."""
 
     def __init__(self, model: Gpt, *, rows: int, dtype: torch.dtype | None):
         """dtype: of the products, default the weights' own."""

@@ -1,14 +1,13 @@
-"""GPT over codes, fairseq's decoder-only transformer as DiGIT trains it (arXiv 2410.12490): one network for all its parts.
+"""GPT over codes: the decoder-only transformer (fairseq) of DiGIT's generators and pixel decoders (arXiv 2410.12490).
 
 The sequence is [condition codes, start, code, code, ...], in raster order. A class takes the place of the start. Sampled by
 steps, attention is causal, in the condition too, and each position predicts the next code, the last one the end; sampled by
-masks, every position sees all others, and a masked one predicts its own code. Norms stand before attention and MLP or
-after their sums.
+masks, attention is full, and a masked position predicts its own code. Norms come before attention and MLP or after the residual sums.
 
 B rows, N codes that are given, T codes of an image, S codes of the condition (0 without), J = S + 1 + N positions, D width,
 H heads, E = D / H, K codes, V = K + 5 (codes, then specials)
-Ids of the one embedding table: 0..K-1 codes, K..K+4 specials; class c is K + 5 + c; code s of the condition is K + 10 + s, because
-published tables have rows for its specials, too.
+Ids of the embedding table: 0..K-1 codes, K..K+4 specials; class c is K + 5 + c; code s of the condition is K + 10 + s, because
+published tables have rows for its specials.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from models.generators.masks import draw_masks, even_mask
 from models.layers.mlp import Mlp
 
 EPS = 1e-5
-PAD, END, MASK = 1, 2, 3  # places among the specials; the end is also the start
-UNCOUNTED = -100  # a target that has no part in the loss
+PAD, END, MASK = 1, 2, 3  # indices among the specials; the end token is also the start token
+UNCOUNTED = -100  # a target that the loss ignores
 
 
 class SelfAttention(nn.Module):
@@ -50,7 +49,7 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with its LayerNorm before it, or after the sum with what it takes."""
+    """Attention and MLP, each with its LayerNorm before it (pre) or after its residual sum (post)."""
 
     def __init__(self, config: GptConfig):
         super().__init__()
@@ -117,7 +116,7 @@ class Gpt(Generator):
                 nn.init.zeros_(module.proj.bias)
 
     def draws(self, streams: Streams, rows: int, step: int) -> dict[str, NDArray[Any]]:
-        """Which codes are masked (rows, T), where it is sampled by masks."""
+        """Which codes are masked (rows, T), if sampled by masks."""
         if self.config.sampled_by == "steps":
             return {}
         return {"masks": draw_masks(streams("masks"), rows, self.shape.tokens)}
@@ -125,9 +124,9 @@ class Gpt(Generator):
     def loss(
         self, codes_BT: Tensor, condition: Tensor | None, *, masks: Tensor | None = None, **draws: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean smoothed cross entropy over the vocabulary V: of all codes and of the end, or of the masked codes.
+        """Mean smoothed cross entropy over the vocabulary V: of all codes and the end token, or of the masked codes.
 
-        See `Generator`.  masks: booleans (B, T), True where a code is withheld; default a fixed share of them, evenly spread.
+        See `Generator`.  masks: booleans (B, T), True where a code is masked; default `even_mask`.
         """
         if self.config.sampled_by == "steps":
             end_B1 = codes_BT.new_full((len(codes_BT), 1), self.shape.codes + END)
@@ -158,7 +157,7 @@ class Gpt(Generator):
         return logits_BNV
 
     def inner_states(self, codes_BN: Tensor, condition: Tensor | None) -> Iterator[Tensor]:
-        """What the first block takes, and then what each block gives, (B, J, D)."""
+        """The input of the first block, then the output of each block, (B, J, D)."""
         x_BJD = self.dropout(self.embed(codes_BN, condition))
         yield x_BJD
         for block in self.blocks:
@@ -169,7 +168,7 @@ class Gpt(Generator):
             yield x_BJD
 
     def embed(self, codes_BN: Tensor, condition: Tensor | None) -> Tensor:
-        """The whole sequence, (B, J, D): what a position holds and where it is. The condition has positions of its own."""
+        """Embeddings of the whole sequence with positions, (B, J, D). The condition has its own position table."""
         start_B = codes_BN.new_full((len(codes_BN),), self.shape.codes + END)
         first_ids = self.shape.codes + SPECIALS
         if self.config.conditions_on == "class":

@@ -1,4 +1,4 @@
-"""Llama-style generators one step at a time: a static cache, and modulations that are computed once per class of a pass.
+"""Llama-style generators for the sampling loop: a static cache, and modulations computed once per class of a pass.
 
 B rows, R streams (B, or 2B with guidance: the conditional half first), D width, K values of a sub-token, C classes,
 U distinct classes of a pass ("no class" is one), N blocks, M = 6 N + 2 modulations of D numbers each
@@ -22,7 +22,7 @@ from models.sampling.heads import Choose, CodeHead
 
 
 class LlamaDecoder(StepDecoder):
-    """See `StepDecoder`. Codes come in raster order, the only one that these generators learn."""
+    """See `StepDecoder`. Codes are in raster order, the only one that these generators are trained on."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class LlamaDecoder(StepDecoder):
     ):
         super().__init__(model, rows=rows, guided=guided, dtype=dtype)
         if orders is not None:
-            raise ValueError("Llama-style generators lay codes in raster order alone")
+            raise ValueError("Llama-style generators generate codes in raster order only: leave orders out")
         with torch.inference_mode():
             self.split = model.split
             self.embeddings = [embedding.weight.float() for embedding in model.embeddings]
@@ -87,9 +87,9 @@ def is_modulated(model: Llama) -> bool:
 
 
 class Modulations:
-    """What modulates each stream at every step of a pass, in one tensor that never moves.
+    """Scales, shifts and gates of each stream, the same at every step of a pass, in one static tensor.
 
-    The norms' gains and the 1 that is added to a scale are part of the scales: what is normalised is multiplied once.
+    The norms' gains and the 1 that is added to a scale are folded into the scales.
     """
 
     def __init__(self, model: Llama, streams: int):
@@ -102,7 +102,7 @@ class Modulations:
         self.of_head = parts[-2:]
 
     def set(self, labels_R: Tensor) -> None:
-        """Compute those of every class once, and hand them to its streams."""
+        """Compute the modulations of each class once, and copy them to its streams."""
         distinct_U, picks_R = labels_R.unique(return_inverse=True)
         padded_U = F.pad(distinct_U, (0, -len(distinct_U) % CLASSES_AT_ONCE))
         embedded_UD = F.embedding(padded_U, self.model.class_embedding.weight.float())
@@ -127,7 +127,7 @@ class Modulations:
 
 
 class SubtokenHead:
-    """Draws the sub-tokens of a code one after the other, each given those before it, with a cache as long as a code."""
+    """Draws the sub-tokens of a code one after the other, each given those before it, with a cache of one code."""
 
     def __init__(self, model: Llama, *, rows: int, streams: int, dtype: torch.dtype):
         head = model.head
@@ -154,7 +154,7 @@ class SubtokenHead:
         return codes_B
 
     def logits(self, number: int, x_RD: Tensor) -> Tensor:
-        """Float32 (R, K) of a sub-token: x_RD is the hidden state for the first, and then the embedding of the last one."""
+        """Float32 (R, K) of a sub-token: x_RD is the hidden state for the first, else the embedding of the one before."""
         if self.graphs is None:
             return self._compute(number, x_RD)
         self.x_RD.copy_(x_RD)

@@ -1,4 +1,4 @@
-"""About how much memory training and sampling of Llama-style generators take; no torch here, so that planning needs none.
+"""Estimates of the memory that Llama-style generators take; no torch here, so that planning needs none.
 
 In training, activations of a block are counted as autograd keeps them, per position: D width, V hidden width of the MLP,
 and P bytes of a number in products (2 under autocast to bfloat16, else 4). Norms and the residual stream are float32.
@@ -7,8 +7,8 @@ and P bytes of a number in products (2 under autocast to bfloat16, else 4). Norm
 |---|---|
 | two norms: input, and normalised | 16 D |
 | inputs of wqkv and of the MLP | 2 D P |
-| query, key and value; query and key rotated; attention's result, as it is and in order; masks of dropout (P on the CPU) | 7 D P + 2 D |
-| MLP: both inner products, SiLU, and what w2 takes | 4 V P |
+| query, key and value; query and key rotated; attention's result and its transposed copy; masks of dropout (P on the CPU) | 7 D P + 2 D |
+| MLP: both inner products, SiLU, input of w2 | 4 V P |
 | modulated: both norms' results before; both sums before their gates | 8 D + 2 D P |
 """
 
@@ -17,14 +17,14 @@ from __future__ import annotations
 from models.generators.config import CodeShape, FactorizedConfig, LlamaConfig
 
 KEPT_PER_PARAMETER = 16  # float32: itself, its gradient, two moments of AdamW
-WORK = 1.1  # gradients of one block at a time, and what allocators round up
+WORK = 1.1  # gradients of one block at a time, and rounding by allocators
 
-MANY_CODES = (
-    2**16
-)  # from here on the cross entropy is computed tile by tile; with fewer codes the time for that is not worth it
-CPU_TILE, DEVICE_TILE = 2**21, 2**25  # logits at a time: as many as a cache holds, or as keep a device busy
+MANY_CODES = 2**16  # from here on the cross entropy is tiled; with fewer codes tiling costs more time than it is worth
+CPU_TILE, DEVICE_TILE = 2**21, 2**25  # logits of a tile: a CPU's cache, or enough work for a device
 SHORTEST_PRODUCT = 16  # keys: batched products of fewer take a slow path on the CPU
-CLASSES_AT_ONCE = 16  # a product of one shape, so that no bit of a class depends on how many others there are
+CLASSES_AT_ONCE = (
+    16  # products of a fixed shape, so that a class's modulations do not depend on the other classes of a pass
+)
 
 
 def training_bytes(
@@ -41,15 +41,15 @@ def training_bytes(
     positions, product = rows * shape.tokens, 2 if is_half else 4
     block = block_bytes(config, product=product, device_type=device_type)
     kept = 4 * config.width if checkpoints_activations else block
-    made_again = 2 * block if checkpoints_activations else 0  # one block at a time, with its gradients
+    recomputed = 2 * block if checkpoints_activations else 0  # one block at a time, with its gradients
     factors = config.subtokens(shape)
     inner = len(factors) * config.head_layers if isinstance(config, FactorizedConfig) else 0
-    # Logits as they are, as float32, normalised, and their gradient.
+    # Logits, their float32 copy, softmax, gradient.
     logits = sum(factor * (product + 3 * 4) for factor in factors if factor < MANY_CODES)
     tile = DEVICE_TILE if device_type != "cpu" else CPU_TILE
     tiles = 4 * 4 * tile if max(factors) >= MANY_CODES else 0
-    ends = config.width * (8 + 3 * 4 * len(factors))  # embeddings, and what goes into the linear layers
-    activations = positions * ((config.layers + inner) * kept + logits + ends + made_again)
+    ends = config.width * (8 + 3 * 4 * len(factors))  # embeddings, and inputs of the linear layers
+    activations = positions * ((config.layers + inner) * kept + logits + ends + recomputed)
     of_parameters = KEPT_PER_PARAMETER + 4 * is_averaged + 2 * is_half
     return int(of_parameters * parameters(config, shape) + WORK * activations) + tiles
 
@@ -62,7 +62,7 @@ def block_bytes(config: LlamaConfig | FactorizedConfig, *, product: int, device_
 
 
 def parameters(config: LlamaConfig | FactorizedConfig, shape: CodeShape) -> int:
-    """How many there are."""
+    """Number of parameters."""
     width, factors = config.width, config.subtokens(shape)
     block = 4 * width * width + 3 * width * config.mlp_width + 2 * width
     ends = (2 * sum(factors) + shape.classes + 2) * width
@@ -80,7 +80,7 @@ def sampling_bytes(
     bytes_per_number: int,
     device_type: str,
 ) -> int:
-    """See `models.generators.memory`. A decoder keeps its own weights of blocks and head, in the order that products read."""
+    """See `models.generators.memory`. A decoder keeps packed copies of the weights of blocks and head."""
     width, hidden, streams, factors = config.width, config.mlp_width, rows * (1 + guided), config.subtokens(shape)
     block = width * (4 * width + 3 * hidden)
     cached = config.layers * max(shape.tokens, SHORTEST_PRODUCT)

@@ -1,10 +1,10 @@
 """Llama-style generators: a causal transformer over codes in raster order, whose first position holds the class.
 
-Two published kinds are one network with other parts. Of IBQ (arXiv 2412.02692) every block is modulated by the class, and
-one linear layer gives the logits of all codes. Of Open-MAGVIT2 (arXiv 2409.04410) blocks are plain, a code is the sum of
-the embeddings of its sub-tokens, and a small transformer draws these one after the other from the hidden state.
+Two published kinds share this network. In IBQ (arXiv 2412.02692) every block is modulated by the class, and one linear
+layer gives the logits of all codes. In Open-MAGVIT2 (arXiv 2409.04410) blocks are plain, a code is embedded as the sum of
+its sub-tokens' embeddings, and a small transformer draws the sub-tokens one after the other from the hidden state.
 
-B rows, T tokens of an image, which are as many positions (the last code predicts nothing), D width, F pairs of channels
+B rows, T tokens of an image and positions (the class takes the place of the last code), D width, F pairs of channels
 of a head, N sub-tokens of a code, K values of one, C classes; class C stands for no class
 """
 
@@ -32,7 +32,7 @@ from models.losses.head_cross_entropy import head_cross_entropy
 EPS = 1e-5
 INIT_STD = 0.02
 Run = Callable[..., Tensor]
-"""Calls a block with its arguments, and may forget its activations until the backward pass."""
+"""Calls a block with its arguments, with or without activation checkpointing."""
 
 
 class Block(nn.Module):
@@ -75,7 +75,7 @@ class ModulatedHead(nn.Module):
         self.linears = nn.ModuleList([nn.Linear(config.width, codes, bias=False)])
 
     def forward(self, x_BTD: Tensor, embedded: Sequence[Tensor], activated_B1D: Tensor, run: Run) -> tuple[Tensor, ...]:
-        """What the linear layer takes, (B, T, D)."""
+        """Input of the linear layer, (B, T, D)."""
         scale, shift = self.ada_lin(activated_B1D).chunk(2, dim=-1)
         return (modulate(self.norm(x_BTD), scale=scale, shift=shift),)
 
@@ -94,7 +94,7 @@ class FactorizedHead(nn.Module):
         self.register_buffer("rope_NF2", rope_NF2, persistent=False)
 
     def forward(self, x_BTD: Tensor, embedded: Sequence[Tensor], activated_B1D: Tensor, run: Run) -> tuple[Tensor, ...]:
-        """What the linear layer of each sub-token takes, (B, T, D), given the embeddings (B, T, D) of those before it."""
+        """Input of each sub-token's linear layer, (B, T, D), given the embeddings (B, T, D) of the sub-tokens before it."""
         x_MND = torch.stack([x_BTD, *embedded], dim=2).flatten(0, 1)
         for block in self.blocks:
             x_MND = run(block, x_MND, self.rope_NF2)
@@ -102,7 +102,7 @@ class FactorizedHead(nn.Module):
 
 
 class Llama(Generator):
-    """The network of both kinds; whether it is modulated, and how it draws a code, is its config's kind."""
+    """The network of both kinds; the config's kind decides on modulation and head."""
 
     config: LlamaConfig | FactorizedConfig
     rope_TF2: Tensor
@@ -111,7 +111,7 @@ class Llama(Generator):
         super().__init__(config, shape)
         self.factors = config.subtokens(shape)
         self.sizes = [math.prod(self.factors[:index]) for index in range(len(self.factors))]
-        """What a sub-token counts in a code."""
+        """Place value of each sub-token in a code."""
         self.embeddings = nn.ModuleList(nn.Embedding(factor, config.width) for factor in self.factors)
         self.class_embedding = nn.Embedding(shape.classes + 1, config.width)
         self.blocks: nn.ModuleList
@@ -144,19 +144,19 @@ class Llama(Generator):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
             if isinstance(module, nn.Linear) and "ada_lin" in name:
-                self._weaken(module.weight)
+                self._scale_modulation(module.weight)
         for linear in self.head.linears:
             nn.init.zeros_(linear.weight)
 
     @torch.no_grad()
-    def _weaken(self, weight_MD: Tensor) -> None:
-        """Modulations start small, and gates nearly closed: of a block they are the first two sixths."""
+    def _scale_modulation(self, weight_MD: Tensor) -> None:
+        """Gates are the first two sixths of a block's modulations."""
         gates = 2 * self.config.width if len(weight_MD) == 6 * self.config.width else 0
         weight_MD[:gates] *= self.config.gate_scale if isinstance(self.config, LlamaConfig) else 1
         weight_MD[gates:] *= 0.5
 
     def draws(self, streams: Streams, rows: int, step: int) -> dict[str, NDArray[Any]]:
-        """Which labels are withheld, (rows,)."""
+        """Which labels are dropped, (rows,)."""
         if not self.config.label_dropout:
             return {}
         return {"dropped": draw_drops(streams("labels"), rows, self.config.label_dropout)}
@@ -164,9 +164,9 @@ class Llama(Generator):
     def loss(
         self, codes_BT: Tensor, condition: Tensor | None, *, dropped: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Generator`: the cross entropies of the sub-tokens are added up; a code is correct if each of them is.
+        """See `Generator`: the sum of the sub-tokens' cross entropies; a code is correct if all its sub-tokens are.
 
-        dropped: booleans (B,), True where the label is withheld.
+        dropped: booleans (B,), True where the label is dropped.
         """
         assert condition is not None
         labels_B = condition if dropped is None else torch.where(dropped, self.shape.classes, condition)
@@ -188,7 +188,7 @@ class Llama(Generator):
         return tuple(linear(feature_BTD) for linear, feature_BTD in zip(self.head.linears, features, strict=True))
 
     def features(self, subtokens: Sequence[Tensor], labels_B: Tensor) -> tuple[Tensor, ...]:
-        """What the linear layer of each sub-token takes, (B, T, D)."""
+        """Input of each sub-token's linear layer, (B, T, D)."""
         embedded = [embedding(values_BT) for embedding, values_BT in zip(self.embeddings, subtokens, strict=True)]
         class_B1D = self.class_embedding(labels_B)[:, None]
         activated_B1D = F.silu(class_B1D)

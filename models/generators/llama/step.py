@@ -1,7 +1,6 @@
 """One position of a Llama-style transformer through its blocks, over a static cache: whole batches, on any device.
 
-Where something is a linear function of weights alone it is done to the weights: the gains of the norms, sqrt(D), and the
-scale of the softmax.
+Constant factors are folded into the weights: the gains of the norms, sqrt(D), and the scale of the softmax.
 
 R streams, J positions of the cache, D width, H heads, E = D / H, F = E / 2 pairs of channels, V hidden width of the MLP,
 O outputs of a product
@@ -30,14 +29,14 @@ class UnitNorm:
     def __init__(self, width: int, device: torch.device):
         self.floor = torch.tensor((width * EPS) ** 0.5, device=device)
         self.gain = width**0.5
-        """What is left out, for the weights that come after."""
+        """The factor that is left out, to be folded into the next weights."""
 
     def __call__(self, x_RD: Tensor) -> Tensor:
         return x_RD / torch.hypot(torch.linalg.vector_norm(x_RD, dim=-1, keepdim=True), self.floor)
 
 
 class LlamaStep:
-    """Weights of some blocks as the step reads them, and the keys and values of all positions so far."""
+    """Weights of some blocks, and the keys and values of all positions so far."""
 
     def __init__(
         self, blocks: Sequence[Block], rope_JF2: Tensor, *, streams: int, is_modulated: bool, dtype: torch.dtype
@@ -47,7 +46,7 @@ class LlamaStep:
         device, own = rope_JF2.device, width // heads
         self.streams, self.heads, self.dtype = streams, heads, dtype
         self.norm = UnitNorm(width, device)
-        # Where blocks are modulated, the gain is part of the modulation.
+        # In modulated blocks the gain is folded into the modulation.
         gain = 1.0 if is_modulated else self.norm.gain
         self.blocks = [_BlockWeights(block, gain, is_modulated, rows=streams, dtype=dtype) for block in blocks]
         self.rope_JF = torch.view_as_complex(rope_JF2.float().contiguous())
@@ -61,19 +60,19 @@ class LlamaStep:
         for index, block in enumerate(self.blocks):
             if modulations is None:
                 x_RD = x_RD + self._attend(self._narrow(self.norm(x_RD)), index, position)
-                x_RD = x_RD + self._perceive(self._narrow(self.norm(x_RD)), block)
+                x_RD = x_RD + self._feed_forward(self._narrow(self.norm(x_RD)), block)
                 continue
             scale1, shift1, gate1, scale2, shift2, gate2 = modulations[index]
             h_RD = self._narrow(torch.addcmul(shift1, self.norm(x_RD), scale1))
             x_RD = torch.addcmul(x_RD, gate1, self._attend(h_RD, index, position).float())
             h_RD = self._narrow(torch.addcmul(shift2, self.norm(x_RD), scale2))
-            x_RD = torch.addcmul(x_RD, gate2, self._perceive(h_RD, block).float())
+            x_RD = torch.addcmul(x_RD, gate2, self._feed_forward(h_RD, block).float())
         return x_RD
 
     def _narrow(self, h_RD: Tensor) -> Tensor:
         return h_RD.to(self.dtype)
 
-    def _perceive(self, h_RD: Tensor, block: _BlockWeights) -> Tensor:
+    def _feed_forward(self, h_RD: Tensor, block: _BlockWeights) -> Tensor:
         h_RO = block.w13(h_RD)
         hidden = h_RO.shape[1] // 2
         return block.w2(F.silu(h_RO[:, :hidden]) * h_RO[:, hidden:])
@@ -83,7 +82,7 @@ class LlamaStep:
         qkv_R3HE = block.wqkv(h_RD).view(self.streams, 3, self.heads, -1)
         self._rotate(qkv_R3HE[:, :2], position)
         cache_2RHJE[:, :, :, position] = qkv_R3HE[:, 1:].transpose(0, 1)
-        if position == 0:  # all that is there
+        if position == 0:  # attention over one position is its value
             return block.wo(qkv_R3HE[:, 2].reshape(h_RD.shape))
         return block.wo(self._attention(qkv_R3HE[:, 0], *cache_2RHJE, position).reshape(h_RD.shape))
 
@@ -109,7 +108,7 @@ class LlamaStep:
 
 
 class _BlockWeights:
-    """The weights of one block as the step reads them."""
+    """The weights of one block, with constant factors folded in."""
 
     def __init__(self, block: Block, gain: float, is_modulated: bool, *, rows: int, dtype: torch.dtype):
         wqkv_OD, w13_OD = (

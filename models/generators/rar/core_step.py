@@ -1,8 +1,8 @@
 """One position of RAR for a few rows on one core of the CPU: what `RarStep` computes, compiled by numba.
 
-With a few rows a step lasts about as long as weights and cache take to arrive from memory, and the matrix products of
-libraries, made for more rows, take twice that. Here every weight and every key is read once, in the order in which it
-lies in memory, and nothing is dispatched in between; `benchmarks/sampling.py` measures it.
+With a few rows a step is bound by memory bandwidth, and the matrix products of libraries, made for more rows, take twice
+as long as reading weights and cache. Here every weight and every key is read once, in memory order, without dispatch in
+between; `benchmarks/sampling.py` measures it.
 
 R streams, J positions of the cache, D width, H heads, E = D / H, K codes, M = 6 N + 2 modulations of N blocks and the
 head, I inputs and O outputs of a linear layer, F hidden width of the MLP
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.generators.core_kernels import affine, compiled, likelihoods, mean_values
+from models.generators.core_kernels import affine, attention_weights, compiled, mean_values
 from models.generators.rar.network import Block, Rar
 from models.generators.rar.step import query_affine
 
@@ -101,7 +101,7 @@ def add_attention(x_RD, modulations_RMD, first, qkv, proj, query, keys_RHJE, val
 
 @compiled
 def attend(qkv_RO, query, keys_RHJE, values_RHJE, position, eps):
-    """Write this position's keys and values, and let its queries see all up to here: (R, D)."""
+    """Write this position's keys and values; attention of its queries over all positions so far, (R, D)."""
     streams, heads, _, own = keys_RHJE.shape
     width = heads * own
     out_RD = np.empty((streams, width), np.float32)
@@ -114,13 +114,13 @@ def attend(qkv_RO, query, keys_RHJE, values_RHJE, position, eps):
             scale_and_shift(y_E, *query)
             normalise(k_E, eps, keys_JE[position])
             values_JE[position] = qkv_RO[r, 2 * width + start : 2 * width + start + own]
-            weights_J = likelihoods(y_E, keys_JE, position + 1)
+            weights_J = attention_weights(y_E, keys_JE, position + 1)
             mean_values(weights_J, values_JE, y_E)
     return out_RD
 
 
 def _attention_weights(block: Block) -> tuple:
-    """qkv, proj, and what is left of the norms' affines: gain and bias of queries."""
+    """qkv, proj, and gain and bias of the queries (see `query_affine`)."""
     query = tuple(part.detach().float().numpy() for part in query_affine(block.attn))
     return _affine_weights(block.attn.qkv), _affine_weights(block.attn.proj), query
 

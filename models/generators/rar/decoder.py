@@ -1,8 +1,8 @@
-"""RAR one step at a time: a static cache, summed position tables, and modulations shared by all that need the same.
+"""RAR for the sampling loop: a static cache, summed position tables, and modulations computed once per class and step.
 
 A modulation depends on (class, step) alone. They are computed for the distinct classes of a pass, for a stretch of
-steps at a time and for all blocks at once; a step only picks rows. Each class is a matrix product of its own and of
-fixed shape, so no bit of a sample depends on which other samples are drawn with it.
+steps at a time and for all blocks at once; a step only selects rows. Each class has its own matrix product of fixed
+shape, so that a sample does not depend on the other samples of its pass.
 
 B rows, R streams (B, or 2B with guidance: the conditional half first), T tokens, J = T + 1 positions that are fed,
 D width, K codes, C classes, U distinct classes of the pass ("no class" is one), S steps of a stretch, N blocks,
@@ -31,8 +31,7 @@ Step = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class RarDecoder(StepDecoder):
-    """`StepDecoder` of RAR. Residual stream and modulations are float32: rounding them would cost more than rounding all
-    the rest."""
+    """`StepDecoder` of RAR. Residual stream and modulations are float32: these are the most sensitive to rounding."""
 
     def __init__(
         self,
@@ -53,8 +52,8 @@ class RarDecoder(StepDecoder):
         self.use_graphs_on_cuda()
 
     @torch.inference_mode()
-    def lay(self, orders: Tensor | None) -> None:
-        super().lay(orders)
+    def set_orders(self, orders: Tensor | None) -> None:
+        super().set_orders(orders)
         every_T = torch.arange(self.tokens) if orders is None else orders
         self.places_JBD = _places(*self.tables, every_T.to(self.device)).float()
 
@@ -68,7 +67,7 @@ class RarDecoder(StepDecoder):
         self.modulations = _join_modulations(model)
 
     def _choose_step(self, model: Rar) -> RarStep | RarCoreStep:
-        """By the shape of a pass and the device alone, so that a sample's bytes depend on nothing else."""
+        """By the shape of a pass and the device alone, so that a sample does not depend on its values."""
         if self.device.type == "cpu" and self.dtype == torch.float32 and self.streams <= FEW_STREAMS:
             from models.generators.rar.core_step import RarCoreStep  # numba, which only this needs
 
@@ -106,13 +105,13 @@ class RarDecoder(StepDecoder):
     def _begin_modulations(self, labels_R: Tensor) -> None:
         self.distinct_U, self.picks_R = labels_R.unique(return_inverse=True)
         self.stretch = range(0)
-        if not self.is_modulated:  # every class has the same, and every step
+        if not self.is_modulated:  # one row for all classes and steps
             self.picks_R.zero_()
             self.stretch = range(self.tokens + 1)
             self.table_USM = self.modulations[1].expand(1, self.tokens + 1, -1)
 
     def _pick_modulations(self, position: int) -> Tensor:
-        """The modulations of each stream at this position, (R, M D); where there is a buffer for them, that one."""
+        """The modulations of each stream at this position, (R, M D), in their buffer if there is one."""
         if position not in self.stretch:
             self._modulate_stretch(position)
         assert self.table_USM is not None
@@ -127,13 +126,13 @@ class RarDecoder(StepDecoder):
         conditions_USD = self.class_embeddings_CD[self.distinct_U, None] + self.steps_JD[start : self.stretch.stop]
         activated_USD = F.silu(conditions_USD)
         weight_MD, bias_M = self.modulations
-        self.table_USM = None  # the last one's memory is free before the next takes its own
+        self.table_USM = None  # free its memory before the next is allocated
         self.table_USM = activated_USD.new_empty(*activated_USD.shape[:2], len(bias_M))
         for activated_SD, table_SM in zip(activated_USD, self.table_USM, strict=True):
             torch.addmm(bias_M, activated_SD, weight_MD.T, out=table_SM)
 
     def _stretch_length(self) -> int:
-        """Steps per stretch, even ones; by the shape of a pass, never by how many classes are in it."""
+        """Steps per stretch, of even lengths; a function of the shape of a pass, not of its classes."""
         bytes_per_step = (self.rows + 1) * self.modulations[1].nbytes
         longest = min(STRETCH, max(SHORTEST_STRETCH, table_bytes(self.device.type) // bytes_per_step))
         positions = self.tokens + 1
@@ -165,13 +164,13 @@ def _join_modulations(model: Rar) -> list[Tensor]:
 
 
 def _fold(norm: nn.LayerNorm, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift and scale that do the work of the norm's affine too."""
+    """Shift and scale with the norm's affine folded in."""
     scale = scale + _one_of(scale)
     return shift + norm.bias[:, None] * scale, norm.weight[:, None] * scale
 
 
 def _one_of(part: Tensor) -> Tensor:
-    """What adds 1 to a modulation: zero weights and a bias of 1."""
+    """The term that adds 1 to a modulation: zero weights and a bias of 1."""
     return F.one_hot(torch.tensor(part.shape[1] - 1, device=part.device), part.shape[1]).to(part.dtype)
 
 
@@ -183,7 +182,7 @@ def _with_bias(modulation: nn.Sequential | None, norm: nn.LayerNorm, parts: int)
 
 
 def _places(places_LD: Tensor, targets_LD: Tensor, orders: Tensor) -> Tensor:
-    """Both position tables as one: what position j of a sequence in these orders (T,) or (B, T) adds, (J, B or 1, D)."""
+    """Sum of both position tables at position j of a sequence in these orders, (T,) or (B, T): (J, B or 1, D)."""
     places_TB = 2 + torch.atleast_2d(orders).T
     own_TBD, target_TBD = places_LD[places_TB], targets_LD[places_TB]
     first_1BD = places_LD[:1, None].expand_as(own_TBD[:1])

@@ -1,4 +1,4 @@
-"""About how much memory training and sampling of RAR take; no torch here, so that planning needs none.
+"""Estimates of the memory that training and sampling of RAR take; no torch here, so that planning needs none.
 
 In training, activations of a block are counted as autograd keeps them, per position: D width, M hidden width of the MLP, and P bytes
 of a number in products (2 under autocast to bfloat16, else 4). Norms and the residual stream are float32 throughout.
@@ -17,11 +17,11 @@ from __future__ import annotations
 from models.generators.config import SPARE_POSITIONS, SPARE_STEPS, CodeShape, RarConfig
 
 KEPT_PER_PARAMETER = 16  # float32: itself, its gradient, two moments of AdamW
-WORK = 1.1  # gradients of one block at a time, and what allocators round up
+WORK = 1.1  # gradients of one block at a time, and rounding by allocators
 
-STRETCH = 64  # steps of modulations that a decoder keeps at a time, if that many fit
+STRETCH = 64  # steps of modulations that a decoder keeps at a time, if the table is not too large
 SHORTEST_STRETCH = 16  # shorter ones would read the weights too often
-CPU_TABLE_BYTES, DEVICE_TABLE_BYTES = 2**30, 2**33  # what the modulations of a stretch may take
+CPU_TABLE_BYTES, DEVICE_TABLE_BYTES = 2**30, 2**33  # largest table of the modulations of a stretch
 FEW_STREAMS = 8  # up to here the compiled step is the faster one on a CPU, at widths of 256 to 1,408
 SHORTEST_PRODUCT = 16  # keys: batched products of fewer take a slow path on the CPU
 
@@ -41,9 +41,9 @@ def training_bytes(
     product = 2 if is_half else 4
     block = block_bytes(config, tokens=shape.tokens, product=product, device_type=device_type)
     kept = 4 * config.width if checkpoints_activations else block
-    logits = shape.codes * (product + 3 * 4)  # as they are, as float32, normalised, and their gradient
-    made_again = 2 * block if checkpoints_activations else 0  # one block at a time, with its gradients
-    activations = positions * (config.layers * kept + logits + made_again)
+    logits = shape.codes * (product + 3 * 4)  # logits, their float32 copy, softmax, gradient
+    recomputed = 2 * block if checkpoints_activations else 0  # one block at a time, with its gradients
+    activations = positions * (config.layers * kept + logits + recomputed)
     of_parameters = KEPT_PER_PARAMETER + 4 * is_averaged + 2 * is_half
     return int(of_parameters * parameters(config, shape) + WORK * activations)
 
@@ -55,13 +55,13 @@ def block_bytes(config: RarConfig, *, tokens: int, product: int, device_type: st
     kept = config.width * (24 + (12 + 7 * config.modulated) * product + 2 * mask) + config.mlp_width * (
         2 * product + mask
     )
-    if on_cpu and config.attention_dropout:  # the one kernel that drops there keeps three whole matrices
+    if on_cpu and config.attention_dropout:  # the CPU kernel with dropout keeps three attention matrices
         kept += 3 * 4 * config.heads * (tokens + 1)
     return kept
 
 
 def parameters(config: RarConfig, shape: CodeShape) -> int:
-    """How many there are."""
+    """Number of parameters."""
     width, hidden = config.width, config.mlp_width
     attention = 4 * width * width + 4 * width + 4 * config.head_width
     mlp = 2 * width * hidden + width + hidden
@@ -82,7 +82,7 @@ def sampling_bytes(
     block = 4 * width * width + 2 * width * config.mlp_width
     of_modulations = modulations * (width if config.modulated else 1)
     own = layers * block + of_modulations + (2 * codes + classes + 3 * (positions + SPARE_POSITIONS)) * width
-    # Joined modulations lie beside the network's; on the CPU many rows read transposed weights of blocks and head.
+    # The decoder has joined modulations of its own and, on the CPU with many rows, transposed weights of blocks and head.
     is_copied = (device_type == "cpu" and streams > FEW_STREAMS) or bytes_per_number != 4
     copied = bytes_per_number * layers * block + 4 * codes * width if is_copied else 0
     weights = 4 * own + 4 * of_modulations + copied
@@ -91,10 +91,12 @@ def sampling_bytes(
     largest_table = max(table_bytes(device_type), SHORTEST_STRETCH * rows * modulations * 4)
     work = streams * (modulations + 12 * width + config.mlp_width + 8 * codes + 2 * positions * config.heads)
     passes = bytes_per_number * cache + 4 * work + min(4 * table, largest_table)
-    joining = 3 * 4 * of_modulations  # modulations as they are, in pieces and joined, before there is a cache
+    joining = (
+        3 * 4 * of_modulations
+    )  # the network's modulations, their parts and the joined ones, before the cache exists
     return weights + max(passes, joining)
 
 
 def table_bytes(device_type: str) -> int:
-    """What the modulations of a stretch may take on a device."""
+    """Largest table of the modulations of a stretch on a device."""
     return CPU_TABLE_BYTES if device_type == "cpu" else DEVICE_TABLE_BYTES

@@ -1,12 +1,12 @@
 """RAR, the randomised autoregressive generator (arXiv 2411.00776), under its published parameter names.
 
-The sequence is [cls, condition, code, code, ...]; codes come in a given order, and each position knows where it is
-(`pos_embed`) and which position it has to predict (`target_aware_pos_embed`). Every block is modulated by class and
-step, unless the config asks for a plain transformer. `decoder` samples with a cache.
+The sequence is [cls, condition, code, code, ...] in a given order of codes; each position gets an embedding of where it is
+(`pos_embed`) and one of the position that it predicts (`target_aware_pos_embed`). Every block is modulated by class and
+step, unless the config asks for a plain transformer.
 
 B rows, T tokens of an image, N codes that are given (0..T), J = N + 2 positions, D width, K codes, C classes,
 U labels that modulations are computed for, M the width of a block's modulations (6D; 2D at the head)
-Ids of the one embedding table: 0..K-1 codes, K unused, K+1+c class c, K+1+C no class.
+Ids of the embedding table: 0..K-1 codes, K unused, K+1+c class c, K+1+C no class.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Rar(Generator):
 
     def __init__(self, config: RarConfig, shape: CodeShape):
         super().__init__(config, shape)
-        # The order of what is not random; None for raster.
+        # The order where none is drawn; None for raster.
         scan_T = (
             None if config.orders.scan == "raster" else torch.from_numpy(scan_order(config.orders.scan, shape.grid))
         )
@@ -126,12 +126,12 @@ class Rar(Generator):
             _cut_normal(table)
 
     def tables(self) -> list[Tensor]:
-        """Everything that is looked up."""
+        """All embedding tables."""
         tables = [self.embeddings.weight, self.pos_embed, self.target_aware_pos_embed]
         return [*tables, self.timesteps_embeddings] if self.config.modulated else tables
 
     def draws(self, streams: Streams, rows: int, step: int) -> dict[str, NDArray[Any]]:
-        """Orders (rows, T) as long as some are random, and which labels are withheld (rows,)."""
+        """Orders (rows, T) while some are random, and which labels are dropped (rows,)."""
         drawn: dict[str, NDArray[Any]] = {}
         if ratio := self.config.orders.random_share(step):
             scan_T = scan_order(self.config.orders.scan, self.shape.grid)
@@ -148,7 +148,7 @@ class Rar(Generator):
         orders: Tensor | None = None,
         dropped: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Generator`. orders: a permutation of 0..T-1 per row (B, T).  dropped: booleans (B,), True where the label is withheld."""
+        """See `Generator`. orders: a permutation of 0..T-1 per row (B, T).  dropped: booleans (B,), True where the label is dropped."""
         labels_B = condition if dropped is None else torch.where(dropped, self.shape.classes, condition)
         orders = self.scan_T if orders is None else orders
         if orders is not None:
@@ -166,7 +166,7 @@ class Rar(Generator):
         return self.lm_head(self.features(shuffled_BN, labels_B, orders_BT))
 
     def features(self, shuffled_BN: Tensor, labels_B: Tensor, orders_BT: Tensor | None) -> Tensor:
-        """What the head takes, (B, N + 1, D)."""
+        """Input of the head, (B, N + 1, D)."""
         x_BJD = self.embed(shuffled_BN, labels_B, orders_BT)
         distinct_U, picks_B = self.distinct(labels_B)
         activated_UJD = later_UJD = None
@@ -181,7 +181,7 @@ class Rar(Generator):
         return self.adaln_before_head(x_BJD[:, 1:], later_UJD, picks_B)
 
     def embed(self, shuffled_BN: Tensor, labels_B: Tensor, orders_BT: Tensor | None) -> Tensor:
-        """Input of block 0, (B, N + 2, D): what a position holds, where it is, and where its target is."""
+        """Input of block 0, (B, N + 2, D): embeddings of content, position and target position."""
         batch, given = shuffled_BN.shape
         if orders_BT is None:
             orders_BT = torch.arange(self.shape.tokens, device=shuffled_BN.device).expand(batch, -1)
@@ -196,14 +196,14 @@ class Rar(Generator):
         return content_BJD + F.embedding(places_BJ, self.pos_embed[0]) + target_BJD
 
     def distinct(self, labels_B: Tensor) -> tuple[Tensor, Tensor | slice]:
-        """Labels to compute modulations for, and which of them each row takes: every class once where there are fewer
-        of them than rows, else each row for itself. The choice is by sizes alone, so no step waits for the labels."""
+        """Labels to compute modulations for, and the index of each row's label among them: all classes if there are fewer
+        of them than rows, else each row its own. Sizes alone decide, so that no device has to synchronise."""
         if self.shape.classes + 1 < len(labels_B):
             return torch.arange(self.shape.classes + 1, device=labels_B.device), labels_B
         return labels_B, slice(None)
 
     def condition(self, labels_B: Tensor, *, positions: int) -> Tensor:
-        """What modulates each position, (B, J, D): class embedding plus step embedding (steps are never permuted)."""
+        """Condition of each position's modulation, (B, J, D): class embedding plus step embedding (steps are not permuted)."""
         return self.embeddings(self.condition_ids(labels_B))[:, None] + self.timesteps_embeddings[:, :positions]
 
     def condition_ids(self, labels_B: Tensor) -> Tensor:
@@ -213,8 +213,8 @@ class Rar(Generator):
         return self.blocks
 
     def decayed(self, name: str, parameter: Tensor) -> bool:
-        """Whether weight decay applies. By substrings, as the published training chose: hence `cls_token` decays, and
-        `adaln_before_head` does not, because its name happens to contain "ln"."""
+        """Whether weight decay applies. By substrings, as in the published training: hence `cls_token` decays, and
+        `adaln_before_head` does not, because its name contains "ln"."""
         return parameter.ndim >= 2 and not any(part in name for part in UNDECAYED)
 
 

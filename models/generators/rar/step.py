@@ -16,16 +16,16 @@ from models.layers.attention import CausalSelfAttention
 
 
 class RarStep:
-    """Weights as the step reads them, and the keys and values of all positions so far."""
+    """Weights of the blocks and of the head, and the keys and values of all positions so far."""
 
     def __init__(self, model: Rar, *, streams: int, dtype: torch.dtype):
         """dtype: of weights and cache; the head is always float32."""
         self.streams, self.width, self.heads = streams, model.config.width, model.config.heads
         self.dtype, self.eps = dtype, model.adaln_before_head.norm.eps
         self.blocks = [_BlockWeights(block, dtype) for block in model.blocks]
-        self.logits = _Affine(model.lm_head, torch.float32)  # guidance multiplies what rounding takes from logits
+        self.logits = _Affine(model.lm_head, torch.float32)  # guidance multiplies rounding errors of logits
         on_device = {"dtype": dtype, "device": model.lm_head.weight.device}
-        # With a gain of ones the kernel of the CPU takes two thirds of the time that it takes without one.
+        # With a gain of ones the CPU kernel takes two thirds of the time that it takes without one.
         device = on_device["device"]
         self.no_affine = {
             (width, kind): (torch.ones(width, dtype=kind, device=device), torch.zeros(width, dtype=kind, device=device))
@@ -63,7 +63,7 @@ class RarStep:
     def _attend(self, qkv_RD: Tensor, index: int, position: int) -> Tensor:
         keys_RHJE, values_RHJE = self.keys_RHJE[index], self.values_RHJE[index]
         qkv_R3HE = qkv_RD.view(self.streams, 3, self.heads, -1)
-        # All three as they lie take less time than queries and keys alone, which would be copied first.
+        # Normalising all three takes less time than queries and keys alone, which would be copied first.
         normed_R3HE = self._normalise(qkv_R3HE)
         keys_RHJE[:, :, position], values_RHJE[:, :, position] = normed_R3HE[:, 1], qkv_R3HE[:, 2]
         gain_E, bias_E = self.blocks[index].query
@@ -86,7 +86,7 @@ class RarStep:
 
 
 class _BlockWeights:
-    """The weights of one block as the step reads them."""
+    """The weights of one block."""
 
     def __init__(self, block: Block, dtype: torch.dtype):
         self.qkv, self.proj = _Affine(block.attn.qkv, dtype), _Affine(block.attn.proj, dtype)
@@ -95,7 +95,7 @@ class _BlockWeights:
 
 
 class _Affine:
-    """A linear layer whose weight lies transposed in memory on the CPU, where few rows then take a fifth less time."""
+    """A linear layer whose weight is stored transposed on the CPU, where few rows then take a fifth less time."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         weight_IO = linear.weight.to(dtype).T
@@ -107,10 +107,10 @@ class _Affine:
 
 
 def query_affine(attention: CausalSelfAttention) -> tuple[Tensor, Tensor]:
-    """Gain and bias (E,) of normalised queries, for keys that have neither, and products that are not scaled.
+    """Gain and bias (E,) of normalised queries that make those of keys and the softmax scale unnecessary.
 
-    In the softmax of q.(k g + b) / sqrt(E), the term q.b is the same for every key and drops out; g / sqrt(E) may as
-    well multiply the query.
+    In the softmax of q.(k g + b) / sqrt(E), the term q.b is the same for every key and cancels; g / sqrt(E) can
+    multiply the query.
     """
     gain_E = attention.k_norm.weight * attention.k_norm.weight.numel() ** -0.5
     return attention.q_norm.weight * gain_E, attention.q_norm.bias * gain_E

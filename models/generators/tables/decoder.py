@@ -1,4 +1,4 @@
-"""The decoder of generators whose logits are a table: what comes next depends on class and position alone.
+"""The decoder of generators whose logits are a table by class and position.
 
 B rows, R streams (B, or 2B with guidance: the conditional half first), T tokens, K codes, C classes
 """
@@ -36,7 +36,7 @@ class TableDecoder(StepDecoder):
         return self.compute(0)
 
     def append(self, codes_B: Tensor) -> Tensor:
-        """Whatever the last codes were."""
+        """Independent of the codes."""
         return self.compute(self.position)
 
     def compute(self, position: int, *inputs: Tensor) -> Tensor:

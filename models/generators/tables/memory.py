@@ -1,4 +1,4 @@
-"""About how much memory the generators take whose logits are a table; numbers are float32 whatever is asked."""
+"""Estimates of the memory that generators take whose logits are a table, always in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Baselines whose logits are a table: what comes next depends on class and position alone.
+"""Baselines whose logits are a table by class and position.
 
 N images, B rows, T tokens, K codes, C classes
 """
@@ -19,11 +19,11 @@ NEVER = -1e30  # logit of a code that was never seen: probability exactly 0, and
 
 
 class TableGenerator(Generator):
-    """A subclass gives the table."""
+    """A subclass defines the table."""
 
     @abstractmethod
     def logits(self) -> Tensor:
-        """(C + 1, T, K) float32; the last class stands for none."""
+        """(C + 1, T, K) float32; the last row stands for no class."""
 
     def loss(
         self, codes_BT: Tensor, condition: Tensor | None, **draws: Tensor | None
@@ -35,10 +35,10 @@ class TableGenerator(Generator):
 
 
 class Histogram(TableGenerator):
-    """The histogram baseline: codes drawn one by one from their class's counts at that position; one that was never seen is never drawn.
+    """The histogram baseline: each code is drawn from its class's counts at that position, independently of the others.
 
-    It knows which codes a class shows where, and nothing of how codes go together. On small images that is already enough
-    for a judge to name most classes, so a generator has to beat it by a wide margin before it has shown anything.
+    A code that was never seen there has probability 0. On small images these samples are enough for a classifier to recognise
+    most classes, so a generator that models dependencies has to beat it by a wide margin.
     """
 
     counts_CTK: Tensor
@@ -48,9 +48,9 @@ class Histogram(TableGenerator):
         self.register_buffer("counts_CTK", torch.zeros(shape.classes, shape.tokens, shape.codes, dtype=torch.int64))
 
     def fit(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Count codes (N, T) (int64, 0..K-1) of images with labels (N,) 0..C-1, a block of them after the other.
+        """Count codes (N, T) (int64, 0..K-1) of images with labels (N,) 0..C-1, block by block.
 
-        ValueError for a class that has no image. Beyond the counts it takes memory for one block.
+        ValueError for a class that has no image. Beside the counts it takes memory for one block.
         """
         self.counts_CTK.zero_()
         images_C = torch.zeros(len(self.counts_CTK), dtype=torch.int64)
@@ -61,10 +61,10 @@ class Histogram(TableGenerator):
             images_C += torch.bincount(labels_N, minlength=len(images_C))
         unseen = (images_C == 0).nonzero().flatten().tolist()
         if unseen:
-            raise ValueError(f"the histogram needs images of every class, and there are none of {unseen[:10]}")
+            raise ValueError(f"the histogram needs images of every class, but there are none of classes {unseen[:10]}")
 
     def _count(self, bins_M: Tensor, first: int, last: int) -> None:
-        """Add 1 to each bin, all of classes first to last: many in few classes are counted beside the table, far faster."""
+        """Add 1 to each bin, all of classes first to last; by bincount, which is far faster, unless the table is larger."""
         table, bins = self.counts_CTK[first : last + 1].view(-1), bins_M - first * self.shape.tokens * self.shape.codes
         if len(table) <= len(bins):
             table += torch.bincount(bins, minlength=len(table))
@@ -78,9 +78,9 @@ class Histogram(TableGenerator):
 
 
 class Uniform(TableGenerator):
-    """The worst generator: every code equally likely everywhere. What it scores is the far end of the scale.
+    """The uniform baseline: every code is equally likely. Its scores are a lower bound.
 
-    Nothing to learn; the one buffer says on which device it lives.
+    It has no parameters; the buffer carries the device.
     """
 
     zero: Tensor
@@ -90,8 +90,8 @@ class Uniform(TableGenerator):
         self.register_buffer("zero", torch.zeros(()))
 
     def fit(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Images say nothing here."""
+        """Nothing to learn."""
 
     def logits(self) -> Tensor:
-        """All 0, without memory for them."""
+        """All 0, expanded without allocation."""
         return self.zero.expand(self.shape.classes + 1, self.shape.tokens, self.shape.codes)

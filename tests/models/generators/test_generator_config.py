@@ -27,7 +27,7 @@ def test_a_size_is_its_numbers() -> None:
     ("fields", "message"),
     [
         ({"size": "m"}, "known are s, b, l, xl, xxl"),
-        ({"size": "b", "width": 8}, "already says width"),
+        ({"size": "b", "width": 8}, "already sets width"),
         ({**NUMBERS, "heads": 3}, "not divisible by 3 heads"),
         ({**NUMBERS, "depth": 3}, "depth"),
         ({**NUMBERS, "dropout": 1.0}, "dropout"),
@@ -78,7 +78,7 @@ def test_codes_that_a_generator_cannot_work_on_are_refused() -> None:
     shape = CodeShape(codes=5, grid=(2, 2))
     with pytest.raises(ValueError, match="these codes have none"):
         build_generator(RarConfig(**NUMBERS), shape)
-    with pytest.raises(ValueError, match="no use for codes of another space"):
+    with pytest.raises(ValueError, match="takes no codes of another space"):
         RarConfig(**NUMBERS).check(CodeShape(codes=5, grid=(2, 2), classes=3, condition=shape))
 
 

@@ -75,7 +75,7 @@ def test_counts_are_those_of_all_images_however_they_are_cut() -> None:
 
 def test_a_class_without_images_is_refused() -> None:
     model = build_generator(HistogramConfig(), SHAPE)
-    with pytest.raises(ValueError, match=r"none of \[0, 2\]"):
+    with pytest.raises(ValueError, match=r"none of classes \[0, 2\]"):
         model.fit([(torch.zeros(2, TOKENS, dtype=torch.int64), torch.ones(2, dtype=torch.int64))])
 
 

@@ -21,5 +21,5 @@ def test_terms_without_weight_are_left_out() -> None:
 
 
 def test_a_loss_of_nothing_is_refused() -> None:
-    with pytest.raises(ValidationError, match="nothing would be learnt"):
+    with pytest.raises(ValidationError, match="no loss to train on"):
         ReconstructionConfig(l1=0.0, l2=0.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.sampling.choice import choose, forbid_falls, invert, keep_top_k, keep_top_p
+from models.sampling.choice import choose, invert, keep_top_k, keep_top_p, non_decreasing
 from models.sampling.config import Filters
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -52,7 +52,7 @@ def test_a_scan_that_falls_draws_no_code_of_probability_zero() -> None:
     """As on devices that add blocks of codes: sums may fall a little, and rise where there is no probability."""
     probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.25, 0.0]])
     scanned = torch.tensor([[1e-9, 0.5, 0.5 + 1e-9, 0.75, 1.0, 1 - 1e-9]], dtype=torch.float64)
-    assert forbid_falls(scanned, probabilities).tolist() == [[0.0, 0.5, 0.5, 0.75, 1.0, 1.0]]
+    assert non_decreasing(scanned, probabilities).tolist() == [[0.0, 0.5, 0.5, 0.75, 1.0, 1.0]]
 
 
 def test_shares_are_the_probabilities() -> None:

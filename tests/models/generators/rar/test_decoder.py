@@ -126,7 +126,7 @@ class TestRar(StepConformance):
         assert torch.equal(orders_BT[1:], random_orders(3, ids_B[1:], model.shape.tokens))
         changed = build_decoder(model, rows=2, guided=False)
         sample(changed, labels_B, ids_B, config=SamplingConfig(), seed=3)
-        changed.lay(orders_BT)
+        changed.set_orders(orders_BT)
         own = build_decoder(model, rows=2, guided=False, orders=orders_BT)
         found, expected = (sample(one, labels_B, ids_B, config=SamplingConfig(), seed=3) for one in (changed, own))
         assert torch.equal(found, expected)
