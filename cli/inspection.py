@@ -13,7 +13,7 @@ from rich import filesize
 from cli import options
 from cli.output import guarded, print_json, print_table, say
 from pipeline.artifact import LOG, read_manifest, verify_artifact
-from pipeline.draft import read_note, read_units
+from pipeline.draft import is_resumable, read_note, read_units
 from pipeline.errors import CorruptError, InputError, SmaltiError, UsageError
 from pipeline.garbage import INTERRUPTED, NAMED, RUNNING, YOUNG, Garbage, survey, sweep
 from pipeline.locks import SUFFIX, find_holder
@@ -196,6 +196,7 @@ def _draft(path: Path) -> dict[str, Any]:
         "pid": holder.pid if holder else None,
         "since": holder.since if holder else str(last.get("started", "")).replace("T", " ")[:19],
         "units": len(read_units(path)),
+        "is_saved": is_resumable(path),
         "step": last_step(path / LOG),
     }
 
@@ -207,7 +208,8 @@ def _sentence(draft: dict[str, Any]) -> str:
     if draft["state"] == "running":
         return f"{name}running on {draft['host']} since {draft['since']} (process {draft['pid']}){step}{units}"
     began = f" on {draft['host']}, where it began {draft['since']}" if draft["host"] else ""
-    return f"{name}interrupted{began}{step}{units}; continues when it is asked for"
+    saved = "continues" if draft["is_saved"] else "nothing of it is saved, so it begins again"
+    return f"{name}interrupted{began}{step}{units}; {saved} when it is asked for"
 
 
 def _existing(store: Path) -> Store:

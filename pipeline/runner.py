@@ -22,7 +22,7 @@ from pipeline.artifact import LOG, Artifact, check_data
 from pipeline.cluster import Cluster, InProcess
 from pipeline.compatibility import Known, check_together, foresee, look_ahead, settle, settled
 from pipeline.cores import usual_threads
-from pipeline.draft import Draft, Request
+from pipeline.draft import Draft, Request, is_resumable
 from pipeline.errors import BadImages, CorruptError, InputError, SmaltiError
 from pipeline.externals import DigestUnknown, Need, check_caches, check_files, content_ids, get_all, needs, option
 from pipeline.keys import artifact_key, canonical_bytes, config_value
@@ -423,7 +423,7 @@ def _reason(
     recipe: Recipe, step: Step, key: str, keys: Mapping[str, Any], externals: Mapping[str, str], store: Store
 ) -> str:
     """Why a step runs: what differs from the artifact that the recipe's ref names."""
-    if store.partial(step.stage.name, key).exists():
+    if is_resumable(store.partial(step.stage.name, key)):
         return "continues an interrupted run"
     names = (f"{recipe.name}/{step.name}", f"{recipe.base}/{step.name}")
     ref = next((name for name in names if store.ref_path(name).is_file()), None)

@@ -23,6 +23,7 @@ BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]*) -->\n)?```(?P<head>sh|python)(?P<rest>[^\n]*)\n(?P<text>.*?)^```$",
     re.M | re.S,
 )
+FOLDERS = "smalti|pipeline|models|stages|cli|tests|docs|recipes|examples|benchmarks"
 ELSEWHERE = ("in=copy", "file=")  # run by test_extending
 
 
@@ -87,6 +88,16 @@ def parse(line: str, root: Path) -> None:
         run(["make", "-n", *shlex.split(line, comments=True)[1:]], root)
     elif words[0] == "smalti":
         run([*words, "--dry-run"] if words[1] in ("run",) else [*words[:2], "--help"], root)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_what_a_page_names_is_there(page: Path) -> None:
+    """Files and folders of the project, and targets of links; but what a page itself writes."""
+    text = page.read_text()
+    named = {ROOT / path for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", text)}
+    linked = {page.parent / path for path in re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", text)}
+    written = {ROOT / path for path in re.findall(r"^```.*\bfile=(\S+)$", text, re.M)}
+    assert [path for path in sorted((named | linked) - written) if not path.exists()] == []
 
 
 def test_every_page_has_its_commands_read() -> None:

@@ -70,6 +70,11 @@ def test_each_example_is_short() -> None:
         assert 0 < sum(text.count("\n") for text in code) < 100
 
 
+def test_the_generator_is_sixty_lines() -> None:
+    [text] = [text for head, text in blocks("python") if head.endswith("/bigram.py")]
+    assert text.partition("from __future__")[2].count("\n") <= 60
+
+
 def test_the_generator_keeps_to_what_every_generator_does(copy: Path) -> None:
     folder = copy / "checked"
     folder.mkdir()

@@ -251,6 +251,11 @@ def test_status_and_path_tell_a_running_draft_from_an_interrupted_one(smalti: An
     assert "tiny@slow/sum interrupted on" in smalti("path tiny@slow/sum").stderr
     (line,) = [line for line in smalti("status").stdout.splitlines() if line.startswith("draft")]
     assert "interrupted on" in line
+    assert line.endswith("1 unit done; continues when it is asked for")
+    assert "continues an interrupted run" in smalti("plan recipes/tiny.yaml --as slow --set sum.seconds=60.0").stdout
+    (tmp_path / stopped["path"] / "journal.jsonl").unlink()  # as before the first unit
+    assert smalti("status").stdout.rstrip().endswith("nothing of it is saved, so it begins again when it is asked for")
+    assert "continues" not in smalti("plan recipes/tiny.yaml --as slow --set sum.seconds=60.0").stdout
 
 
 def test_damage_is_4_names_the_file_and_status_still_lists(smalti: Any, tmp_path: Path) -> None:

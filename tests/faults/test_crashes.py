@@ -92,7 +92,7 @@ def test_a_signal_leaves_a_draft_that_continues(tmp_path: Path, number: signal.S
         text=True,
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell starts what runs behind it deaf to SIGINT
     )
-    wait_for(lambda: list(store.glob("add/.*.partial/scratch/*")), process)
+    wait_for(lambda: list(store.glob("add/.*.partial/journal.jsonl")), process)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (code, "")
