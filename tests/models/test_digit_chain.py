@@ -19,7 +19,7 @@ STAGE_2 = ["stage2_ar", "stage2_nar"]
 
 
 def images() -> Tensor:
-    return arrays("common")["in/imgs_uint8"].float() / 255
+    return arrays("stage1_uncond")["in/imgs_uint8"].float() / 255
 
 
 def part(name: str, prefix: str) -> dict[str, Tensor]:
@@ -30,21 +30,21 @@ def part(name: str, prefix: str) -> dict[str, Tensor]:
 def test_semantic_codes_of_images() -> None:
     config = Dinov2Config.model_validate({"size": "base", "image_size": 224, "block": -3})
     encoder = Dinov2(config, embed_dim=32, depth=5, num_heads=2).eval()
-    encoder.load_weights(to_timm(part("common", "pretrained_encoder.")))
+    encoder.load_weights(to_timm(part("stage1_uncond", "pretrained_encoder.")))
     images_BCHW = F.interpolate(images(), scale_factor=0.875, mode="bicubic", antialias=False, align_corners=False)
     features_BTD = encoder(images_BCHW).flatten(1, 2)
     tolerance = about("stage1_uncond")["tolerance"]["features_and_latents_max_abs"]
     torch.testing.assert_close(features_BTD, arrays("stage1_uncond")["out/features"], atol=tolerance, rtol=0)
-    codebook_KD = part("common", "")["centroids"].T
+    codebook_KD = part("stage1_uncond", "")["centroids"].T
     codes_BT = torch.cdist(features_BTD, codebook_KD).argmin(-1)
     assert torch.equal(codes_BT, arrays("stage1_uncond")["out/tokens_raw"])
     assert torch.equal(codes_BT, codes_of(arrays("stage1_classcond")["out/target"][:, :-1]))
-    norms = part("common", "")["centroid_norm"]
+    norms = part("stage1_uncond", "")["centroid_norm"]
     torch.testing.assert_close(codebook_KD.square().sum(1)[None], norms)
 
 
 def tokenizer() -> Tokenizer:
-    found = recognise(part("vqgan", "vqgan."))
+    found = recognise(part("stage2_ar", "vqgan."))
     network = Tokenizer(found.config)
     network.load_state_dict(found.state, strict=True)
     return network.eval()

@@ -1,4 +1,4 @@
-"""DiGIT's published numbers (tests/golden/digit/split.py says how the files came here), and networks of their weights."""
+"""DiGIT's published numbers, and networks of their weights."""
 
 from __future__ import annotations
 
