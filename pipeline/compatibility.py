@@ -17,6 +17,7 @@ published file. Facts have one name, whatever kind of artifact they are about:
 | factors | values of each sub-token of a code, where it has some |
 | model | the config of a generator |
 | tokenizer | Origin: what made the codes |
+| generator, layer | Origin: whose hidden states the features are, and of which layer |
 | decoded | Origin: the token set whose codes the images show |
 
 A fact that is None is known to be missing. A fact that is left out is not known yet.
@@ -47,6 +48,8 @@ WORDS = {
     "classes": "{} classes",
     "class_names": "the classes {}",
     "factors": "sub-tokens of {} values",
+    "generator": "hidden states of {}",
+    "layer": "hidden states of layer {}",
     "listed": "the images of {}",
     "images": "{} images",
 }
@@ -164,6 +167,8 @@ def facts_of(artifact: Artifact) -> Facts:
             facts[name] = tuple(facts[name])
     if "tokenizer" in facts:
         facts["tokenizer"] = made_by(facts["tokenizer"], artifact.name)
+    if "generator" in facts:
+        facts["generator"] = Origin(f"the generator that {artifact.name} names", digest=facts["generator"])
     return facts
 
 

@@ -18,6 +18,7 @@ MODULES = {
     "finetune-decoder": "stages.training.finetune_decoder",
     "pretokenize": "stages.codes.pretokenize",
     "train-generator": "stages.training.train_generator",
+    "describe-tokens": "stages.codes.describe_tokens",
     "sample": "stages.sampling.sample",
     "decode": "stages.sampling.decode",
     "generate": "stages.sampling.generate",

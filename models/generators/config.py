@@ -100,6 +100,10 @@ class GeneratorSettings(Config):
         """Number of values of each sub-token of a code."""
         return (shape.codes,)
 
+    def check_layer(self, layer: int) -> None:
+        """ValueError, with the reason, if `Generator.hidden_states` cannot give this layer. Here there are none."""
+        raise ValueError(f"a generator of kind {self.kind} has no hidden states")
+
     def check(self, shape: CodeShape) -> None:
         """ValueError, with the reason, if the generator cannot work on such codes."""
         if self.conditions_on == "class" and not shape.classes:
@@ -186,6 +190,17 @@ class TransformerSettings(GeneratorSettings):
     @property
     def head_width(self) -> int:
         return self.width // self.heads
+
+    def check_layer(self, layer: int) -> None:
+        if self.conditions_on == "codes":
+            raise ValueError("its hidden states depend on codes of another space, and none are given")
+        if self.conditions_on == "class" and not self.can_be_guided:
+            raise ValueError(
+                "its hidden states hold the class that it is given: take a generator without a condition, or one that also "
+                "learnt without labels"
+            )
+        if not 0 <= layer <= self.layers:
+            raise ValueError(f"it has the layers 0 (what the first block takes) to {self.layers}, not {layer}")
 
 
 class LabelSettings(TransformerSettings):

@@ -50,6 +50,14 @@ class Generator(nn.Module, ABC):
         Without draws the loss is deterministic and conditional.
         """
 
+    def hidden_states(self, codes_BT: Tensor, layer: int) -> Tensor:
+        """Input of the first block (layer 0), or output of block `layer`, at each of J positions, (B, J, D).
+
+        codes_BT: int64 in raster order.  No condition is given. ValueError where `config.check_layer` refuses the layer.
+        """
+        self.config.check_layer(layer)
+        raise NotImplementedError
+
     def fit(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Learn from blocks of codes (N, T) and labels (N,), where the config is `trained_by` counting."""
         raise NotImplementedError

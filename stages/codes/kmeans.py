@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 # N rows that are clustered, K clusters, D values of a feature
 SIZES = "sizes.npy"  # rows of each cluster, int64 (K,)
+OF_CODES = "holds a generator's hidden states of codes: no image could be encoded with their centroids"
 SAMPLE, START = 0, 1  # streams of the hash: which rows are clustered, and from which the centroids start
 
 
@@ -63,6 +64,8 @@ class KMeansConfig(Config):
 def foresee(config: KMeansConfig, inputs: KnownInputs) -> Facts:
     """The codes are those of the encoder's grid; there must be as many features as clusters."""
     features = inputs["features"]
+    if "layer" in features.facts:
+        raise inputs.refusal(f"cannot read {features.name}, which {OF_CODES}")
     if config.most_rows < config.clusters:
         raise inputs.refusal(f"wants {config.clusters} clusters of at most {config.max_rows} features (max_rows)")
     images, *known = (features.get(name) for name in ("images", "views", "grid"))
@@ -122,6 +125,8 @@ def fit_kmeans(config: KMeansConfig, inputs: Inputs, out: Draft, run: Runtime) -
 
 def choose_rows(features: Artifact, config: KMeansConfig) -> Rows:
     """The features that are clustered, in the order of their rows."""
+    if "layer" in features.facts:
+        raise InputError(f"{features.name} {OF_CODES}", path=features.path)
     array = MappedArray(features.file("features/zarr.json").parent)
     rows = int(np.prod(array.shape[:-1]))
     if min(rows, config.most_rows) < config.clusters:

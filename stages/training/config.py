@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from models.autoencoders.config import ConvolutionalConfig
 from models.classifiers.config import ClassifierConfig, ConvolutionalClassifierConfig
@@ -113,15 +113,14 @@ Schedule = Annotated[
 ]
 
 
-class AdamW(Config):
-    """Adam with decoupled weight decay (arXiv 1711.05101); with weight_decay 0 it is Adam."""
+Share = Annotated[float, Field(ge=0, lt=1)]
 
-    kind: Literal["adamw"] = "adamw"
+
+class OptimizerSettings(Config):
+    """What all optimizers are told."""
+
+    kind: str
     learning_rate: Rate = Field(default=1e-3, description="peak learning rate; the schedule multiplies it")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.999), strict=False, description="decays of the two moments"
-    )
-    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(default=0.0, ge=0, description="decay of the parameters that `decays` names")
     weight_decay_end: float | None = Field(
         default=None,
@@ -142,7 +141,26 @@ class AdamW(Config):
         return cosine_between(self.weight_decay, last, step / max(1, steps - 1))
 
 
-Optimizer = AdamW  # a union tagged by `kind` as soon as there is a second one
+class AdamW(OptimizerSettings):
+    """Adam with decoupled weight decay (arXiv 1711.05101); with weight_decay 0 it is Adam."""
+
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.999), strict=False, description="decays of the two moments")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+
+
+class Sgd(OptimizerSettings):
+    """Stochastic gradient descent with momentum; weight decay is added to the gradient."""
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: Share = Field(default=0.9, description="decay of the running sum of gradients")
+
+
+def _is_adamw_unless_named(optimizer: Any) -> Any:
+    return {"kind": "adamw", **optimizer} if isinstance(optimizer, Mapping) else optimizer
+
+
+Optimizer = Annotated[AdamW | Sgd, Field(discriminator="kind"), BeforeValidator(_is_adamw_unless_named)]
 RowsPerPass = Annotated[int, Field(ge=1)] | Literal["auto"] | None
 
 
@@ -430,11 +448,23 @@ class TrainClassifierConfig(Config):
         return self.views or ShiftViews(size=self.model.pixels, **SHIFTS)
 
 
+PUBLISHED_PROBE = TrainingConfig(
+    steps=100_000, batch=1024, optimizer=Sgd(learning_rate=0.4), schedule=WarmupCosine(), clip=None
+)
+"""DiGIT's linear probe (arXiv 2410.12490): four GPUs with 256 rows each, half a cosine to 0."""
+
+
 class ProbeConfig(Config):
-    """What the linear model sees, and how it is fitted."""
+    """What the linear model sees, and how it is fitted: to codes by logistic regression, to features by a training."""
 
     inputs: Literal["one-hot", "centroids"] = Field(
-        default="one-hot", description="each position's code as one of K, or as its centroid (needs a codebook)"
+        default="one-hot",
+        description="of token sets: each position's code as one of K, or as its centroid (needs a codebook)",
+    )
+    training: CutTraining = Field(
+        default=PUBLISHED_PROBE,
+        json_schema_extra=NEUTRAL,
+        description="of features: budget and optimizer of the linear layer",
     )
     inverse_penalty: float = Field(default=1.0, gt=0, description="C of the logistic regression: smaller is smoother")
     iterations: int = Field(default=500, ge=1, description="steps of L-BFGS at most")

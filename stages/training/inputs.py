@@ -62,7 +62,7 @@ def check_batch(training: TrainingConfig, inputs: KnownInputs, *data: Known) -> 
     """A refusal of a batch that is larger than all data together, as far as that is known."""
     if any(known.get("images") is None for known in data):
         return
-    rows = sum(known.get("images") * known.get("crops", 1) for known in data)
+    rows = sum(known.get("images") * known.get("crops", 1) * known.get("views", 1) for known in data)
     if training.batch > rows:
         raise inputs.refusal(
             f"has training.batch {training.batch}, but there {'is' if rows == 1 else 'are'} only {counted(rows, 'row')} to "

@@ -1,4 +1,4 @@
-"""`probe`: how much of the class a linear model reads off the codes."""
+"""`probe`: how much of the class a linear model reads off the codes, or off the features that a generator makes of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import ranks
 from pipeline.artifact import Artifact
 from pipeline.compatibility import Facts, KnownInputs
 from pipeline.draft import SCRATCH, Draft
@@ -22,15 +23,22 @@ from smalti.counting import counted
 from smalti.epoch import batches_of, exact_order
 from smalti.tokens import TokenSet, open_tokens
 from stages.codes.reservoir import smallest_rows
-from stages.training.config import ProbeConfig
+from stages.training.config import PUBLISHED_PROBE, ProbeConfig
+from stages.training.inputs import check_batch
 from stages.weights.cards import TokenizerCard
 from stages.weights.identity import check_same_tokenizer
 
 if TYPE_CHECKING:
+    import torch
+
     from models.logistic import Part, StreamedLogistic
 
 # N rows of a token set, T codes of a row, K codes of the codebook, D values of a centroid
 METRICS = "metrics.json"
+NO_STATES = (
+    "holds a grid of an encoder's features, and a probe reads one feature per row: give those of describe-tokens"
+)
+FEATURES = "features"
 LBFGS_BYTES = 2**31  # more than that, and the weights are learned in batches
 COPIES = 24  # of the weights, in L-BFGS: ten pairs of steps and slopes, weights, slope and work
 BATCH = 1024  # rows
@@ -44,7 +52,18 @@ Predict = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 def foresee(config: ProbeConfig, inputs: KnownInputs) -> Facts:
-    """Both token sets are alike, of two classes at least, and the codebook is theirs."""
+    """Both token sets are alike, of two classes at least, and the codebook is theirs; or so are both sets of features."""
+    train, held_out = inputs["train"], inputs["held-out"]
+    if train.kind != held_out.kind:
+        raise inputs.refusal(
+            f"learns from {train.name}, a {train.kind}, and is judged on {held_out.name}, a {held_out.kind}"
+        )
+    if train.kind == FEATURES:
+        return foresee_features(config, inputs)
+    if config.training != PUBLISHED_PROBE:
+        raise inputs.refusal(
+            f"has settings of training, but {train.name} is a token set: training is for features alone"
+        )
     facts = inputs.agree([inputs["train"], inputs["held-out"]], "tokenizer", "codes", "grid", "classes", "class_names")
     if facts.get("classes") == 1:
         raise inputs.refusal(f"needs images of two classes at least, but {inputs['train'].name} has one")
@@ -58,34 +77,90 @@ def foresee(config: ProbeConfig, inputs: KnownInputs) -> Facts:
     return {}
 
 
+def foresee_features(config: ProbeConfig, inputs: KnownInputs) -> Facts:
+    """Both are hidden states of one layer of one generator."""
+    both = [inputs["train"], inputs["held-out"]]
+    for features in both:
+        if "layer" not in features.facts:
+            raise inputs.refusal(
+                f"reads one feature per row, and {features.name} holds a grid of an encoder's: give features of describe-tokens"
+            )
+    if config.inputs == "centroids" or "codebook" in inputs:
+        raise inputs.refusal("has a codebook or inputs: centroids, which are for token sets, but reads features")
+    if inputs.agree(both, "generator", "layer", "classes", "class_names").get("classes") == 1:
+        raise inputs.refusal(f"needs images of two classes at least, but {both[0].name} has one")
+    check_batch(config.training, inputs, both[0])
+    return {}
+
+
 @stage(
     "probe",
     version=2,
     config=ProbeConfig,
     reads={
-        "train": read("token-set", help="codes to learn from"),
-        "held-out": read("token-set", help="codes to be judged on"),
+        "train": read("token-set", FEATURES, help="codes to learn from, or features of describe-tokens"),
+        "held-out": read("token-set", FEATURES, help="codes or features to be judged on"),
         "codebook": read("codebook", help="centroids of the codes, for inputs=centroids", optional=True),
     },
     writes="metrics",
     example="smalti probe --train digits/rar/semantic-tokens --held-out digits/rar/semantic-tokens-held-out",
+    trains=True,
     foresees=foresee,
     checks_inputs=True,
 )
-def probe_codes(config: ProbeConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
-    """Fit a linear classifier on codes and judge it on held-out images.
+def probe_classes(config: ProbeConfig, inputs: Inputs, out: Draft, run: Runtime) -> None:
+    """Fit a linear classifier on codes or features and judge it on held-out images.
 
-    Multinomial logistic regression on the codes of every position, over all crops: by L-BFGS, or, where that would take
-    more than 2 GiB, by stochastic gradients in batches.  reads: two token sets of one tokenizer.  writes: metrics.json.
-    resumes: L-BFGS from the start, batches from the last checkpoint.
+    On the codes of every position, over all crops, it is multinomial logistic regression: by L-BFGS, or, where that would
+    take more than 2 GiB, by stochastic gradients in batches.  On features it is the published probe of DiGIT: one linear
+    layer, trained as `training` says; crops of the images are its augmentation.  reads: two token sets of one tokenizer, or
+    features of one layer of one generator.  writes: metrics.json.  resumes: L-BFGS from the start, batches and trainings from
+    the last checkpoint.
     """
+    metrics = (measure_features if inputs["train"].kind == FEATURES else measure_codes)(config, inputs, out, run)
+    if ranks.rank():
+        return
     if not out.is_done("metrics"):
-        train, held_out = open_pair(inputs["train"], inputs["held-out"])
-        metrics = measure(config, train, held_out, read_centroids(config, inputs), out, run)
         out.put("metrics", {METRICS: canonical_bytes(metrics) + b"\n"})
-    metrics = json.loads((out.path / METRICS).read_bytes())
     out.facts |= metrics
     out.figure = f"probe accuracy {100 * metrics['accuracy']:.1f} %"
+
+
+def measure_features(config: ProbeConfig, inputs: Inputs, out: Draft, run: Runtime) -> dict[str, Any]:
+    """Accuracies of a linear layer that is trained on features; every process of a launch takes part."""
+    from stages.training.engine import train
+    from stages.training.linear_head import FeatureRows, LinearHeadTask
+
+    rows, held_out = FeatureRows(inputs["train"]), FeatureRows(inputs["held-out"])
+    if len(np.unique(rows.labels)) < 2:
+        raise InputError(f"{inputs['train'].name} has images of one class, and a probe needs two")
+    facts = inputs["train"].facts
+
+    def make_task(device: torch.device) -> LinearHeadTask:
+        return LinearHeadTask(config.training, rows, held_out, facts["classes"], device)
+
+    outcome = train(make_task, config.training, out, run, label="probe")
+    return {
+        "accuracy": round(outcome.figures["accuracy"], 6),
+        "train_accuracy": round(outcome.task.share_right(rows), 6),
+        "train_rows": len(rows),
+        "held_out_rows": len(held_out),
+        "classes": facts["classes"],
+        "inputs": FEATURES,
+        "layer": facts["layer"],
+        "solver": config.training.optimizer.kind,
+        "steps": config.training.steps,
+    }
+
+
+def measure_codes(config: ProbeConfig, inputs: Inputs, out: Draft, run: Runtime) -> dict[str, Any]:
+    """Accuracies of a logistic regression on codes, which one process makes alone; nothing in the others."""
+    if ranks.rank():
+        return {}
+    if out.is_done("metrics"):
+        return dict(json.loads((out.path / METRICS).read_bytes()))
+    train, held_out = open_pair(inputs["train"], inputs["held-out"])
+    return measure(config, train, held_out, read_centroids(config, inputs), out, run)
 
 
 def open_pair(train: Artifact, held_out: Artifact) -> tuple[TokenSet, TokenSet]:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.training.config import TrainingConfig
+from stages.training.config import AdamW, TrainingConfig
 from stages.training.replicas import Replicas
 from stages.training.task import Part
 
 State = dict[str, Tensor]
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")  # of a parameter, in torch's optimizers
 DECAYS = "decays"  # of a group: whether weight decay applies to it
 
 
@@ -55,17 +56,17 @@ class Average:
 
 
 def build_optimizer(part: Part) -> torch.optim.Optimizer:
-    """AdamW over the part's trainable parameters: one group that decays, one that does not."""
+    """The config's optimizer over the part's trainable parameters: one group that decays, one that does not."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in part.module.named_parameters():
         if parameter.requires_grad:
             groups[part.optimizer.decays == "all" or part.is_decayed(name, parameter)].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": found, DECAYS: decays} for decays, found in groups.items() if found],
-        betas=part.optimizer.betas,
-        eps=part.optimizer.eps,
-        fused=True,
-    )
+    some = [{"params": found, DECAYS: decays} for decays, found in groups.items() if found]
+    optimizer: torch.optim.Optimizer
+    if isinstance(part.optimizer, AdamW):
+        optimizer = torch.optim.AdamW(some, betas=part.optimizer.betas, eps=part.optimizer.eps, fused=True)
+    else:
+        optimizer = torch.optim.SGD(some, momentum=part.optimizer.momentum, fused=True)
     set_step(optimizer, rate=part.optimizer.learning_rate, decay=part.optimizer.weight_decay)
     return optimizer
 
@@ -133,7 +134,7 @@ class TrainedPart:
 
 def _moments_of(moments: State, name: str) -> dict[str, Any]:
     """Optimizer state of one parameter, in memory of torch's own (a mapped file may be aligned otherwise)."""
-    found = {key: moments.get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+    found = {key: moments.get(f"{name}.{key}") for key in MOMENTS}
     return {key: tensor.clone() for key, tensor in found.items() if tensor is not None}
 
 

@@ -18,8 +18,8 @@ COMMON_FLAGS = {
     "--rescan", "--dry-run", "--quiet", "--json",
 }  # fmt: skip
 STAGES = ["index", "extract", "kmeans", "import-codebook", "import-weights", "train-tokenizer", "train-discriminator",
-          "finetune-decoder", "pretokenize", "train-generator", "sample", "decode", "generate", "train-classifier", "describe-images", "score",
-          "probe"]  # fmt: skip
+          "finetune-decoder", "pretokenize", "train-generator", "describe-tokens", "sample", "decode", "generate",
+          "train-classifier", "describe-images", "score", "probe"]  # fmt: skip
 OTHERS = {
     "run": {"--images", "--path", "--set", "--as", *COMMON_FLAGS},
     "plan": {"--images", "--path", "--set", "--as", "--store", "--rescan", "--json"},

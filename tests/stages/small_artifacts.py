@@ -24,6 +24,7 @@ from pipeline.artifact import Artifact
 from pipeline.draft import Draft, Request
 from pipeline.keys import config_value, sha256
 from pipeline.store import Store
+from smalti.arrays import ArraySpec, encode_shard, group_files
 from smalti.attributes import TokenAttributes
 from stages.codes.token_files import TokenLayout, write_labels_and_cards
 from stages.images.image_files import ImageLayout, write_labels_and_metadata
@@ -46,14 +47,14 @@ class Backwards:
 
 
 def made(store: Store, kind: str, write: Callable[[Draft], None], *, name: str = "", **facts: Any) -> Artifact:
-    """An artifact of stage `made-<kind>`, whose files `write` puts."""
+    """An artifact of stage `made-<kind>`, whose files `write` puts, unless one of this name is there."""
     key = sha256(f"{kind} {name}".encode())
     request = Request(f"made-{kind}", kind, 1, key, {}, {}, {})
     with store.draft(request) as draft:
-        assert draft is not None
-        write(draft)
-        draft.facts = facts
-        draft.commit(store.path(request.stage, key))
+        if draft is not None:
+            write(draft)
+            draft.facts = facts
+            draft.commit(store.path(request.stage, key))
     return store.open(request.stage, key)
 
 
@@ -97,7 +98,7 @@ def generator_artifact(
     state = network.state_dict()
     if poison:
         state[poison].fill_(torch.nan)
-    return made(store, "generator", lambda out: save_weights(out, state, card), name=f"{model.kind} {poison} {changes}")
+    return made(store, "generator", lambda out: save_weights(out, state, card), name=f"{model} {poison} {changes}")
 
 
 def token_artifact(
@@ -125,6 +126,27 @@ def token_artifact(
 
     facts = {"codes": described["codes"], "grid": list(described["grid"]), "classes": described["classes"]}
     return made(store, "token-set", write, name=name, **facts)
+
+
+def features_artifact(
+    store: Store, features_ND: NDArray[Any], labels_I: NDArray[Any], *, name: str = "", **facts: Any
+) -> Artifact:
+    """Features of hidden states, as describe-tokens writes them: some rows of each image."""
+    arrays = {"features": features_ND, "labels": labels_I.astype(np.int32)}
+    specs = {
+        key: ArraySpec(shape=array.shape, dtype=str(array.dtype), chunk_rows=len(array))
+        for key, array in arrays.items()
+    }
+
+    def write(out: Draft) -> None:
+        for key, array in arrays.items():
+            file, data = encode_shard(specs[key], 0, array)
+            out.put(key, {f"{key}/{file}": data})
+        out.put("metadata", group_files({}, specs))
+
+    views = len(features_ND) // len(labels_I)
+    known = {"images": len(labels_I), "views": views, "classes": CLASSES, "layer": 1, "generator": "0" * 64}
+    return made(store, "features", write, name=name, **{**known, **facts})
 
 
 def images_artifact(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -155,6 +156,11 @@ class Gpt(Generator):
         *_, x_BJD = self.inner_states(codes_BN, condition)
         logits_BNV: Tensor = self.head(self.norm(x_BJD[:, -codes_BN.shape[1] - 1 :]))
         return logits_BNV
+
+    def hidden_states(self, codes_BT: Tensor, layer: int) -> Tensor:
+        """See `Generator`: at the start and at each code."""
+        self.config.check_layer(layer)
+        return next(islice(self.inner_states(codes_BT, None), layer, None))
 
     def inner_states(self, codes_BN: Tensor, condition: Tensor | None) -> Iterator[Tensor]:
         """The input of the first block, then the output of each block, (B, J, D)."""

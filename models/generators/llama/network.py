@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -189,14 +190,29 @@ class Llama(Generator):
 
     def features(self, subtokens: Sequence[Tensor], labels_B: Tensor) -> tuple[Tensor, ...]:
         """Input of each sub-token's linear layer, (B, T, D)."""
-        embedded = [embedding(values_BT) for embedding, values_BT in zip(self.embeddings, subtokens, strict=True)]
+        embedded = self._embed(subtokens)
         class_B1D = self.class_embedding(labels_B)[:, None]
         activated_B1D = F.silu(class_B1D)
+        x_BTD = self._through(self.config.layers, embedded, class_B1D, activated_B1D)
+        return self.head(x_BTD, embedded[:-1], activated_B1D, self._run)
+
+    def hidden_states(self, codes_BT: Tensor, layer: int) -> Tensor:
+        """See `Generator`: at the class, which is that of no class, and at each code but the last."""
+        self.config.check_layer(layer)
+        labels_B = codes_BT.new_full((len(codes_BT),), self.shape.classes)
+        class_B1D = self.class_embedding(labels_B)[:, None]
+        return self._through(layer, self._embed(self.split(codes_BT)), class_B1D, F.silu(class_B1D))
+
+    def _embed(self, subtokens: Sequence[Tensor]) -> list[Tensor]:
+        return [embedding(values_BT) for embedding, values_BT in zip(self.embeddings, subtokens, strict=True)]
+
+    def _through(self, blocks: int, embedded: Sequence[Tensor], class_B1D: Tensor, activated_B1D: Tensor) -> Tensor:
+        """Output of the first `blocks` blocks, (B, T, D)."""
         x_BTD = self.dropout(torch.cat([class_B1D, sum(embedded[1:], embedded[0])[:, :-1]], dim=1))
-        for block in self.blocks:
+        for block in islice(self.blocks, blocks):
             modulations = (activated_B1D,) if isinstance(block, ModulatedBlock) else ()
             x_BTD = self._run(block, x_BTD, self.rope_TF2, *modulations)
-        return self.head(x_BTD, embedded[:-1], activated_B1D, self._run)
+        return x_BTD
 
     def _run(self, block: nn.Module, *arguments: Tensor) -> Tensor:
         if self.checkpoint_blocks and self.training:

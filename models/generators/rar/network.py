@@ -12,6 +12,7 @@ Ids of the embedding table: 0..K-1 codes, K unused, K+1+c class c, K+1+C no clas
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -150,10 +151,7 @@ class Rar(Generator):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Generator`. orders: a permutation of 0..T-1 per row (B, T).  dropped: booleans (B,), True where the label is dropped."""
         labels_B = condition if dropped is None else torch.where(dropped, self.shape.classes, condition)
-        orders = self.scan_T if orders is None else orders
-        if orders is not None:
-            orders = orders.expand_as(codes_BT)
-            codes_BT = codes_BT.gather(1, orders)
+        codes_BT, orders = self._lay(codes_BT, orders)
         features_BTD = self.features(codes_BT[:, :-1], labels_B, orders)
         loss, hits = head_cross_entropy(features_BTD.flatten(0, 1), self.lm_head, codes_BT.flatten())
         return loss, {"correct": hits.float().mean()}
@@ -167,18 +165,40 @@ class Rar(Generator):
 
     def features(self, shuffled_BN: Tensor, labels_B: Tensor, orders_BT: Tensor | None) -> Tensor:
         """Input of the head, (B, N + 1, D)."""
+        x_BJD, activated_UJD, picks_B = self._through(self.config.layers, shuffled_BN, labels_B, orders_BT)
+        later_UJD = None if activated_UJD is None else activated_UJD[:, 1:]
+        return self.adaln_before_head(x_BJD[:, 1:], later_UJD, picks_B)
+
+    def hidden_states(self, codes_BT: Tensor, layer: int) -> Tensor:
+        """See `Generator`: at `cls_token`, at the class, which is that of no class, and at each code, in the order of sampling."""
+        self.config.check_layer(layer)
+        shuffled_BT, orders_BT = self._lay(codes_BT, None)
+        labels_B = codes_BT.new_full((len(codes_BT),), self.shape.classes)
+        return self._through(layer, shuffled_BT, labels_B, orders_BT)[0]
+
+    def _lay(self, codes_BT: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Codes in generation order, by default that of sampling, and that order of each row; None for raster."""
+        orders = self.scan_T if orders is None else orders
+        if orders is None:
+            return codes_BT, None
+        orders = orders.expand_as(codes_BT)
+        return codes_BT.gather(1, orders), orders
+
+    def _through(
+        self, blocks: int, shuffled_BN: Tensor, labels_B: Tensor, orders_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | slice]:
+        """Output of the first `blocks` blocks, (B, N + 2, D), and the input of their modulations (see `distinct`)."""
         x_BJD = self.embed(shuffled_BN, labels_B, orders_BT)
         distinct_U, picks_B = self.distinct(labels_B)
-        activated_UJD = later_UJD = None
+        activated_UJD = None
         if self.config.modulated:
             activated_UJD = F.silu(self.condition(distinct_U, positions=x_BJD.shape[1]))
-            later_UJD = activated_UJD[:, 1:]
-        for block in self.blocks:
+        for block in islice(self.blocks, blocks):
             if self.checkpoint_blocks and self.training:
                 x_BJD = checkpoint(block, x_BJD, activated_UJD, picks_B, use_reentrant=False)
             else:
                 x_BJD = block(x_BJD, activated_UJD, picks_B)
-        return self.adaln_before_head(x_BJD[:, 1:], later_UJD, picks_B)
+        return x_BJD, activated_UJD, picks_B
 
     def embed(self, shuffled_BN: Tensor, labels_B: Tensor, orders_BT: Tensor | None) -> Tensor:
         """Input of block 0, (B, N + 2, D): embeddings of content, position and target position."""

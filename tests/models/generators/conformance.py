@@ -98,6 +98,27 @@ class GeneratorConformance:
         model.loss(*self.batch(model, 8))[0].backward()
         assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
+    @torch.no_grad()
+    def test_hidden_states_are_what_blocks_give(self, model: Any) -> None:
+        codes_BT, _ = self.batch(model, 3)
+        try:
+            model.config.check_layer(0)
+        except ValueError:
+            with pytest.raises(ValueError, match="hidden states"):
+                model.hidden_states(codes_BT, 0)
+            return
+        given: list[Tensor] = []
+        for block in model.repeated_blocks():
+            block.register_forward_hook(lambda block, taken, gave: given.append(gave))
+        for layer in range(model.config.layers + 1):
+            given.clear()
+            states_BJD = model.hidden_states(codes_BT, layer)
+            assert len(given) == layer
+            assert states_BJD.shape[::2] == (3, model.config.width)
+            assert not given or states_BJD is given[-1]
+        with pytest.raises(ValueError, match="layers 0"):
+            model.hidden_states(codes_BT, layer + 1)
+
     def test_no_code_sees_itself_or_later_ones(self, model: Any) -> None:
         codes_BT, condition = self.batch(model, 2)
         before = self.uncached(model, codes_BT, condition)

@@ -11,10 +11,12 @@ import pytest
 from models.logistic import StreamedLogistic
 from pipeline.artifact import Artifact
 from pipeline.errors import CorruptError, UsageError
+from pipeline.store import Store
 from stages.training import probe
 from stages.training.probe import one_hot
 from tests.stages.conformance import check_every_crash, check_same_bytes, draw_folder, index_folder, run_stage
-from tests.stages.small_artifacts import Killed
+from tests.stages.small_artifacts import CLASSES, Killed, features_artifact
+from tests.two_processes import run_two
 
 ENCODER = {"kind": "whitened-patches", "image_size": 16, "cells": 2, "patch": 8, "dims": 5}
 
@@ -148,3 +150,55 @@ def test_batches_continue_from_their_checkpoint(chain: Chain, tmp_path: Path, mo
     monkeypatch.setattr(StreamedLogistic, "advance", lambda model, *given: steps.append(1) or advance(model, *given))
     check_same_bytes(whole, chain.probe(tmp_path / "again", checkpoint_seconds=0.0))
     assert len(steps) == whole.facts["steps"] - 7
+
+
+def draw_features(root: Path, *, seed: int, images: int, shift: int = 0, **facts: Any) -> Artifact:
+    """Two views of each image, whose class is seen in one of the values; the labels may say another class."""
+    labels_I = np.arange(images) % CLASSES
+    features_ND = np.random.default_rng(seed).normal(0, 0.3, (2 * images, 6)).astype(np.float32)
+    features_ND[np.arange(2 * images), np.repeat(labels_I, 2)] += 2
+    name = f"{seed} {shift} {facts}"
+    return features_artifact(Store(root), features_ND, (labels_I + shift) % CLASSES, name=name, **facts)
+
+
+def probe_features(store: Path, *, checkpoint_seconds: float = 30.0, **given: Any) -> Artifact:
+    training = {"steps": 40, "batch": 24, "evaluate_every": 20, **given.pop("training", {})}
+    train = given.pop("train", None) or draw_features(store, seed=0, images=60)
+    held_out = draw_features(store, **{"seed": 1, "images": 30, **given})
+    inputs = {"train": train, "held-out": held_out}
+    return run_stage("probe", store, {"training": training}, inputs=inputs, checkpoint_seconds=checkpoint_seconds)
+
+
+def test_a_linear_layer_learns_the_class_of_features(tmp_path: Path) -> None:
+    facts = probe_features(tmp_path).facts
+    assert (facts["accuracy"], facts["train_accuracy"]) == (1.0, 1.0)
+    assert (facts["train_rows"], facts["held_out_rows"]) == (120, 60)
+    assert (facts["solver"], facts["layer"], facts["steps"]) == ("sgd", 1, 40)
+    facts = probe_features(tmp_path, shift=1).facts
+    assert (facts["accuracy"], facts["train_accuracy"]) == (0.0, 1.0)
+
+
+@pytest.mark.crash
+def test_a_probe_of_features_is_whole_after_any_crash(tmp_path: Path) -> None:
+    def make(store: Path) -> Artifact:
+        return probe_features(store, training={"steps": 4, "batch": 8}, checkpoint_seconds=0.0)
+
+    make(tmp_path / "whole")  # the crashes are those of the probe, not of its inputs
+    check_every_crash(make, tmp_path, most=6)
+
+
+def test_two_processes_train_one_layer(tmp_path: Path) -> None:
+    probe_features(tmp_path / "shared", training={"steps": 1})
+    alone = probe_features(tmp_path).facts
+    for facts in run_two(tmp_path, lambda own, rank: dict(probe_features(tmp_path / "shared").facts)):
+        assert facts == alone
+
+
+def test_refuses_features_that_do_not_go_together(chain: Chain, tmp_path: Path) -> None:
+    for name, value in {"layer": 2, "generator": "1" * 64, "classes": 5}.items():
+        with pytest.raises((CorruptError, UsageError), match=name):
+            probe_features(tmp_path, **{name: value})
+    with pytest.raises((CorruptError, UsageError), match="give features of describe-tokens"):
+        probe_features(tmp_path, train=chain.features)
+    with pytest.raises(UsageError, match=r"training\.batch 500, but there are only 120 rows"):
+        probe_features(tmp_path, training={"batch": 500})

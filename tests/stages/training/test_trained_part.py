@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.training.config import AdamW, Constant, TrainingConfig
+from stages.training.config import AdamW, Constant, Sgd, TrainingConfig
 from stages.training.replicas import Replicas
 from stages.training.task import Part
 from stages.training.trained_part import TrainedPart
@@ -33,6 +33,33 @@ def test_annealed_decay_is_that_of_the_published_groups(decays: str) -> None:
         weight, bias = (found[id(one)] for one in trained.part.module.parameters())
         assert weight == pytest.approx(row["wd_decay_group"], rel=1e-9)
         assert bias == (pytest.approx(row["wd_nodecay_group"], rel=1e-9) if decays == "all" else 0.0)
+
+
+def test_momentum_of_sgd_goes_on_where_a_training_stopped() -> None:
+    def made() -> TrainedPart:
+        torch.manual_seed(0)
+        part = Part("main", nn.Linear(3, 2), Sgd(learning_rate=0.4), Constant())
+        return TrainedPart(part, TrainingConfig(), Replicas(device="cpu", precision="float32"))
+
+    def step(trained: TrainedPart) -> None:
+        for one in trained.parameters:
+            one.grad = one.detach() * 0.1
+        trained.update(0, 10)
+
+    whole, other = made(), made()
+    for _ in range(2):
+        step(whole)
+    other.load({name: one.clone() for name, one in whole.state().items()})
+    step(whole)
+    step(other)
+    first = made().part.module.get_parameter("weight")
+    weight = whole.part.module.get_parameter("weight")
+    values, velocity = first.detach().double(), torch.zeros(2, 3).double()
+    for _ in range(3):
+        velocity = 0.9 * velocity + 0.1 * values
+        values = values - 0.4 * velocity
+    torch.testing.assert_close(weight.detach().double(), values, atol=1e-6, rtol=0)
+    assert torch.equal(weight, other.part.module.get_parameter("weight"))
 
 
 @pytest.mark.parametrize(("decays", "share"), [("all", 0.9), ("matrices", 1.0)])
