@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
-STATE = "state_dict"  # where Lightning keeps the tensors
+STATES = ("state_dict", "model")  # where Lightning and fairseq keep the tensors
+SETTINGS = ("cfg", "model")  # where fairseq keeps the network's settings
 START = 512  # bytes at the beginning of a file that tell what it is
 TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # of files that torch.save wrote before they were zip archives
 SIGNATURES = {
@@ -41,7 +42,16 @@ SIGNATURES = {
 Format = Literal["safetensors", "zip", "pickle"]
 
 # What Lightning files hold besides tensors: nothing of these is built, their place is taken by an Ignored.
-IGNORED_MODULES = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "numpy", "typing", "argparse")
+IGNORED_MODULES = (
+    "pytorch_lightning",
+    "lightning",
+    "lightning_fabric",
+    "omegaconf",
+    "fairseq",
+    "numpy",
+    "typing",
+    "argparse",
+)
 IGNORED_NAMES = frozenset(
     ["pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.Path"]
     + [f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("dict", "list", "tuple", "str")]
@@ -70,16 +80,27 @@ def identify_file(path: Path) -> str:
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a weight file by name, of a Lightning file those of its `state_dict`.
+    """The tensors of a weight file by name, of a Lightning or fairseq file those of its network.
 
     InputError where there is no such file; CorruptError where it is damaged, holds code, or is no state dict.
     """
+    return _tensors(_read(path), path)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The network's settings in a file of fairseq; empty where there are none, or they are not plain values. Errors as above."""
+    found: Any = _read(path)
+    for name in SETTINGS:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _read(path: Path) -> Any:
     form = find_format(path)
     try:
-        found = _read_safetensors(path) if form == "safetensors" else _read_pickle(path, is_zip=form == "zip")
+        return _read_safetensors(path) if form == "safetensors" else _read_pickle(path, is_zip=form == "zip")
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
-    return _tensors(found, path)
 
 
 def find_format(path: Path) -> Format:
@@ -195,8 +216,9 @@ def _is_ignorable(name: str) -> bool:
 def _tensors(found: Any, path: Path) -> dict[str, torch.Tensor]:
     import torch
 
-    if isinstance(found, Mapping) and isinstance(found.get(STATE), Mapping):
-        found = found[STATE]
+    for name in STATES:
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
     if not isinstance(found, Mapping) or not found:
         raise CorruptError(f"{path} holds no mapping from names to tensors", path=path)
     odd = [name for name, value in found.items() if not isinstance(name, str) or not isinstance(value, torch.Tensor)]

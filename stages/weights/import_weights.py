@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from models.generators.config import CodeShape
 from pipeline.compatibility import Facts, KnownInputs
 from pipeline.config import Config
 from pipeline.draft import Draft
@@ -20,7 +21,7 @@ from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, read, stage
 from smalti.counting import counted
 from stages.weights.cards import CodeSpace, GeneratorCard, TokenizerCard, digest_of
-from stages.weights.checkpoint_reader import identify_file, read_state
+from stages.weights.checkpoint_reader import identify_file, read_settings, read_state
 from stages.weights.files import digests_of, save_weights
 from stages.weights.identity import identity_by
 from stages.weights.networks import DiscriminatorCard
@@ -33,18 +34,24 @@ IMAGENET_CLASSES = 1000
 Values = Literal["auto", "ema", "raw"]
 Kind = Literal["tokenizer", "generator", "discriminator"]
 Part = Literal["tokenizer", "generator"]
-LayoutName = Literal["rar", "maskgit-vqgan", "ibq", "open-magvit2", "discriminator"]
+LayoutName = Literal["rar", "maskgit-vqgan", "ibq", "open-magvit2", "digit", "discriminator"]
 LAYOUTS: dict[LayoutName, Mapping[Kind, str]] = {
     "rar": {"generator": "models.adapters.rar"},
     "maskgit-vqgan": {"tokenizer": "models.adapters.maskgit_vqgan"},
     "ibq": {"tokenizer": "models.adapters.ibq", "generator": "models.adapters.llama"},
     "open-magvit2": {"tokenizer": "models.adapters.open_magvit2", "generator": "models.adapters.llama"},
+    "digit": {"generator": "models.adapters.digit", "tokenizer": "models.adapters.maskgit_vqgan"},
     "discriminator": {"discriminator": "models.adapters.discriminators"},
 }
 """Whose names a file uses: what may be imported from it, the usual first, and the modules whose `recognise` knows that."""
 LLAMAS: dict[LayoutName, str] = {"ibq": "llama", "open-magvit2": "factorized"}
-"""Layouts whose generators lie in one file with their tokenizer, and the kind of each."""
-TELLING: dict[Kind, str] = {"tokenizer": "encoder.conv_in.weight", "generator": "class_emb.embedding_table.weight"}
+"""Layouts of Llama-style generators, and the kind of each."""
+SHARED = {*LLAMAS, "digit"}
+"""Layouts whose generators may lie in one file with their tokenizer."""
+TELLING: dict[Kind, tuple[str, ...]] = {
+    "tokenizer": ("encoder.conv_in.weight",),
+    "generator": ("class_emb.embedding_table.weight", "decoder.embed_tokens.weight"),
+}
 """How the name of a tensor ends that each part of such a file has."""
 PIXELS, DOWNSAMPLE = 256, 16  # of the published generators
 
@@ -59,8 +66,8 @@ class ImportConfig(Config):
     part: Part | None = Field(
         default=None,
         json_schema_extra=NEUTRAL,
-        description="which one, where a file holds a generator and its tokenizer (ibq, open-magvit2); default: the "
-        "tokenizer there, elsewhere what the layout is of",
+        description="which one, where a file may hold a generator and its tokenizer; default: the tokenizer of ibq and "
+        "open-magvit2, the generator of digit, elsewhere what the layout is of",
     )
     hub: HubWeights | None = Field(default=None, description="where the file comes from when --weights is not given")
     values: Values = Field(
@@ -72,13 +79,20 @@ class ImportConfig(Config):
         default=None,
         ge=1,
         description="pixels a side of the images that a tokenizer was made for, its default view; or whose codes a "
-        f"generator of ibq or open-magvit2 lays (default: {PIXELS})",
+        f"generator of ibq, open-magvit2 or digit lays (default: {PIXELS})",
     )
     heads: int | None = Field(
         default=None,
         ge=1,
         json_schema_extra=NEUTRAL,
-        description="attention heads of a generator of ibq or open-magvit2; default: 64 wide, as in all published files",
+        description="attention heads of a generator of ibq, open-magvit2 or digit; default: what its file says (digit), or 64 wide, "
+        "as in all published files",
+    )
+    sampling: Literal["steps", "masks"] | None = Field(
+        default=None,
+        json_schema_extra=NEUTRAL,
+        description="how a generator of digit is sampled, which its file does not tell: position by position (default), or by "
+        "masks, as its pixel decoders that are not autoregressive",
     )
     class_names: Literal["imagenet"] | None = Field(
         default=None, description="names of a generator's classes; imagenet: its 1,000 in the order of the synsets"
@@ -90,8 +104,9 @@ class ImportConfig(Config):
             raise ValueError(f"layout {self.layout} has no {self.part}")
         fields = {
             "class_names": (self.class_names, self.kind == "generator"),
-            "resolution": (self.resolution, self.kind == "tokenizer" or self.is_llama),
-            "heads": (self.heads, self.is_llama),
+            "resolution": (self.resolution, self.kind == "tokenizer" or self.may_hold_both),
+            "heads": (self.heads, self.may_hold_both),
+            "sampling": (self.sampling, self.kind == "generator" and self.layout == "digit"),
         }
         for name, (value, is_of_use) in fields.items():
             if value is not None and not is_of_use:
@@ -105,9 +120,9 @@ class ImportConfig(Config):
         return usual if self.part is None else self.part
 
     @property
-    def is_llama(self) -> bool:
+    def may_hold_both(self) -> bool:
         """Whether it becomes a generator out of a file that may hold its tokenizer, too."""
-        return self.kind == "generator" and self.layout in LLAMAS
+        return self.kind == "generator" and self.layout in SHARED
 
 
 def foresee(config: ImportConfig, inputs: KnownInputs) -> Facts:
@@ -120,7 +135,7 @@ def foresee(config: ImportConfig, inputs: KnownInputs) -> Facts:
         return {}
     tokenizer = inputs.all("tokenizer")
     named = {"classes": IMAGENET_CLASSES} if config.class_names else {}
-    unnamed = {} if config.is_llama else {"tokenizer": None}
+    unnamed = {} if config.may_hold_both else {"tokenizer": None}
     return {**unnamed, **named, **(tokenizer[0].only("tokenizer", "codes") if tokenizer else {})}
 
 
@@ -160,7 +175,7 @@ def import_weights(config: ImportConfig, inputs: Inputs, out: Draft, run: Runtim
     elif config.kind == "discriminator":
         import_discriminator(config, out, state, path)
     else:
-        if config.part is None and config.layout in LLAMAS and holds(state, "generator"):
+        if config.part is None and config.layout in SHARED and holds(state, "generator"):
             run.progress.say("  the file holds a generator, too: --part generator")
         import_tokenizer(config, out, state, path)
 
@@ -171,10 +186,10 @@ def import_generator(
     """Write a generator, and the identity of the tokenizer whose codes it lays: that in its file, or that beside it."""
     found = recognise(config, state, path)
     tokenizers = [TokenizerCard.of(inputs["tokenizer"])] if "tokenizer" in inputs else []
-    if config.is_llama and holds(state, "tokenizer"):
+    if config.may_hold_both and holds(state, "tokenizer"):
         tokenizers.insert(0, own_tokenizer(config, state, path))
     card = make_card(config, found, path)
-    if config.is_llama:
+    if config.may_hold_both:
         grid = grid_of(config, next(iter(tokenizers), None))
         card = card.model_copy(update={"space": card.space.model_copy(update={"grid": grid})})
     for tokenizer in tokenizers:
@@ -192,7 +207,7 @@ def import_generator(
 
 def own_tokenizer(config: ImportConfig, state: Mapping[str, torch.Tensor], path: Path) -> TokenizerCard:
     """The tokenizer that lies in the file of a generator, with the identity that it has once it is imported, too."""
-    found = recognise(ImportConfig(layout=config.layout), state, path)
+    found = recognise(ImportConfig(layout=config.layout, part="tokenizer"), state, path)
     digests = digests_of(separate(found.state, path), config_value(found.config))
     identity = identity_by(digests, found.config.quantizer.kind)
     return TokenizerCard(
@@ -218,14 +233,13 @@ def make_card(config: ImportConfig, found: Any, path: Path) -> GeneratorCard:
     shape = found.shape
     if config.class_names and shape.classes != IMAGENET_CLASSES:
         raise UsageError(f"class_names: imagenet names {IMAGENET_CLASSES} classes, but {path} has {shape.classes}")
-    space = CodeSpace(
-        codes=shape.codes,
-        grid=shape.grid,
-        classes=shape.classes,
-        class_names=imagenet_names() if config.class_names else (),
-        factors=shape.factors,
-    )
-    return GeneratorCard(model=found.config, space=space)
+    space = space_of(shape).model_copy(update={"class_names": imagenet_names() if config.class_names else ()})
+    return GeneratorCard(model=found.config, space=space, condition=shape.condition and space_of(shape.condition))
+
+
+def space_of(shape: CodeShape) -> CodeSpace:
+    """The codes of a published generator; those that know no classes have images of one."""
+    return CodeSpace(codes=shape.codes, grid=shape.grid, classes=max(1, shape.classes), factors=shape.factors)
 
 
 def import_tokenizer(config: ImportConfig, out: Draft, state: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -261,21 +275,31 @@ def import_discriminator(config: ImportConfig, out: Draft, state: Mapping[str, t
 
 def recognise(config: ImportConfig, state: Mapping[str, torch.Tensor], path: Path) -> Any:
     """What the adapter makes of the tensors; CorruptError (exit code 4) with a table of all that does not fit."""
-    from models.adapters.layout import LayoutError
 
     adapter: Any = import_module(LAYOUTS[config.layout][config.kind])
     holds_both = hasattr(adapter, "has_averages") and adapter.has_averages(state)
     if config.values == "ema" and not holds_both:
         raise CorruptError(f"{path} holds no averaged weights", path=path, hint="leave values out")
     told: dict[str, Any] = {"averaged": config.values != "raw"} if holds_both else {}
-    if config.layout in LLAMAS:
+    if config.layout in SHARED:
         check_part(config, state, path)
-    if config.is_llama:
-        told = {"kind": LLAMAS[config.layout], "heads": config.heads}
+    if config.may_hold_both:
+        told = told_by_settings(config, path) if config.layout == "digit" else told_by_layout(config)
     try:
         return adapter.recognise(state, **told)
-    except LayoutError as error:
+    except ValueError as error:
         raise CorruptError(f"{path} is not of layout {config.layout}: {error}", path=path) from error
+
+
+def told_by_layout(config: ImportConfig) -> dict[str, Any]:
+    return {"kind": LLAMAS[config.layout], "heads": config.heads}
+
+
+def told_by_settings(config: ImportConfig, path: Path) -> dict[str, Any]:
+    """Heads are in the file's own settings, or in the config; semantic codes have the grid of pixel codes."""
+    heads = {"decoder_attention_heads": config.heads} if config.heads else {}
+    side = (config.resolution or PIXELS) // DOWNSAMPLE
+    return {"settings": read_settings(path) | heads, "sampling": config.sampling or "steps", "grid": (side, side)}
 
 
 def check_part(config: ImportConfig, state: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from stages.weights.import_weights import LAYOUTS, ImportConfig
 from stages.weights.networks import NetworkFile, build_adversary, load_generator, load_tokenizer
 from tests.hub import Hub
 from tests.lightning import KINDS, TOKENIZERS, generator_state, tokenizer_state, write, write_generator, write_tokenizer
+from tests.models.generators import digit_fixtures
 from tests.stages.conformance import check_every_crash, draw_folder, index_folder, run_stage
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -207,6 +209,49 @@ def test_every_difference_of_a_generator_stands_in_a_table(tmp_path: Path, layou
         imported(tmp_path / "store", write_generator(tmp_path / "x.ckpt", layout), {**config, "layout": other})
 
 
+def digit_file(path: Path, name: str, *, settings: dict[str, Any] | None = None) -> Path:
+    """A checkpoint as fairseq writes it, with all that training kept beside the generator."""
+    state = digit_fixtures.published_weights(name)
+    if name == "vq_baseline":  # its fixture leaves out the VQGAN of the others
+        others = digit_fixtures.published_weights("stage2_ar").items()
+        state |= {key: tensor for key, tensor in others if key.startswith("vqgan.")}
+    model = digit_fixtures.about(name)["config"] if settings is None else settings
+    cfg = {"_name": None, "model": model, "task": argparse.Namespace(seed=1)}
+    torch.save(
+        {"args": None, "cfg": cfg, "model": state, "extra_state": {"epoch": 3}, "last_optimizer_state": {}}, path
+    )
+    return path
+
+
+@pytest.mark.parametrize("name", ["stage1_uncond", "stage1_classcond", "stage2_ar", "stage2_nar", "vq_baseline"])
+def test_the_checkpoints_of_digit(tmp_path: Path, name: str) -> None:
+    """The generator, with what it is given, and the VQGAN in the same file, where there is one."""
+    file = digit_file(tmp_path / "checkpoint_best.pt", name)
+    sampling = {"sampling": "masks"} if name == "stage2_nar" else {}
+    generator = imported(tmp_path / "store", file, {"layout": "digit", **sampling})
+    network, wanted = load_generator(NetworkFile.of(generator, "cpu")), digit_fixtures.network(name)
+    assert all(torch.equal(tensor, wanted.state_dict()[key]) for key, tensor in network.state_dict().items())
+    assert network.config == wanted.config
+    card = read_card(generator)
+    assert card.space.grid == (16, 16)
+    assert (card.condition is None) == (not name.startswith("stage2"))
+    part = {"layout": "digit", "part": "tokenizer"}
+    if name.startswith("stage1"):
+        assert card.space.tokenizer == {}
+        with pytest.raises(CorruptError, match="holds a generator, but no tokenizer"):
+            imported(tmp_path / "store", file, part)
+    else:
+        tokenizer = imported(tmp_path / "store", file, part)
+        assert (card.space.tokenizer, card.space.codes) == (TokenizerCard.of(tokenizer).identity, 48)
+
+
+def test_heads_that_a_digit_file_does_not_tell(tmp_path: Path) -> None:
+    file = digit_file(tmp_path / "checkpoint.pt", "stage1_uncond", settings={})
+    with pytest.raises(CorruptError, match="decoder_attention_heads in the file's settings must be"):
+        imported(tmp_path / "store", file, {"layout": "digit"})
+    assert read_card(imported(tmp_path / "store", file, {"layout": "digit", "heads": 2})).model.heads == 2
+
+
 @pytest.mark.parametrize("name", ["ibq/tokenizer_ckpt", "open_magvit2/tokenizer_checkpoint"])
 def test_the_discriminator_of_a_lightning_file(tmp_path: Path, name: str) -> None:
     """A training beside a discriminator starts from it; averaged weights are the default, running statistics have none."""
@@ -369,7 +414,7 @@ def test_whole_after_every_crash(tmp_path: Path) -> None:
 def test_the_kind_follows_from_the_layout() -> None:
     declared = stages()["import-weights"]
     kinds = {layout: declared.kind(ImportConfig(layout=layout)) for layout in LAYOUTS}
-    assert kinds.pop("rar") == "generator"
+    assert (kinds.pop("rar"), kinds.pop("digit")) == ("generator", "generator")
     assert kinds.pop("discriminator") == "discriminator"
     assert declared.kind(ImportConfig(layout="ibq", part="generator")) == "generator"
     assert set(kinds.values()) == {"tokenizer"}
