@@ -16,6 +16,7 @@ published file. Facts have one name, whatever kind of artifact they are about:
 | codes, grid, downsample | the codebook's size, rows and columns of codes, pixels of a code |
 | factors | values of each sub-token of a code, where it has some |
 | model | the config of a generator |
+| condition | codes, grid, tokenizer ... of the codes that a generator is given, where it is given some |
 | tokenizer | Origin: what made the codes |
 | generator, layer | Origin: whose hidden states the features are, and of which layer |
 | decoded | Origin: the token set whose codes the images show |
@@ -52,6 +53,7 @@ WORDS = {
     "layer": "hidden states of layer {}",
     "listed": "the images of {}",
     "images": "{} images",
+    "crops": "{} views of each image",
 }
 
 
@@ -161,14 +163,21 @@ def contradicts(one: Any, other: Any) -> bool:
 
 def facts_of(artifact: Artifact) -> Facts:
     """Facts of a finished artifact, by the names above."""
-    facts = {FORMER_NAMES.get(name, name): value for name, value in artifact.facts.items()}
+    facts = _renamed(artifact.facts, artifact.name)
+    if "condition" in facts:
+        facts["condition"] = _renamed(facts["condition"], artifact.name)
+    return facts
+
+
+def _renamed(said: Mapping[str, Any], owner: str) -> Facts:
+    facts = {FORMER_NAMES.get(name, name): value for name, value in said.items()}
     for name in ("grid", "class_names", "factors"):
         if name in facts:
             facts[name] = tuple(facts[name])
     if "tokenizer" in facts:
-        facts["tokenizer"] = made_by(facts["tokenizer"], artifact.name)
+        facts["tokenizer"] = made_by(facts["tokenizer"], owner)
     if "generator" in facts:
-        facts["generator"] = Origin(f"the generator that {artifact.name} names", digest=facts["generator"])
+        facts["generator"] = Origin(f"the generator that {owner} names", digest=facts["generator"])
     return facts
 
 

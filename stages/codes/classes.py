@@ -48,14 +48,17 @@ def _number(name: str, names: Sequence[str], where: str) -> int:
 
 
 def shape_of(facts: Mapping[str, Any]) -> CodeShape | None:
-    """The codes that these facts are about, as soon as they are known."""
-    if facts.get("codes") is None or facts.get("grid") is None:
+    """The codes that these facts are about, as soon as they, and those of their condition, are known."""
+    given = facts.get("condition")
+    condition = None if given is None else shape_of(given)
+    if facts.get("codes") is None or facts.get("grid") is None or (condition is None) != (given is None):
         return None
     return CodeShape(
         codes=facts["codes"],
         grid=tuple(facts["grid"]),
         classes=facts.get("classes") or 1,
         factors=tuple(facts.get("factors") or ()),
+        condition=condition,
     )
 
 
@@ -79,10 +82,18 @@ def check_sampling(
     *,
     order: Sequence[int] | None = None,
     is_random: bool = False,
+    has_condition: bool = False,
 ) -> None:
-    """ValueError, with the reason, if a generator of such codes, as far as they are known, cannot be sampled like that."""
-    if model.conditions_on == "codes":
-        raise ValueError("the generator draws codes for codes of another space, and none are given")
+    """ValueError, with the reason, if a generator of such codes, as far as they are known, cannot be sampled like that.
+
+    has_condition: whether codes of another space are given.
+    """
+    if model.conditions_on == "codes" and not has_condition:
+        raise ValueError(
+            "it draws codes for codes of another space, and none are given: give their token set as the input condition"
+        )
+    if model.conditions_on != "codes" and has_condition:
+        raise ValueError("it has no use for codes of another space: leave the input condition out")
     if sampling.guided and not model.can_be_guided:
         raise ValueError(
             "guidance needs a generator that also learnt without labels, and this one did not: set guidance.scale 1, or "

@@ -30,10 +30,11 @@ from stages.sampling.config import GenerateConfig
 from stages.sampling.decoding import captions, decode_pass, grid_texts, plan_layout, size_facts, write_beside
 from stages.sampling.pass_rows import propose_rows_beside_decoding
 from stages.sampling.sample import (
+    CONDITION,
     LABELS,
     TOKENIZER,
-    Labels_I,
-    choose_labels,
+    Asked,
+    choose,
     foresee,
     known_card,
     plan_codes,
@@ -55,7 +56,7 @@ class GenerateSpec:
     config: GenerateConfig
     codes: TokenLayout
     images: ImageLayout
-    labels_I: Labels_I
+    asked: Asked
 
 
 @stage(
@@ -66,6 +67,11 @@ class GenerateSpec:
         "generator": read("generator", help="the generator to sample from"),
         TOKENIZER: read("tokenizer", "codebook", help="the tokenizer of its codes"),
         LABELS: read("token-set", help="whose class proportions to follow (labels: like)", optional=True),
+        CONDITION: read(
+            "token-set",
+            help="codes of another space: sample i is drawn for image i, and has its label",
+            optional=True,
+        ),
     },
     writes="images",
     example="smalti generate --generator digits/rar/generator --tokenizer digits/rar/tokenizer --images 100",
@@ -81,29 +87,29 @@ def generate_images(config: GenerateConfig, inputs: Inputs, out: Draft, run: Run
     both; bfloat16 decodes as tf32 does.)
     """
     card = known_card(config, inputs)
-    labels_I = choose_labels(config, card.space.classes, next(iter(inputs.all(LABELS)), None))
-    codes = plan_codes(config, card, out.request.key)
+    asked = choose(config, card, inputs)
+    codes = plan_codes(config, card, asked, out.request.key)
     tokenizer = TokenizerCard.of(inputs[TOKENIZER]).decoder
     images = plan_layout(config, codes.attributes, tokenizer, origin=inputs["generator"], role="generator")
     generator, decoder = NetworkFile.of(inputs["generator"], run.device), NetworkFile.of(inputs[TOKENIZER], run.device)
-    spec = GenerateSpec(generator, decoder, config, codes, images, labels_I)
+    spec = GenerateSpec(generator, decoder, config, codes, images, asked)
     map_shards(out, run, generate_shard, spec, images.sizes, label="generate")
     others = {"tokens": codes.specs["tokens"]}
-    write_beside(config, out, images, labels_I, partial(draw_grid, spec, out.request.key), others=others)
+    write_beside(config, out, images, asked.labels_I, partial(draw_grid, spec, out.request.key), others=others)
     out.facts = {
         "images": config.images,
         **size_facts(images),
-        "classes": card.space.classes,
+        "classes": asked.classes,
         "tokenizer": card.space.tokenizer,
     }
-    out.figure = f"{counted(config.images, 'sample')} of {counted(len(np.unique(labels_I)), 'class')}, {images.width}x{images.height}"
+    out.figure = f"{counted(config.images, 'sample')} of {counted(len(np.unique(asked.labels_I)), 'class')}, {images.width}x{images.height}"
 
 
 def generate_shard(spec: GenerateSpec, number: int) -> dict[str, bytes]:
     """The files of one shard: its images, and its codes."""
     shard = spec.images.spec.shard_range(number)
     with threads(1), products(spec.config.precision):
-        passes = sampled_passes(spec.generator, spec.config, spec.labels_I, *shard)
+        passes = sampled_passes(spec.generator, spec.config, spec.asked, *shard)
         codes_IT, images_IHW3 = decode_meanwhile(spec, passes)
     return {**spec.images.shard(number, images_IHW3), **spec.codes.shard(number, codes_IT[:, None])}
 
@@ -152,7 +158,7 @@ def decoding_thread(tokenizer: NetworkFile, grid: tuple[int, int], rows: int) ->
 def draw_grid(spec: GenerateSpec, key: str, images_NHW3: Images_BHW3) -> bytes:
     """grid.png of the first images."""
     attributes = spec.codes.attributes
-    words = captions(attributes, spec.labels_I[: len(images_NHW3)])
+    words = captions(attributes, spec.asked.labels_I[: len(images_NHW3)])
     return grid_png(images_NHW3, words, grid_texts(spec.config, attributes, key))
 
 

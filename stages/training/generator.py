@@ -81,23 +81,23 @@ class GeneratorTask(Task):
     def read(
         self, rows_of_batches: Iterator[NDArray[np.int64]], share: slice
     ) -> Iterator[tuple[NDArray[np.int64], ...]]:
-        """Codes and labels of this process's share; those of many steps together where sets are mapped."""
+        """Codes, and labels or codes of their condition, of this process's share; of many steps together where sets are mapped."""
         together = 1 if self.tokens.are_loaded else LOOK_AHEAD
         return read_ahead((rows_B[share] for rows_B in rows_of_batches), self.tokens.read, batches=together)
 
     def batch(self, step: int, data: tuple[NDArray[np.int64], ...], share: slice) -> Batch:
         """Codes (P, T), their condition, and what the generator draws, of this process's share of the rows."""
-        codes_PT, labels_P = data
+        codes_PT, given_P = data
         streams = partial(stream, self.config.training.seed, step=step)
         drawn = self.network.draws(streams, self.config.training.batch, step)
         return {
             "codes": torch.from_numpy(codes_PT),
-            **self._condition(labels_P),
+            **self._condition(given_P),
             **{name: torch.from_numpy(values_B[share]) for name, values_B in drawn.items()},
         }
 
-    def _condition(self, labels_P: NDArray[np.int64]) -> dict[str, Tensor]:
-        return {"condition": torch.from_numpy(labels_P)} if self.card.model.conditions_on == "class" else {}
+    def _condition(self, given_P: NDArray[np.int64]) -> dict[str, Tensor]:
+        return {} if self.card.model.conditions_on == "none" else {"condition": torch.from_numpy(given_P)}
 
     def losses(self, part: str, modules: Modules, batch: Batch, step: int) -> Losses:
         loss, stats = modules[PART](**batch)
@@ -111,8 +111,8 @@ class GeneratorTask(Task):
         sums = torch.zeros(2, dtype=torch.float64)
         for first in range(rows * self.replicas.rank, count, rows * self.replicas.world):
             rows_P = np.arange(first, min(first + rows, count))
-            codes_PT, labels_P = self.held_out.read(rows_P)
-            batch = {"codes": torch.from_numpy(codes_PT), **self._condition(labels_P)}
+            codes_PT, given_P = self.held_out.read(rows_P)
+            batch = {"codes": torch.from_numpy(codes_PT), **self._condition(given_P)}
             with self.replicas.autocast():
                 loss, stats = self.training_module(**{name: tensor.to(self.device) for name, tensor in batch.items()})
             sums += len(rows_P) * torch.tensor([float(loss), float(stats["correct"])], dtype=torch.float64)

@@ -26,18 +26,56 @@ if TYPE_CHECKING:
     from stages.training.tokens import TrainingTokens
 
 HELD_OUT, TOKENIZER = "held-out", "tokenizer"
+CONDITION, HELD_OUT_CONDITION = "condition", "held-out-condition"
+
+
+def check_given(config: TrainGeneratorConfig, inputs: KnownInputs) -> None:
+    """A refusal unless codes have conditions exactly where the generator takes some, one set for each set of codes."""
+    codes, given, kind = inputs.all("tokens"), inputs.all(CONDITION), f"a generator of kind {config.model.kind}"
+    if given and config.model.conditions_on != "codes":
+        raise inputs.refusal(
+            f"reads {given[0].name} as a condition, but {kind} that conditions on {config.model.conditions_on} has no use "
+            "for it: leave it out"
+        )
+    if config.model.conditions_on == "codes" and not given:
+        raise inputs.refusal(
+            f"has no input condition, but {kind} that conditions on codes needs the codes of another space: give their "
+            "token set, made of the same views"
+        )
+    if given and len(given) != len(codes):
+        raise inputs.refusal(
+            f"reads {counted(len(codes), 'token set')} and {len(given)} as their condition: give one for each, in the same "
+            "order"
+        )
+    if (HELD_OUT_CONDITION in inputs) != (bool(given) and HELD_OUT in inputs):
+        raise inputs.refusal(
+            f"reads {HELD_OUT_CONDITION}, but no held-out codes with a condition: leave it out"
+            if HELD_OUT_CONDITION in inputs
+            else f"has held-out codes, but not the codes that they are given: give {HELD_OUT_CONDITION} too"
+        )
+    if given and config.samples:
+        raise inputs.refusal(
+            "shows samples on the way (samples), but these need codes as a condition: leave samples out"
+        )
+    held_out = zip(inputs.all(HELD_OUT), inputs.all(HELD_OUT_CONDITION), strict=False)
+    for pair in (*zip(codes, given, strict=False), *held_out):
+        if not all(
+            one.artifact for one in pair
+        ):  # of finished ones the first key that differs is named when they are read
+            inputs.agree(pair, "listed", "images", "crops")
 
 
 def settle(config: TrainGeneratorConfig, inputs: KnownInputs) -> TrainGeneratorConfig:
     """A number of rows for `training.rows_per_pass auto`, as soon as the codes are known."""
-    shape = shape_of(inputs.all("tokens")[0].facts) if inputs.all("tokens") else None
+    tokens, conditions = inputs.all("tokens"), inputs.all(CONDITION)
+    given = {"condition": conditions[0].facts} if conditions else {}
+    shape = shape_of({**tokens[0].facts, **given}) if tokens else None
     if config.is_settled:
         return config
     if shape is None:
-        if any(one.artifact for one in inputs.all("tokens")):
+        if any(one.artifact for one in tokens):
             raise inputs.refusal(
-                f"has training.rows_per_pass auto, but {inputs.all('tokens')[0].name} does not say its codes and grid: "
-                "give it a number"
+                f"has training.rows_per_pass auto, but {tokens[0].name} does not say its codes and grid: give it a number"
             )
         return config
     try:
@@ -53,7 +91,8 @@ def foresee(config: TrainGeneratorConfig, inputs: KnownInputs) -> Facts:
     """All token sets are alike, and so is the tokenizer that shows samples, but for the size that it was made for."""
     if not inputs.all("tokens"):
         raise inputs.refusal("has no token set to learn from")
-    facts = inputs.agree([*inputs.all("tokens"), *inputs.all(HELD_OUT)], *CODES)
+    check_given(config, inputs)
+    facts = known_codes(inputs)
     inputs.agree([inputs.all("tokens")[0], *inputs.all(TOKENIZER)], "tokenizer", "codes")
     if (config.samples is None) != (TOKENIZER not in inputs):
         raise inputs.refusal(
@@ -61,7 +100,7 @@ def foresee(config: TrainGeneratorConfig, inputs: KnownInputs) -> Facts:
             if config.samples
             else f"reads the tokenizer {inputs[TOKENIZER].name}, but shows no samples on the way: set samples.every"
         )
-    known = {**inputs.all("tokens")[0].only("tokenizer"), **facts, "model": config.model}
+    known = {**facts, "model": config.model}
     if config.model.trained_by == "gradient":
         check_batch(config.training, inputs, *inputs.all("tokens"))
     if config.samples:
@@ -71,6 +110,17 @@ def foresee(config: TrainGeneratorConfig, inputs: KnownInputs) -> Facts:
     except ValueError as error:
         raise inputs.refusal(f"cannot train a generator of kind {config.model.kind}: {error}") from error
     return known
+
+
+def known_codes(inputs: KnownInputs) -> Facts:
+    """What is known of the codes that are learnt, and of those that are given for them."""
+
+    def common(*names: str) -> Facts:
+        alike = [known for name in names for known in inputs.all(name)]
+        return {**alike[0].only("tokenizer"), **inputs.agree(alike, *CODES)}
+
+    given = {"condition": common(CONDITION, HELD_OUT_CONDITION)} if inputs.all(CONDITION) else {}
+    return {**common("tokens", HELD_OUT), **given}
 
 
 def check_model(config: TrainGeneratorConfig, shape: CodeShape | None) -> None:
@@ -88,6 +138,13 @@ def check_model(config: TrainGeneratorConfig, shape: CodeShape | None) -> None:
     reads={
         "tokens": read("token-set", help="codes to learn, of one or several token sets", many=True),
         HELD_OUT: read("token-set", help="codes to measure the loss on", optional=True),
+        CONDITION: read(
+            "token-set",
+            help="codes of another space that each of the codes is given, of the same views; one set for each of tokens",
+            many=True,
+            optional=True,
+        ),
+        HELD_OUT_CONDITION: read("token-set", help="the same for held-out", optional=True),
         TOKENIZER: read("tokenizer", help="what makes images of samples on the way (samples)", optional=True),
     },
     writes="generator",
@@ -108,12 +165,22 @@ def train_generator(config: TrainGeneratorConfig, inputs: Inputs, out: Draft, ru
 
     first = inputs.all("tokens")[0]
     run.progress.say("  reading and checking the codes, building the network")
-    tokens = TrainingTokens(inputs.all("tokens"), like=first)
-    card = GeneratorCard(model=config.model, space=CodeSpace.of(tokens.attributes))
+    condition, judged_condition = (
+        TrainingTokens(inputs.all(name), like=inputs.all(CONDITION)[0]) if inputs.all(name) else None
+        for name in (CONDITION, HELD_OUT_CONDITION)
+    )
+    tokens = TrainingTokens(inputs.all("tokens"), like=first, condition=condition)
+    card = GeneratorCard(
+        model=config.model,
+        space=CodeSpace.of(tokens.attributes),
+        condition=CodeSpace.of(condition.attributes) if condition else None,
+    )
     if config.model.trained_by == "counting":
         count(config, card, tokens, out)
         return
-    held_out = TrainingTokens([inputs[HELD_OUT]], like=first) if HELD_OUT in inputs else None
+    held_out = (
+        TrainingTokens([inputs[HELD_OUT]], like=first, condition=judged_condition) if HELD_OUT in inputs else None
+    )
     tokenizer = known_tokenizer(card, first, next(iter(inputs.all(TOKENIZER)), None), run)
     learn(config, card, tokens, held_out, tokenizer, out, run)
 
@@ -181,6 +248,7 @@ def save(out: Draft, network: Generator, card: GeneratorCard, losses: dict[str, 
     out.facts = {
         **losses,
         **card.space.facts,
+        **({"condition": card.condition.facts} if card.condition else {}),
         "tokens": card.space.tokens,
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
     }
