@@ -17,7 +17,7 @@ from pipeline.draft import is_resumable, read_note, read_units
 from pipeline.errors import CorruptError, InputError, SmaltiError, UsageError
 from pipeline.garbage import INTERRUPTED, NAMED, RUNNING, YOUNG, Garbage, survey, sweep
 from pipeline.locks import SUFFIX, find_holder
-from pipeline.outside import is_token_folder, verify_outside
+from pipeline.outside_tokens import is_token_folder, verify_outside
 from pipeline.runlog import last_step, read_attempts, total_seconds
 from pipeline.store import DAMAGED, Store, named_key
 from smalti.counting import counted

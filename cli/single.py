@@ -190,7 +190,7 @@ def _read_config(text: str, declared: Stage) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--config {text} holds no settings of {declared.name}") from error
     if not isinstance(document, dict):
-        raise UsageError(f"--config {text} holds no mapping")
+        raise UsageError(f"--config {text} is not a mapping")
     return document
 
 

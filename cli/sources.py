@@ -18,7 +18,7 @@ from pipeline.config import parse_config
 from pipeline.draft import Request
 from pipeline.errors import SmaltiError, UsageError
 from pipeline.externals import Need
-from pipeline.outside import KIND, is_token_folder, open_outside
+from pipeline.outside_tokens import KIND, is_token_folder, open_outside
 from pipeline.runner import Options, make, make_request
 from pipeline.stage import Inputs, Read, Stage
 from pipeline.store import Store

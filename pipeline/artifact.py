@@ -1,8 +1,8 @@
 """An artifact: an immutable folder with a manifest, and the three levels at which it is checked.
 
-    manifest.json     what was asked for, what came out, every data file with size and SHA-256; no time, host or path
+    manifest.json     request, facts, every data file with size and SHA-256; no time, host or path
     manifest.sha256   hex digest of manifest.json
-    log/              how it was made, and in one line what came out (figure.txt); outside the manifest
+    log/              logs of its making, and the result in one line (figure.txt); outside the manifest
 
 Levels: `open_artifact` (milliseconds: manifest digest, names, sizes, array metadata, shard indexes), `check_data`
 (before a stage uses it: crc32c of every shard chunk, SHA-256 of other files) and `verify_artifact` (everything hashed).
@@ -28,7 +28,7 @@ DIGEST = "manifest.sha256"
 LOG = "log"
 FIGURE = "figure.txt"
 REPAIR = "restore it, or make it again: `smalti run RECIPE --force STEP`, or its own command with --force"
-MANIFEST_BYTES = 256 * 2**20  # far above a manifest of a million files; refuse to parse more
+MANIFEST_BYTES = 256 * 2**20  # a manifest of a million files is far smaller; larger ones are not parsed
 FIELDS = {
     "stage": str,
     "version": int,
@@ -52,7 +52,7 @@ class FileEntry:
 
     @classmethod
     def of(cls, root: Path, name: str) -> FileEntry:
-        """The entry of a file that is there."""
+        """The entry of an existing file."""
         return cls(name, (root / name).stat().st_size, durable.hash_file(root / name))
 
     def as_json(self) -> dict[str, Any]:
@@ -80,9 +80,9 @@ class Artifact:
 
     @cached_property
     def content(self) -> str:
-        """Hex digest of what later steps can use: key, files and facts. Text for people is left out (see `is_text`).
+        """Hex digest of key, files and facts, without text for people (see `is_text`).
 
-        Later steps record it of their inputs, and run again when it changes.
+        Later steps record it for their inputs, and run again when it changes.
         """
         facts = {name: value for name, value in self.facts.items() if not is_text(name)}
         files = [entry.as_json() for entry in self.files.values()]
@@ -90,7 +90,7 @@ class Artifact:
 
     @property
     def figure(self) -> str:
-        """What came out, in one line for people; "" if nothing was said. Older artifacts have it in their facts."""
+        """The result in one line for people; "" if there is none. Older artifacts have it in their facts."""
         try:
             return (self.path / LOG / FIGURE).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
@@ -98,7 +98,7 @@ class Artifact:
 
     @property
     def name(self) -> str:
-        """Short name for sentences: stage and the first digits of the key."""
+        """Short name for messages: stage and the first digits of the key."""
         return f"{self.stage}/{self.key[:12]}"
 
     def file(self, name: str) -> Path:
@@ -109,21 +109,21 @@ class Artifact:
 
 
 def is_text(fact: str) -> bool:
-    """Whether a fact is text for people: `figure` of older artifacts, or `..._on`, which says where a number was measured."""
+    """Whether a fact is text for people: `figure` of older artifacts, or `..._on`, the machine of a measurement."""
     return fact == "figure" or fact.endswith("_on")
 
 
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:
-    """The manifest as written to disk: canonical JSON, so that equal content is equal bytes."""
+    """The manifest as written to disk: canonical JSON, so that equal content gives equal bytes."""
     return canonical_bytes(manifest) + b"\n"
 
 
 def open_artifact(path: Path) -> Artifact:
-    """Open a finished artifact and check it at level *open*; CorruptError (exit code 4) says what does not fit."""
+    """Open a finished artifact and check it at level *open*. CorruptError (exit code 4)."""
     artifact = read_manifest(path)
     folders = {path / parent for name in artifact.files for parent in PurePosixPath(name).parents} - {path}
     for folder in sorted(folders):
-        if folder.is_symlink():  # the data of an artifact lies inside it
+        if folder.is_symlink():  # the data of an artifact must be inside it
             raise CorruptError(f"{folder} is a link, expected a folder", path=folder)
     for entry in artifact.files.values():
         _check_size(path, entry)
@@ -133,7 +133,7 @@ def open_artifact(path: Path) -> Artifact:
 
 
 def check_data(artifact: Artifact) -> None:
-    """Level *use*: every chunk of mapped arrays by crc32c, every other file by SHA-256."""
+    """Check at level *use*: every chunk of arrays by crc32c, every other file by SHA-256."""
     folders = array_folders(artifact)
     for folder in folders:
         MappedArray(artifact.path / folder, verify="crc")
@@ -143,7 +143,7 @@ def check_data(artifact: Artifact) -> None:
 
 
 def verify_artifact(path: Path) -> Artifact:
-    """Level *verify*: every byte hashed, and no file that the manifest does not list."""
+    """Open an artifact and check it at level *verify*: every file hashed, and no file that is not in the manifest."""
     artifact = open_artifact(path)
     for entry in artifact.files.values():
         _check_hash(path, entry)
@@ -155,7 +155,7 @@ def verify_artifact(path: Path) -> Artifact:
 
 
 def read_manifest(path: Path) -> Artifact:
-    """Read and check the manifest alone: digest, format version, fields, file names."""
+    """Read and check only the manifest: digest, format version, fields, file names."""
     raw, want = _read_small(path / MANIFEST), _read_small(path / DIGEST).decode("ascii", "replace").strip()
     digest = sha256(raw)
     if digest != want:
@@ -179,7 +179,7 @@ def read_manifest(path: Path) -> Artifact:
 def _check_format(manifest: Any, path: Path) -> None:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if isinstance(found, int) and found > FORMAT:
-        needs = f"and needs a newer version of smalti: this one knows formats up to {FORMAT}"
+        needs = f"and needs a newer version of smalti: this one reads formats up to {FORMAT}"
         hint = "upgrade smalti; nothing was altered"
         raise NewerFormat(f"{path} has artifact format {found} {needs}", path=path, hint=hint)
     if found != FORMAT or isinstance(found, bool):
@@ -187,11 +187,11 @@ def _check_format(manifest: Any, path: Path) -> None:
 
 
 def check_name(name: str, path: Path) -> None:
-    """Refuse a file name that leaves its artifact, or that means the artifact's own files."""
+    """CorruptError for a file name outside of its artifact, or of manifest, digest or log."""
     pure = PurePosixPath(name)
     is_plain = bool(name) and not pure.is_absolute() and ".." not in pure.parts and str(pure) == name
     if not is_plain or "\\" in name or "\0" in name or pure.parts[0] in (LOG, MANIFEST, DIGEST):
-        raise CorruptError(f"{path} names the file {name!r}, which is no plain relative path", path=path)
+        raise CorruptError(f"{path} names the file {name!r}, which is not a plain relative path", path=path)
 
 
 def list_files(root: Path) -> list[str]:
@@ -235,7 +235,7 @@ def _check_hash(root: Path, entry: FileEntry) -> None:
 def _read_small(path: Path) -> bytes:
     try:
         if path.stat().st_size > MANIFEST_BYTES:
-            raise CorruptError(f"{path} is larger than any manifest", path=path)
+            raise CorruptError(f"{path} is larger than {MANIFEST_BYTES} bytes, the limit for a manifest", path=path)
         return path.read_bytes()
     except OSError as error:
         _check_absent(error, path)
@@ -243,6 +243,6 @@ def _read_small(path: Path) -> bytes:
 
 
 def _check_absent(error: OSError, path: Path) -> None:
-    """StorageError unless the file is not there: what a disk fails to read is not known to be damaged."""
+    """StorageError unless the file is missing: a file that cannot be read need not be damaged."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         raise StorageError(f"{path} cannot be read: {error.strerror or error}", path=path) from error

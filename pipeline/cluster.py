@@ -1,10 +1,9 @@
-"""Where shards run: in this process, on local dask workers, or on any dask cluster that already runs.
+"""Clusters run shards: in this process, on local dask workers, or on an existing dask cluster.
 
-All three give the same results, since a shard depends on its number alone. An I/O error and a lost worker may pass, so
-such a shard is tried `TRIES` times in all, by whichever worker is free then. No other error is tried again.
-
-A dask worker is used once it has proved that it reads and writes the folder of the results (`pipeline.proof`), whether
-it was there at the start or joins later.
+All give the same results, since a shard depends on its number alone. After an I/O error or the loss of its worker a shard
+is tried again, `TRIES` times in all, on any free worker. Other errors are not retried.
+A dask worker, also one that joins later, is used after a check that it reads and writes the folder of the results
+(`pipeline.shared_folder`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pathlib import Path
 from traceback import extract_tb, format_exception
 from typing import Any, Literal, Protocol
 
-from pipeline import proof, ranks
+from pipeline import ranks, shared_folder
 from pipeline.cores import work_beside
 from pipeline.errors import CannotWrite, MemoryExhausted, SmaltiError, StorageError, UsageError, WorkerError
 from pipeline.stage_cache import give_back
@@ -40,10 +39,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Failure:
-    """What a shard gives instead of a result.
+    """The error of a shard, instead of a result.
 
-    verdict: "retry" what may pass (I/O, a lost worker), "name" a statement about the shard's data, "stop" what would meet
-    the other shards too.  traceback: of an error that is not of our own family, else empty.
+    verdict: "retry" a transient error (I/O, a lost worker), "name" an error in the shard's data, "stop" an error that
+    concerns all shards.  traceback: of an error that is not a SmaltiError, else empty.
     """
 
     error: SmaltiError
@@ -54,14 +53,14 @@ class Failure:
 class Cluster(Protocol):
     """Runs `function(number)` for every number, yields (number, result or Failure) in the order of completion.
 
-    folder: where the function writes.  say: told in one line what is waited for, and which workers are not used.
+    folder: where the function writes.  say: prints a line, on waiting and on workers that are not used.
     """
 
     def map(self, function: Callable[[int], Any], numbers: Iterable[int], *, folder: Path, say: Say) -> Outcomes: ...
 
 
 class InProcess:
-    """One shard after the other, here."""
+    """One shard after the other, in this process."""
 
     def map(self, function: Callable[[int], Any], numbers: Iterable[int], *, folder: Path, say: Say) -> Outcomes:
         queue = _Queue(numbers)
@@ -76,22 +75,22 @@ class Dask:
     def __init__(self, client: Any):
         self.client = client
         self.named: set[str] = set()
-        """Workers, or hosts of workers, that were told to be unused already."""
+        """Workers, or hosts of workers, that were reported as not used."""
 
     def map(self, function: Callable[[int], Any], numbers: Iterable[int], *, folder: Path, say: Say) -> Outcomes:
-        with proof.asking(folder) as nonce:
+        with shared_folder.asking(folder) as nonce:
             yield from _Distribution(self, function, _Queue(numbers), nonce, say).outcomes()
 
 
 class _Queue:
-    """Numbers that wait, and how often each was tried."""
+    """Pending shard numbers, and the tries of each."""
 
     def __init__(self, numbers: Iterable[int]):
         self.waiting = deque(numbers)
         self.tries: Counter[int] = Counter()
 
     def settle(self, number: int, outcome: Any) -> Iterator[Outcome]:
-        """Yield a final outcome; a number that is worth another try goes to the end of the queue."""
+        """Yield a final outcome; a number to be tried again goes to the end of the queue."""
         self.tries[number] += 1
         if isinstance(outcome, Failure) and outcome.verdict == "retry" and self.tries[number] < TRIES:
             self.waiting.append(number)
@@ -100,12 +99,12 @@ class _Queue:
 
 
 class _Distribution:
-    """One map over the workers of a scheduler, as they come and go. Each task is pinned to one worker."""
+    """One map over the workers of a scheduler, which may join and leave. Each task is pinned to one worker."""
 
     def __init__(self, cluster: Dask, function: Callable[[int], Any], queue: _Queue, nonce: Path, say: Say):
         self.cluster, self.client, self.say = cluster, cluster.client, say
         self.function, self.queue, self.nonce = function, queue, nonce
-        self.threads: dict[str, int] = {}  # address -> threads, of every worker that lives
+        self.threads: dict[str, int] = {}  # address -> threads, of every connected worker
         self.proofs: dict[Any, str] = {}  # future -> address
         self.shards: dict[Any, Outcome] = {}  # future -> (number, address)
         self.proved: set[str] = set()
@@ -123,7 +122,7 @@ class _Distribution:
         self._forget()
 
     def _forget(self) -> None:
-        """Have all workers give back what they kept for these shards; one that does not answer soon does it before the next map."""
+        """Let all workers clear their caches; one that does not answer soon does so before the next map."""
         from dask.distributed import CancelledError, wait
 
         told = [self._submit(address, give_back) for address in self.proved & self.threads.keys()]
@@ -131,18 +130,18 @@ class _Distribution:
             wait(told, timeout=FORGET_SECONDS)
 
     def _look(self) -> Iterator[Outcome]:
-        """See which workers came and went; the shards of lost ones are tried again."""
+        """Update the workers; the shards of lost ones are tried again."""
         if time.monotonic() - self.looked < POLL_SECONDS:
             return
         self.threads, self.looked = self._living(), time.monotonic()
         for address in self.threads.keys() - self.proved - self.refused.keys() - set(self.proofs.values()):
-            self.proofs[self._submit(address, _introduce, self.nonce, proof.SEEN_SECONDS)] = address
+            self.proofs[self._submit(address, _introduce, self.nonce, shared_folder.SEEN_SECONDS)] = address
         self.proved &= self.threads.keys()
         self.refused = {address: text for address, text in self.refused.items() if address in self.threads}
         for future, address in list(self.proofs.items()):
             if address not in self.threads:
                 del self.proofs[future]
-                self._name(_host(address), f"worker {address} left before it answered: does it run our code?")
+                self._name(_host(address), f"worker {address} left before it answered: is smalti installed there?")
         for future, (number, address) in list(self.shards.items()):
             if address not in self.threads:
                 del self.shards[future]
@@ -151,14 +150,14 @@ class _Distribution:
     def _living(self) -> dict[str, int]:
         try:
             return dict(self.client.nthreads())
-        except (OSError, RuntimeError) as error:  # what dask raises for a connection that is gone
+        except (OSError, RuntimeError) as error:  # dask's errors of a lost connection
             raise _lost() from error
 
     def _submit(self, address: str, function: Callable[..., Any], *args: Any) -> Any:
         return self.client.submit(function, *args, workers=[address], allow_other_workers=False, pure=False)
 
     def _hand_out(self) -> None:
-        """One shard for each free thread of the workers that proved themselves."""
+        """Submit one shard for each free thread of the admitted workers."""
         busy = Counter(address for _, address in self.shards.values())
         for address in sorted(self.proved, key=lambda address: busy[address]):
             for _ in range(self.threads[address] - busy[address]):
@@ -170,7 +169,7 @@ class _Distribution:
                 self.shards[self._submit(address, attempt, shard, number)] = number, address
 
     def _check_service(self) -> None:
-        """Say what is waited for; StorageError or WorkerError when waiting is in vain."""
+        """Report waiting; WorkerError after too long without a worker."""
         if self.proved:
             self.served, self.is_waiting_said = time.monotonic(), False
             return
@@ -192,7 +191,7 @@ class _Distribution:
         return f"waits for a worker of the dask scheduler at {address} ({limit}): `dask worker` starts one"
 
     def _collect(self) -> Iterator[Outcome]:
-        """Take what is done, once something is."""
+        """Wait for finished tasks and process them."""
         for future in self._finished([*self.proofs, *self.shards]):
             if future in self.proofs:
                 self._admit(self.proofs.pop(future), future)
@@ -215,7 +214,7 @@ class _Distribution:
             raise _lost() from error
 
     def _admit(self, address: str, future: Any) -> None:
-        """Use the worker if it proved that it reads and writes the folder; name one that did not, once."""
+        """Use the worker if it reads and writes the folder; report one that does not, once."""
         reason = self._doubt(address, future)
         if not reason:
             self.proved.add(address)
@@ -233,7 +232,7 @@ class _Distribution:
         self._name(address, reason)
 
     def _name(self, who: str, reason: str) -> None:
-        """Say once why a worker is not used; a nanny may start the same one again and again at other ports."""
+        """Report once why a worker is not used; a nanny may restart the same one at other ports."""
         if who not in self.cluster.named:
             self.cluster.named.add(who)
             self.say(f"not used: {reason}")
@@ -241,18 +240,18 @@ class _Distribution:
     def _doubt(self, address: str, future: Any) -> str:
         try:
             given = future.result(timeout=RESULT_SECONDS)
-        except Exception as error:  # without our code, or gone
-            return f"worker {address} cannot run a task of ours: {_root(error)}"
-        reason = proof.doubt(self.nonce, given)
+        except Exception as error:  # without smalti, or lost
+            return f"worker {address} cannot run tasks of smalti: {_root(error)}"
+        reason = shared_folder.find_fault(self.nonce, given)
         return reason and f"worker {address} ({given.who}) cannot use {self.nonce.parent}: {reason}"
 
 
 @contextmanager
 def connect(*, workers: int = 0, scheduler: str | None = None, say: Say = lambda text: None) -> Iterator[Cluster]:
-    """Yield the cluster that the command line asks for.
+    """Yield the cluster of the command line's options.
 
     workers: local dask processes (0: in this process).  scheduler: address of a dask scheduler, such as tcp://host:8786.
-    say: told if the scheduler does not answer at once.
+    say: prints a line if the scheduler does not answer at once.
     """
     if workers and scheduler:
         raise UsageError("--workers starts a local cluster and --scheduler uses another: give one of them")
@@ -277,7 +276,7 @@ def connect(*, workers: int = 0, scheduler: str | None = None, say: Say = lambda
 
 
 def _places(workers: int) -> Any:
-    """What tells each local worker its number, also one that is started again: so each picks a device of its own."""
+    """A dask plugin that tells each local worker its number, also after a restart, so that each uses its own device."""
     from dask.distributed import WorkerPlugin
 
     class Places(WorkerPlugin):
@@ -302,14 +301,14 @@ def _reach(scheduler: str, say: Say) -> Any:
         raise StorageError(message, hint="start one with `dask scheduler`") from error
 
 
-def _introduce(nonce: Path, seconds: float) -> proof.Answer:
-    """In a worker: begin a map with nothing of an earlier one in memory, and prove that it shares the folder."""
+def _introduce(nonce: Path, seconds: float) -> shared_folder.Answer:
+    """In a worker: clear caches of an earlier map, and answer for the check of the folder."""
     give_back()
-    return proof.answer(nonce, seconds)
+    return shared_folder.answer(nonce, seconds)
 
 
 def attempt(function: Callable[[int], Any], number: int) -> Any:
-    """The result of `function(number)`, or the Failure that its exception means."""
+    """The result of `function(number)`, or a Failure for its exception."""
     try:
         return function(number)
     except (CannotWrite, MemoryExhausted) as error:
@@ -325,7 +324,7 @@ def attempt(function: Callable[[int], Any], number: int) -> Any:
 
 
 def _raised(kind: type[SmaltiError], error: Exception, verdict: Literal["retry", "stop"]) -> Failure:
-    """Text of an exception, and not the exception itself: not every one can travel."""
+    """A Failure with the text of an exception, since not every exception can be pickled."""
     place = extract_tb(error.__traceback__)[-1]
     text = f"{_first_line(error)} ({place.filename}:{place.lineno})"
     return Failure(kind(text), verdict, "".join(format_exception(error)))
@@ -340,7 +339,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _root(error: BaseException) -> str:
-    """What dask's own errors of a task that could not travel are about, such as a module that is not installed there."""
+    """The root cause of dask's error for a task that could not be sent, such as a module that is not installed there."""
     return _first_line(error) if error.__cause__ is None else _root(error.__cause__)
 
 
@@ -354,16 +353,16 @@ def _outcome(future: Any, number: int) -> Any:
     except CancelledError as error:
         raise _lost() from error
     except Exception as error:
-        sentence = f"the shard or its result cannot travel between here, the scheduler and a worker: {_root(error)}"
+        sentence = f"the shard or its result cannot be sent between client, scheduler and worker: {_root(error)}"
         return Failure(WorkerError(sentence), "stop", "".join(format_exception(error)))
 
 
 def _death(number: int) -> Failure:
-    return Failure(WorkerError(f"the worker of shard {number} kept dying ({TRIES} times)"), "retry")
+    return Failure(WorkerError(f"the worker of shard {number} died in each of {TRIES} tries"), "retry")
 
 
 def silence_dask() -> None:
-    """What dask would log is said in our words."""
+    """Turn off dask's log: errors are reported by this module."""
     import dask.distributed  # noqa: F401 - makes the loggers
 
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]:

@@ -1,16 +1,16 @@
-"""What is known of an artifact before it is made, and whether the steps of a recipe fit together.
+"""Facts about artifacts before they are made, and whether the steps of a recipe fit together.
 
-A stage declares `foresees(config, inputs)`: it refuses what cannot fit together, and gives the facts of what the stage
-will write. Where an artifact is there already, its facts are taken from it: the classes of a folder, the codebook in a
-published file. Facts have one name, whatever kind of artifact they are about:
+A stage declares `foresees(config, inputs)`: it refuses inputs that do not fit, and returns the facts of the stage's
+output. Facts of an existing artifact are read from it, such as the classes of a folder or the codebook of a published file.
+Names of facts are the same for all kinds of artifacts:
 
 | fact | meaning |
 |---|---|
 | images, crops | counts; crops are the views per image |
-| classes, class_names | how many classes the labels tell apart, and their names |
-| labels | all labels lie below it, where only some of the classes were asked for |
+| classes, class_names | number of classes, and their names |
+| labels | upper bound of the labels, where only some of the classes are used |
 | listed | Origin: which images, in which order |
-| pixels | a side of the images, or of those that a network was made for |
+| pixels | pixels per side of the images, or of those that a network was made for |
 | accepts | the sides of images that a codebook's encoder takes, where there are several |
 | rows | how many features were kept, where they were chosen |
 | codes, grid, downsample | the codebook's size, rows and columns of codes, pixels of a code |
@@ -40,7 +40,7 @@ from pipeline.stage import Inputs, Stage
 
 Facts = dict[str, Any]
 FORMER_NAMES = {"codebook_size": "codes", "image_size": "pixels", "resolution": "pixels", "size": "pixels"}
-"""Names in manifests of what has one name here."""
+"""Names in manifests -> names here."""
 WORDS = {
     "tokenizer": "codes of {}",
     "codes": "a vocabulary of {}",
@@ -59,9 +59,9 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where codes or images come from. name: a step or an artifact, for sentences.
+    """The origin of codes or images. name: of a step or an artifact, for messages.
 
-    step: tells steps of a recipe apart by all that they do.  digest: tells finished artifacts apart by what is in them.
+    step: identity of a step of a recipe.  digest: of the content of a finished artifact.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Origin:
     digest: str | None = None
 
     def differs(self, other: Origin) -> bool:
-        """False also where it cannot be known yet."""
+        """Whether they are known to differ."""
         if self.digest and other.digest:
             return self.digest != other.digest
         return bool(self.step and other.step) and self.step != other.step
@@ -80,7 +80,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Known:
-    """An input. name: its step, or the artifact itself.  artifact: None as long as it is not made."""
+    """An input. name: of its step or artifact.  artifact: None if it is not made yet."""
 
     name: str
     kind: str
@@ -93,18 +93,18 @@ class Known:
         return otherwise if found is None else found
 
     def only(self, *names: str) -> Facts:
-        """Some of its facts, as far as they are known."""
+        """Those of these facts that are known."""
         return {name: self.facts[name] for name in names if name in self.facts}
 
     @property
     def origin(self) -> Origin:
-        """This very artifact."""
+        """This artifact as an origin."""
         return Origin(self.name, self.step, self.artifact.content if self.artifact else None)
 
 
 @dataclass(frozen=True)
 class KnownInputs:
-    """What a step will read, and the step itself: its name, its identity, and what it made if it is done."""
+    """The inputs of a step, and the step itself: its name, its identity, and its artifact if it is done."""
 
     name: str
     inputs: Mapping[str, list[Known]]
@@ -122,7 +122,7 @@ class KnownInputs:
         return list(self.inputs.get(name, []))
 
     def own(self, digest: str | None = None) -> Origin:
-        """The step itself as an origin. digest: of what it made, if it is done."""
+        """The step itself as an origin. digest: of its artifact, if it is done."""
         return Origin(self.name, self.step, digest)
 
     def refusal(self, sentence: str, *, hint: str | None = None) -> UsageError:
@@ -130,7 +130,7 @@ class KnownInputs:
         return UsageError(f"step {self.name} {sentence}" if self.step else f"{self.name} {sentence}", hint=hint)
 
     def agree(self, known: Iterable[Known], *names: str) -> Facts:
-        """Facts of these names that all of these have in common; a refusal names the first two that contradict each other.
+        """The facts of these names, which must agree; an error names the first two inputs that contradict each other.
 
         Steps that contradict each other are a UsageError (exit code 2), given artifacts a CorruptError (4).
         """
@@ -182,7 +182,7 @@ def _renamed(said: Mapping[str, Any], owner: str) -> Facts:
 
 
 def made_by(identity: Mapping[str, Any], owner: str) -> Origin | None:
-    """The tokenizer that an identity (`stages.weights.identity`) names; None where it names none."""
+    """The tokenizer of an identity (`stages.weights.identity`), or None."""
     digests = [str(identity.get(name, "")) for name in ("config_sha256", "weights_sha256")]
     if not all(digests):
         return None
@@ -203,21 +203,21 @@ def check_recipe(recipe: Recipe) -> Recipe:
 
 
 def foresee(recipe: Recipe, made: Mapping[str, Artifact]) -> None:
-    """UsageError where a step contradicts what is known of its inputs. made: artifacts that are there, by step."""
+    """UsageError where a step contradicts the known facts of its inputs. made: existing artifacts, by step."""
     known: dict[str, Known] = {}
     for step in recipe.steps:
         known[step.name] = look_ahead(settled(step, known), known, made.get(step.name))
 
 
 def settled(step: Step, known: Mapping[str, Known]) -> Step:
-    """The step with what its inputs decide of its config, as far as they are known."""
+    """The step with the settings that are derived from its inputs, as far as they are known."""
     if step.stage.settles is None:
         return step
     return replace(step, config=step.stage.settles(step.config, inputs_of(step, known, None)))
 
 
 def settle(declared: Stage, config: BaseModel, inputs: Inputs) -> BaseModel:
-    """The config with what finished inputs decide of it."""
+    """The config with the settings that are derived from finished inputs."""
     if declared.settles is None:
         return config
     settled_config: BaseModel = declared.settles(config, _finished(declared, inputs))
@@ -239,7 +239,7 @@ def _finished(declared: Stage, inputs: Inputs) -> KnownInputs:
 
 
 def look_ahead(step: Step, known: Mapping[str, Known], made: Artifact | None) -> Known:
-    """What is known of a step's output; UsageError where the step does not fit to its inputs."""
+    """The known facts of a step's output; UsageError where the step does not fit its inputs."""
     inputs = inputs_of(step, known, made)
     for name, wanted in step.stage.reads.items():
         for one in inputs.all(name):
@@ -261,7 +261,7 @@ def inputs_of(step: Step, known: Mapping[str, Known], made: Artifact | None) -> 
 
 
 def _identity(step: Step, inputs: Mapping[str, list[Known]]) -> str:
-    """Equal for two steps that do the same."""
+    """A digest that is equal for two steps with the same request."""
     asked = {
         "stage": step.stage.name,
         "config": config_value(step.config),

@@ -15,20 +15,20 @@ from pipeline.errors import UsageError
 
 
 class Config(BaseModel):
-    """A frozen config that refuses unknown keys and silent conversions (1.5 is no int, "8" is no number)."""
+    """A frozen config that refuses unknown keys and conversions (1.5 is not a valid int, "8" is not a valid number)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
 KIND = "kind"
 Keys = tuple[str, ...]
-"""The keys that lead to a value inside mappings and lists; of an item of a list its number."""
+"""The path of a value inside mappings and lists: keys, and numbers of list items as text."""
 Parts = tuple[type[BaseModel], ...]
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class WrongValue(UsageError):
-    """A config or recipe holds what it may not, at `keys`."""
+    """A config or recipe has an invalid value, at `keys`."""
 
     def __init__(self, message: str, keys: Keys = (), *, path: str | None = None, hint: str | None = None):
         super().__init__(message, path=path, hint=hint)
@@ -43,7 +43,7 @@ def parse_config(model: type[ModelT], values: Mapping[str, Any], *, where: str) 
     try:
         text = json.dumps(merge(defaults(model, values), values), allow_nan=False)
     except (TypeError, ValueError) as error:
-        sentence = f"{where} holds a value that is no plain number, text, list or mapping: {error}"
+        sentence = f"{where} holds a value that is not a valid number, text, list or mapping: {error}"
         raise WrongValue(sentence, _keys_of_odd(values)) from error
     try:
         return model.model_validate_json(text)
@@ -53,7 +53,7 @@ def parse_config(model: type[ModelT], values: Mapping[str, Any], *, where: str) 
 
 
 def check_names(model: type[BaseModel], values: Mapping[str, Any], *, where: str) -> None:
-    """UsageError where `values` hold what the config does not take; what is needed may be left out."""
+    """UsageError where `values` are not valid for the config; required fields may be missing."""
     try:
         model.model_validate_json(json.dumps(merge(defaults(model, values), values)))
     except ValidationError as error:
@@ -65,7 +65,7 @@ def check_names(model: type[BaseModel], values: Mapping[str, Any], *, where: str
 def defaults(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of a config as plain JSON values; required fields are left out.
 
-    A part that is null unless asked for has its own defaults as soon as `values` ask for it by some settings.
+    A part whose default is null has its own defaults as soon as `values` contain some of its settings.
     """
     fields = {name: field for name, field in model.model_fields.items() if not field.is_required()}
     found = {name: _plain(field.get_default(call_default_factory=True)) for name, field in fields.items()}
@@ -86,14 +86,14 @@ def parts_of(annotation: Any) -> Parts:
 
 
 def kinds_of(part: type[BaseModel]) -> tuple[str, ...]:
-    """The words by which a mapping says that it is this config."""
+    """The values of `kind` that select this config."""
     return get_args(part.model_fields[KIND].annotation) if KIND in part.model_fields else ()
 
 
 def merge(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` over `base`, mapping by mapping: one changed setting leaves its neighbours alone.
+    """`values` over `base`, merged recursively.
 
-    A mapping that names its `kind` stands for itself: another kind has other settings.
+    A mapping with a `kind` replaces that of the base: another kind has other settings.
     """
     merged = dict(base)
     for name, value in values.items():
@@ -104,7 +104,7 @@ def merge(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def explain(complaint: ErrorDetails, model: type[BaseModel], where: str) -> str:
-    """A complaint of pydantic as one sentence of ours."""
+    """An error of pydantic as one sentence."""
     place = ".".join([where, *setting_name(complaint["loc"], model)])
     if complaint["type"] in ("union_tag_not_found", "union_tag_invalid"):
         return _wrong_kind(complaint["ctx"], f"{place}.{KIND}")
@@ -119,12 +119,12 @@ def explain(complaint: ErrorDetails, model: type[BaseModel], where: str) -> str:
 
 
 def setting_name(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:
-    """Where pydantic found something, as the words of a setting's name: without the kinds that it passed through."""
+    """A location of pydantic as the words of a setting's name, without the tags of unions."""
     return _walk(location, model)[0]
 
 
 def _walk(location: Sequence[int | str], model: type[BaseModel]) -> tuple[list[str], Parts]:
-    """The words of a setting's name, and the configs that may stand there."""
+    """The words of a setting's name, and the configs that are possible there."""
     words: list[str] = []
     parts: Parts = (model,)
     for item in location:
@@ -138,7 +138,7 @@ def _walk(location: Sequence[int | str], model: type[BaseModel]) -> tuple[list[s
 
 
 def _wrong_kind(context: Mapping[str, Any], place: str) -> str:
-    """The sentence for a part of several kinds that names none of them."""
+    """The sentence for a part with a missing or unknown kind."""
     if "tag" not in context:
         return f"{place} is missing"
     known = [kind.strip("'") for kind in context["expected_tags"].split(", ")]
@@ -165,7 +165,7 @@ def unknown_key(key: str, where: str, known: list[str]) -> str:
 
 
 def known_fields(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:
-    """The names of the fields that may stand where pydantic found something; of all parts where it is inside a list or mapping."""
+    """The names of the fields that are possible at a location of pydantic; of all parts if it is inside a list or mapping."""
     parts = _walk(location[:-1], model)[1]
     if parts:
         return sorted({name for part in parts for name in part.model_json_schema().get("properties", {})})
@@ -174,7 +174,7 @@ def known_fields(location: Sequence[int | str], model: type[BaseModel]) -> list[
 
 
 def _keys_of_odd(values: Any) -> Keys:
-    """Where the first value stands that JSON does not hold."""
+    """The keys of the first value that JSON cannot represent."""
     items = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
     for key, value in items:
         try:

@@ -1,6 +1,6 @@
-"""Cores: how many this process may use, and how many of them are its own beside others on the same machine.
+"""CPU cores: those that this process may use, and its share beside other processes on the same machine.
 
-Images are decoded by as many threads as that: which thread decodes an image changes none of its bytes.
+Images are decoded by that many threads; the number of threads does not change results.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ def core_count() -> int:
 
 
 def own_cores() -> int:
-    """Cores for this thread's work, where other processes of a launch or tasks of a cluster work on this machine."""
+    """Cores for this task, beside other processes of a launch or tasks of a cluster on this machine."""
     return max(1, core_count() // max(_tasks.get(), ranks.local_world_size()))
 
 
 def usual_threads() -> int:
-    """Threads of a training step where nobody says how many: one core is left to whatever else runs.
+    """Default threads of a training step: one core is left for other processes.
 
-    A step waits for its slowest thread, so with as many threads as cores one other busy process makes it slower than a
-    single thread is.
+    A step waits for its slowest thread: with one thread per core, another busy process makes it slower than a single
+    thread.
     """
     return max(1, (core_count() - 1) // ranks.local_world_size())
 
 
 def work_beside(tasks: int, function: Callable[[int], Result], number: int) -> Result:
-    """`function(number)`, as one of `tasks` that may run on this machine at the same time."""
+    """`function(number)`, as one of `tasks` concurrent tasks on this machine."""
     before = _tasks.set(tasks)
     try:
         return function(number)

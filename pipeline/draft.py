@@ -1,12 +1,10 @@
 """A draft: the folder in which one artifact is being made, and from which an interrupted run continues.
 
-Units of work (a shard, a checkpoint) are written file by file, each whole or not at all, and then recorded as one line
-of `journal.jsonl`. Whoever opens the draft again keeps the units whose files still verify and sweeps everything else.
-Units whose files lie under `scratch/` (checkpoints) help to continue and are no part of the artifact.
-
-`request.json` says which inputs the draft reads, so that nobody takes them for garbage, and what it was called.
-
-Commit: manifest, fsync of files and folders, journal removed, folder renamed. Every moment in between is recoverable.
+Files of a unit of work (a shard, a checkpoint) are written atomically one by one, and the unit is recorded as one line of
+`journal.jsonl`. When the draft is opened again, units whose files match the journal are kept and other files are removed.
+Units with files under `scratch/` (checkpoints) are not part of the artifact.
+`request.json` holds the inputs of the draft, which garbage collection keeps, and its name.
+Commit: manifest, fsync of files and folders, journal removed, folder renamed. A commit can be resumed at every point.
 """
 
 from __future__ import annotations
@@ -42,10 +40,10 @@ REPLACED = ".replaced"
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a stage: all that goes into the key, and what the manifest says of it.
+    """A request to a stage: the fields of the key and of the manifest.
 
     inputs: name -> {"stage", "key", "digest"} with the digest of the content, or a list of these.  former_inputs: the same
-    with the digest of the whole manifest, as artifacts recorded it that were made before there was one of the content.
+    with the digest of the whole manifest, as in older artifacts.
     """
 
     stage: str
@@ -58,15 +56,15 @@ class Request:
     former_inputs: dict[str, Any] = field(default_factory=dict)
 
     def is_made_from(self, inputs: dict[str, Any]) -> bool:
-        """Whether these inputs of a manifest are the ones asked for, in either form."""
+        """Whether these inputs of a manifest are those of this request, in either form."""
         return inputs in (self.inputs, self.former_inputs or self.inputs)
 
 
 class Draft:
     """The partial folder of one artifact.
 
-    facts: JSON values that go into the manifest when it is committed.  figure: what came out, in one line for people; it
-    goes to the log, so that other words never make later steps run again.
+    facts: JSON values for the manifest.  figure: the result in one line for people; it goes to the log, so that its
+    wording does not make later steps run again.
     """
 
     def __init__(self, path: Path, request: Request):
@@ -78,9 +76,9 @@ class Draft:
 
     @classmethod
     def open(cls, path: Path, request: Request, *, name: str = "") -> Draft:
-        """Open or create the draft folder: keep what the journal proves, sweep the rest (log/ stays).
+        """Open or create the draft folder: keep verified units and log/, remove other files.
 
-        Units that were made from other inputs are swept, too.  name: of the artifact for people, such as its ref.
+        Units that were made from other inputs are removed, too.  name: of the artifact for people, such as its ref.
         """
         draft = cls(path, request)
         durable.make_folder(path)
@@ -113,7 +111,7 @@ class Draft:
         return [self.path / entry.path for entry in self._units[unit]]
 
     def entries(self) -> list[FileEntry]:
-        """Every recorded data file with size and SHA-256, sorted by path; checkpoints under scratch/ are left out."""
+        """Every recorded data file, sorted by path, without checkpoints under scratch/."""
         entries = (entry for files in self._units.values() for entry in files)
         kept = (entry for entry in entries if not entry.path.startswith(f"{SCRATCH}/"))
         return sorted(kept, key=lambda entry: entry.path)
@@ -124,7 +122,7 @@ class Draft:
 
     @contextmanager
     def writing(self, unit: str, name: str) -> Iterator[Path]:
-        """Yield a temporary path for the one (large) file of a unit; on return it is hashed, renamed and recorded."""
+        """Yield a temporary path for the only (large) file of a unit; then it is hashed, renamed and recorded."""
         check_name(name, self.path)
         with durable.writing(self.path / name) as temporary:
             yield temporary
@@ -133,7 +131,7 @@ class Draft:
 
     @contextmanager
     def streaming(self, unit: str, name: str) -> Iterator[durable.HashingFile]:
-        """Yield a file for the one (large) file of a unit, hashed while it is written; on return it is renamed and recorded."""
+        """Yield an open file for the only (large) file of a unit, hashed while it is written; then it is renamed and recorded."""
         check_name(name, self.path)
         with durable.writing(self.path / name) as temporary:
             with temporary.open("wb") as raw:
@@ -143,13 +141,13 @@ class Draft:
         self.record(unit, [entry])
 
     def record(self, unit: str, entries: Sequence[FileEntry]) -> None:
-        """Journal a unit whose files are already in place (a worker wrote them with `write_files`)."""
+        """Add a unit to the journal whose files were written by `write_files`, by a worker."""
         line = {"unit": unit, "files": [entry.as_json() for entry in entries]}
         durable.append_line(self.path / JOURNAL, json.dumps(line, sort_keys=True).encode())
         self._units[unit] = list(entries)
 
     def drop(self, unit: str) -> None:
-        """Forget a unit (an older checkpoint) and remove its files."""
+        """Remove a unit (an older checkpoint) from the journal, and its files."""
         durable.append_line(self.path / JOURNAL, json.dumps({"dropped": unit}).encode())
         for entry in self._units.pop(unit):
             durable.remove(self.path / entry.path)
@@ -171,9 +169,9 @@ class Draft:
 
 
 def finish(partial: Path, final: Path) -> None:
-    """The last steps of a commit, repeatable: the manifest is written, what is left is to tidy and to rename.
+    """The last steps of a commit, after the manifest is written; they can be repeated.
 
-    Tidying takes checkpoints, and what workers left that died in the middle of a file.
+    Checkpoints and temporary files of killed workers are removed, and the folder is renamed.
     """
     durable.remove(partial / SCRATCH)
     for name in set(list_files(partial)) - {*read_manifest(partial).files, MANIFEST, DIGEST, JOURNAL, REQUEST}:
@@ -190,7 +188,7 @@ def finish(partial: Path, final: Path) -> None:
 
 
 def is_complete(partial: Path, request: Request) -> bool:
-    """True if an interrupted commit left a whole artifact of this request in `partial`, ready for `finish`."""
+    """Whether an interrupted commit left a complete artifact of this request in `partial`, ready for `finish`."""
     try:
         artifact = read_manifest(partial)
     except CorruptError:
@@ -203,7 +201,7 @@ def is_complete(partial: Path, request: Request) -> bool:
 
 
 def read_note(partial: Path) -> dict[str, Any]:
-    """What a draft says of itself: `inputs` and `name`; nothing where it is too old, or just being begun."""
+    """`inputs` and `name` of a draft; empty for drafts of older versions, and for one that is just being created."""
     try:
         return dict(json.loads((partial / REQUEST).read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -211,7 +209,7 @@ def read_note(partial: Path) -> dict[str, Any]:
 
 
 def read_units(partial: Path) -> list[str]:
-    """The units that the journal names, in their order; whether they are whole is not looked at."""
+    """The units in the journal, in their order; their files are not checked."""
     units: dict[str, list[FileEntry]] = {}
     with suppress(OSError):
         for line in (partial / JOURNAL).read_bytes().splitlines():
@@ -220,12 +218,12 @@ def read_units(partial: Path) -> list[str]:
 
 
 def is_resumable(partial: Path) -> bool:
-    """Whether a draft holds work: a unit, or a whole artifact whose commit was interrupted."""
+    """Whether a draft holds a unit, or a complete artifact whose commit was interrupted."""
     return bool(read_units(partial)) or (partial / MANIFEST).exists()
 
 
 def write_files(root: Path, files: Mapping[str, bytes | memoryview]) -> list[FileEntry]:
-    """Write files below `root`, each whole or not at all; returns their entries for `Draft.record`."""
+    """Write files below `root`, each atomically; returns their entries for `Draft.record`."""
     entries = []
     for name, data in files.items():
         check_name(name, root)
@@ -235,7 +233,7 @@ def write_files(root: Path, files: Mapping[str, bytes | memoryview]) -> list[Fil
 
 
 def _verified_units(root: Path) -> dict[str, list[FileEntry]]:
-    """The journal's units whose files all verify; an unterminated or unreadable line ends it and is cut off."""
+    """The journal's units whose files all verify; the journal is truncated at an incomplete or invalid line."""
     journal = root / JOURNAL
     if not journal.exists():
         return {}
@@ -251,7 +249,7 @@ def _verified_units(root: Path) -> dict[str, list[FileEntry]]:
 
 
 def _replay(units: dict[str, list[FileEntry]], line: bytes, root: Path) -> bool:
-    """Apply one line of the journal; False if it is none of ours."""
+    """Apply one line of the journal; False if it is not valid."""
     try:
         entry = json.loads(line)
         if "dropped" in entry:

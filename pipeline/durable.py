@@ -1,7 +1,7 @@
-"""The few file operations of the commit protocol: each is flushed to the disk, and each can be watched.
+"""File operations of the commit protocol, each with fsync.
 
-`watch` is called with a name before and after every operation that changes the disk: the crash tests kill the process
-there. Temporary files end in `.partial`; whoever resumes sweeps them. A write that the system refuses becomes
+`watch` is called with a name before and after every operation that changes the disk: crash tests kill the process
+there. Temporary files end in `.partial` and are removed on resume. A write that the system refuses becomes
 `CannotWrite` (exit code 73) with the reason in words.
 """
 
@@ -28,19 +28,19 @@ REFUSALS = {
     errno.EACCES: "permission is denied",
     errno.EPERM: "the operation is not permitted",
     errno.ENOTDIR: "a part of the path is a file",
-    errno.EEXIST: "a file stands in the way",
-    errno.EISDIR: "a folder stands in the way",
-    errno.ENOTEMPTY: "a folder stands in the way",
+    errno.EEXIST: "a file of this name exists",
+    errno.EISDIR: "a folder of this name exists",
+    errno.ENOTEMPTY: "a folder of this name exists",
     errno.ENAMETOOLONG: "the name is too long",
 }
 
-ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # what no reader is ever told
+ONLY_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors that only occur on writing
 
 watch: Callable[[str, Path], None] | None = None
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write `path` whole or not at all: temporary name, flush, fsync, rename."""
+    """Write `path` atomically: temporary name, flush, fsync, rename."""
     with writing(path) as temporary, temporary.open("wb") as file:
         file.write(data)
 
@@ -57,14 +57,14 @@ def writing(path: Path) -> Iterator[Path]:
             _sync(temporary)
             _seen("rename", path)
             temporary.replace(path)
-        except BaseException:  # a full disk shall not be filled by what could not be written
+        except BaseException:  # a partial file must not fill the disk
             temporary.unlink(missing_ok=True)
             raise
         _seen("renamed", path)
 
 
 class HashingFile:
-    """A file that is written from its beginning to its end, and hashed meanwhile."""
+    """A file that is hashed while it is written sequentially."""
 
     def __init__(self, raw: BinaryIO):
         self._raw, self._hash, self.size = raw, hashlib.sha256(), 0
@@ -105,7 +105,7 @@ def move(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a whole folder, if it is there."""
+    """Remove a file or a folder with its content, if it exists."""
     with refusals(path):
         if path.is_dir() and not path.is_symlink():
             _seen("remove", path)
@@ -130,9 +130,9 @@ def hash_file(path: Path) -> str:
 
 @contextmanager
 def refusals(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write `path` into `CannotWrite`, and a failing disk into `StorageError`.
+    """Turn OSErrors of writing `path` into `CannotWrite` (refused) or `StorageError` (I/O error).
 
-    An error that names a file elsewhere comes from what is read meanwhile, and passes.
+    An error that names another file comes from reading, and is passed on.
     """
     try:
         yield
@@ -147,7 +147,7 @@ def refusals(path: Path) -> Iterator[None]:
 
 
 def _concerns(error: OSError, path: Path) -> bool:
-    """Whether an error is about `path`, a file in its folder or a folder above it, or names nothing at all."""
+    """Whether an error names `path`, a file in its folder, a folder above it, or no file."""
     if not isinstance(error.filename, str | os.PathLike):
         return True
     named = Path(error.filename)

@@ -1,4 +1,4 @@
-"""Errors of the pipeline: the public family of `smalti.errors` and the kinds that only a run can meet."""
+"""Errors of the pipeline: those of `smalti.errors`, and those that only occur in runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 class NewerFormat(CorruptError):
-    """An artifact that a later version of smalti made: whole, but not for this one to read (exit code 4)."""
+    """An artifact of a later version of smalti, which this version cannot read (exit code 4)."""
 
 
 class NumericError(SmaltiError):
@@ -34,7 +34,7 @@ class NumericError(SmaltiError):
 
 
 class WorkerError(SmaltiError):
-    """A worker kept dying, or a shard kept failing (exit code 70)."""
+    """A worker died repeatedly, or a shard failed repeatedly (exit code 70)."""
 
     exit_code = 70
 
@@ -52,13 +52,13 @@ class CannotWrite(SmaltiError):
 
 
 class StorageError(SmaltiError):
-    """Reading failed below us: disk or network (exit code 74)."""
+    """An I/O error of disk or network (exit code 74)."""
 
     exit_code = 74
 
 
 class Busy(SmaltiError):
-    """Somebody else holds the lock (exit code 75)."""
+    """Another process holds the lock (exit code 75)."""
 
     exit_code = 75
 
@@ -66,8 +66,8 @@ class Busy(SmaltiError):
 class BadImages(InputError):
     """Images that cannot be used, which the step that indexes them can leave out (exit code 3).
 
-    command: the command of that step alone.  image_set: the key of their image set, "" while it is being made.
-    setting: what makes that step leave them out, "" if nothing does.  listed: a file that lists them for its --exclude, or "".
+    command: the command of that step.  image_set: the key of their image set, "" while it is being made.
+    setting: the setting of that step that leaves them out, or "".  listed: a file that lists them for its --exclude, or "".
     """
 
     def __init__(
@@ -92,5 +92,5 @@ class BadImages(InputError):
         ways = [setting + self.setting] if self.setting else []
         ways += [f"{exclude}{shlex.quote(self.listed)}, which lists all"] if self.listed else []
         self.hint = (
-            f"repair or remove what is bad, or have it left out when the images are indexed: {', or '.join(ways)}"
+            f"repair or remove the bad images, or leave them out when the images are indexed: {', or '.join(ways)}"
         )

@@ -1,6 +1,6 @@
-"""External data of a step: what was given, what lies at a place of its own, and what of both goes into the key.
+"""External data of a step: given files, published files at default places, and their digests for the key.
 
-Only a place whose content may change goes into the key, by its digest, which is unknown until the file is here.
+A published file whose content may change goes into the key by its digest, which is unknown until it is downloaded.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Paths = Mapping[str, Path]
 
 
 class DigestUnknown(InputError):
-    """A key depends on a file that is not on this machine, and whose digest nobody named."""
+    """A key depends on a file that is not on this machine, and whose digest is not given."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """A file that a step reads and that nobody gave. step: its name in a recipe; empty: a stage on its own."""
+    """A published file that a step reads, since no file was given. step: its name in a recipe; empty: a single stage."""
 
     step: str
     external: str
@@ -35,12 +35,12 @@ class Need:
 
     @property
     def option(self) -> str:
-        """The option that takes a file in its place, as the command spells it that is running."""
+        """The option of the running command that gives another file."""
         return option(self.external, self.step)
 
     @property
     def is_unknown(self) -> bool:
-        """Whether the key cannot be known before the file is here."""
+        """Whether the key is unknown until the file is downloaded."""
         return self.place.is_keyed and self.place.sha256 is None and self.place.find() is None
 
     def as_json(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Need:
         return {**found, "option": self.option, "otherwise": self.otherwise}
 
     def get(self, progress: Progress) -> Path:
-        """The checked file, downloaded if need be; errors say what to do, as this command spells it."""
+        """The checked file, downloaded if needed; hints of errors name the options of the running command."""
         found = self.place.find()
         try:
             return self.check(found or self.place.fetch(progress))
@@ -59,7 +59,7 @@ class Need:
             raise with_hint(error, _instead([self])) from error
 
     def check(self, found: Path) -> Path:
-        """The file; CorruptError where it is not what it should be."""
+        """The file; CorruptError where its content is not the expected one."""
         try:
             self.place.check(found)
         except CorruptError as error:
@@ -68,7 +68,7 @@ class Need:
 
 
 def needs(declared: Stage, config: BaseModel, paths: Paths, *, step: str = "") -> list[Need]:
-    """The files that a step reads from places of their own."""
+    """The published files that a step reads."""
     places = {name: external.place(config) for name, external in declared.externals.items() if name not in paths}
     return [
         Need(step, name, place, declared.externals[name].otherwise)
@@ -78,9 +78,9 @@ def needs(declared: Stage, config: BaseModel, paths: Paths, *, step: str = "") -
 
 
 def check_caches(wanted: list[Need]) -> None:
-    """CorruptError for a file in a cache that can have one content only, and has another.
+    """CorruptError for a cached file whose content is fixed and differs.
 
-    Files of the hub are large, and kept under their digest: they are checked when they are read.
+    Files of the hub are large, and stored under their digest: they are checked when they are read.
     """
     for need in wanted:
         found = None if need.place.is_keyed else need.place.find()
@@ -89,7 +89,7 @@ def check_caches(wanted: list[Need]) -> None:
 
 
 def get_all(wanted: list[Need], progress: Progress) -> None:
-    """Have all of these files here and checked; where one is out of reach, the error names the others too."""
+    """Download and check all of these files; where one cannot be downloaded, the error names the other missing ones too."""
     files = _by_file(wanted)
     for same in files:
         try:
@@ -102,7 +102,7 @@ def get_all(wanted: list[Need], progress: Progress) -> None:
 
 
 def absent_sentences(absent: list[Need]) -> list[str]:
-    """What to know of each file that is not here, for all steps that read it."""
+    """One sentence for each missing file, with the steps that read it."""
     sentences = []
     for same in _by_file(absent):
         steps = ", ".join(need.step for need in same if need.step)
@@ -112,7 +112,7 @@ def absent_sentences(absent: list[Need]) -> list[str]:
 
 
 def _instead(same: list[Need]) -> str:
-    """What to do about a file that cannot be downloaded."""
+    """A hint for a file that cannot be downloaded."""
     otherwise = "".join(f"; or {words}" for words in dict.fromkeys(need.otherwise for need in same) if words)
     return f"fetch {same[0].place.url} on a machine with network and give the file: {_options(same)}{otherwise}"
 
@@ -134,8 +134,8 @@ def content_ids(
 ) -> dict[str, str]:
     """External name -> content id, for the key. DigestUnknown where a file has to be downloaded first.
 
-    memory: of trees that were listed before; None lists them.  InputError or CorruptError for given data that is absent
-    or wrong.
+    memory: remembered content ids of folders; None lists them.  InputError or CorruptError for given data that is missing
+    or invalid.
     """
     asked = memory or Memory()
     found = {name: _identify(declared, config, name, path, step, asked) for name, path in paths.items()}
@@ -149,7 +149,7 @@ def content_ids(
 
 
 def check_files(declared: Stage, config: BaseModel, paths: Paths, *, step: str = "") -> None:
-    """InputError or CorruptError for given files that are absent or wrong."""
+    """InputError or CorruptError for given files that are missing or invalid."""
     for name, path in paths.items():
         if declared.externals[name].is_file:
             _identify(declared, config, name, path, step, Memory())

@@ -1,7 +1,7 @@
-"""Every process of a launch but process 0: it waits for orders, carries them out, and leaves when it is told to.
+"""The processes of a launch other than process 0: they wait for orders of process 0, execute them, and exit on order.
 
-It plans nothing, takes no lock and writes nothing into the store. What it trains comes with the order; what the stage
-writes in this process goes into a folder that is removed.
+They plan nothing, take no lock and write nothing into the store. An order names the training; what the stage writes in
+these processes goes into a temporary folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-from pipeline import launch, proof, ranks
+from pipeline import launch, ranks, shared_folder
 from pipeline.artifact import Artifact, check_data
 from pipeline.cluster import InProcess, silence_dask
 from pipeline.config import parse_config
@@ -29,7 +29,7 @@ from pipeline.draft import Draft, Request
 from pipeline.errors import CorruptError, SmaltiError, StorageError
 from pipeline.externals import needs
 from pipeline.launch import AGAIN, CAUSE_SECONDS, GREETING_SECONDS, LEAVE_SECONDS, Link, Message, Say
-from pipeline.outside import open_input
+from pipeline.outside_tokens import open_input
 from pipeline.progress import Progress
 from pipeline.runner import make_request
 from pipeline.runtime import Runtime, Terminated
@@ -46,18 +46,18 @@ Train = Callable[[Path], None]
 
 
 class Dismissed(Exception):
-    """Process 0 has told this one to leave."""
+    """Process 0 has ordered this process to exit."""
 
 
 class Failed(Exception):
-    """The training failed in this process, and process 0 knows why. args: the exit code."""
+    """The training failed in this process, which was reported to process 0. args: the exit code."""
 
 
 def follow(stages: Mapping[str, Stage], *, explain: Explain, say: Say) -> int:
-    """Do what process 0 says until it says leave; the exit code of this process, where process 0 knows the reason.
+    """Execute the orders of process 0 until it orders to exit; returns the exit code.
 
-    explain: any exception as an error for a user.  say: prints an error where this process cannot raise it any more.
-    StorageError: process 0 cannot be reached, is gone, or was silent too long.
+    explain: turns any exception into an error for users.  say: prints an error where this process cannot raise it.
+    StorageError: process 0 cannot be reached, was lost, or was silent too long.
     """
     leader = Leader(_reach(), say)
     try:
@@ -76,19 +76,19 @@ def follow(stages: Mapping[str, Stage], *, explain: Explain, say: Say) -> int:
 
 
 def _obey(leader: Leader, stages: Mapping[str, Stage], explain: Explain, work: ExitStack) -> NoReturn:
-    """Carry out order after order, until there is none any more. work: holds the worker for shards."""
+    """Execute orders until an exception ends it. work: holds the worker for shards."""
     works = False
     while True:
         order = leader.next_order()
         if order["do"] != "work":
             _take_part(leader, order, stages, explain)
-        elif not works:  # it may be said twice to a process that comes at that moment
+        elif not works:  # a process that joins at that moment may get the order twice
             work.enter_context(_working_for(f"tcp://{leader.address}:{order['port']}"))
             works = True
 
 
 class Leader:
-    """Process 0, as another process sees it."""
+    """Process 0, as seen by another process."""
 
     def __init__(self, connection: Link, say: Say):
         self.address = connection.address
@@ -101,7 +101,7 @@ class Leader:
         threading.Thread(target=self._listen, name="orders", daemon=True).start()
 
     def next_order(self) -> Message:
-        """Wait for it. Dismissed: there is none any more; StorageError: process 0 is gone."""
+        """Wait for the next order. Dismissed: process 0 ordered to exit; StorageError: process 0 was lost."""
         order = self._orders.get()
         if order is None:
             raise self._end
@@ -116,7 +116,7 @@ class Leader:
         self.answer({"is": "failed", "error": told})
 
     def train(self, function: Train, explain: Explain) -> None:
-        """Run one training and say how it ended. Failed, Dismissed, StorageError: there is nothing to be done any more."""
+        """Run one training and report its end. Failed, Dismissed, StorageError: this process has to exit."""
         self._trains = True
         try:
             with TemporaryDirectory() as folder:
@@ -131,8 +131,10 @@ class Leader:
         self._link.close()
 
     def _end_with(self, error: Exception, explain: Explain) -> NoReturn:
-        """Tell process 0 what went wrong, unless that came from the end of process 0."""
-        if not isinstance(error, SmaltiError):  # an exchange may have broken because process 0 ends: wait for its word
+        """Report the error to process 0, unless the end of process 0 has caused it."""
+        if not isinstance(
+            error, SmaltiError
+        ):  # a collective may have failed because process 0 ends: wait for its message
             self._has_ended.wait(CAUSE_SECONDS)
         if not self._has_ended.is_set():
             explained = explain(error)
@@ -143,7 +145,7 @@ class Leader:
 
     def _listen(self) -> None:
         end: Exception = StorageError(
-            f"process 0 at {self.address} is gone: it was killed, or the connection broke", hint=AGAIN
+            f"process 0 at {self.address} was lost: it was killed, or the connection broke", hint=AGAIN
         )
         try:
             for message in self._link.messages():
@@ -160,7 +162,7 @@ class Leader:
         self._has_ended.set()
         self._orders.put(None)
         time.sleep(LEAVE_SECONDS)
-        if self._trains:  # it hangs in an exchange with a process that is gone
+        if self._trains:  # it hangs in a collective with a lost process
             if isinstance(end, SmaltiError):
                 self._say(end)
             os._exit(end.exit_code if isinstance(end, SmaltiError) else 0)
@@ -181,7 +183,7 @@ def _reach() -> Link:
     raise StorageError(
         f"process {ranks.rank()} ({host}) did not reach process 0 at {meeting.host}, ports {meeting.ports[0]} to "
         f"{meeting.ports[-1]}, within {launch.ARRIVAL_SECONDS:.0f} s",
-        hint="look whether it runs, and whether the machines reach each other on every port",
+        hint="check that it runs, and that the machines reach each other on every port",
     )
 
 
@@ -207,7 +209,7 @@ async def _work(scheduler: str, folder: str) -> None:
 
 
 def _take_part(leader: Leader, order: Message, stages: Mapping[str, Stage], explain: Explain) -> None:
-    """One training: check that everything is here, say so, and train when all have said so."""
+    """One training: check that all inputs are here, report it, and train when process 0 orders it."""
     try:
         train = _prepare(order, stages)
     except Exception as error:
@@ -220,7 +222,7 @@ def _take_part(leader: Leader, order: Message, stages: Mapping[str, Stage], expl
 
 
 def _prepare(order: Message, stages: Mapping[str, Stage]) -> Train:
-    """The training that an order asks for. StorageError, CorruptError: this process does not find what process 0 has."""
+    """The training of an order. StorageError, CorruptError: this process finds other data than process 0."""
     check_store(order)
     declared, wanted = stages[order["stage"]], Request(**order["request"])
     config = parse_config(declared.config, wanted.config, where=declared.name)
@@ -240,7 +242,7 @@ def _prepare(order: Message, stages: Mapping[str, Stage]) -> Train:
             f"{declared.name} is not the same here as in process 0: {odd} differ",
             hint="install the same version of everything and give the same external data on all machines",
         )
-    if ranks.local_rank() == 0:  # once on each machine; process 0 has done it on its own
+    if ranks.local_rank() == 0:  # once on each machine; process 0 has done it on its machine
         for artifact in inputs.flat():
             check_data(artifact)
     files = {need.external: need.get(Progress()) for need in needs(declared, config, paths)}
@@ -265,13 +267,15 @@ def _prepare(order: Message, stages: Mapping[str, Stage]) -> Train:
 
 
 def check_store(order: Message) -> None:
-    """StorageError unless this process reads what process 0 has just written into the draft."""
+    """StorageError unless this process reads the nonce that process 0 wrote into the draft."""
     nonce = Path(order["nonce"])
-    if not proof.becomes_true(lambda: nonce.is_file() and nonce.read_text() == order["written"], proof.SEEN_SECONDS):
+    if not shared_folder.becomes_true(
+        lambda: nonce.is_file() and nonce.read_text() == order["written"], shared_folder.SEEN_SECONDS
+    ):
         raise StorageError(
             f"cannot see the store at {order['store']}",
             path=order["store"],
-            hint="put the store on a file system that all machines mount at the same place",
+            hint="put the store on a file system that all machines mount at the same path",
         )
 
 

@@ -1,7 +1,7 @@
-"""Garbage: what nothing needs any more, and why everything else stays.
+"""Garbage collection: finds and removes folders of the store that are not reachable from a root.
 
-Roots are what refs name, drafts that are being made or can be continued, and whatever is young; with a root stays all that
-it reads, and what that was made from. Removing holds the store still: nobody takes up an artifact meanwhile.
+Roots are the artifacts that refs name, running or resumable drafts, and recent folders; with a root its inputs are kept,
+recursively. While garbage is removed, no other process can start to use an artifact.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NAMED, RUNNING, INTERRUPTED, YOUNG = "named", "running", "interrupted", "young"
 
 @dataclass(frozen=True)
 class Garbage:
-    """A folder of the store that nothing needs, and its size in bytes."""
+    """A folder of the store that is not reachable, and its size in bytes."""
 
     path: Path
     bytes: int
@@ -41,26 +41,26 @@ class Garbage:
 
 @dataclass(frozen=True)
 class Survey:
-    """garbage: what can go.  kept: how many artifacts and drafts stay because of what."""
+    """garbage: folders that can be removed.  kept: number of artifacts and drafts that are kept, by reason."""
 
     garbage: list[Garbage] = field(default_factory=list)
     kept: Mapping[str, int] = field(default_factory=dict)
 
 
 def survey(store: Store, *, older_than: float = 0.0, drafts: bool = False) -> Survey:
-    """Look for garbage; removes nothing.
+    """Find garbage; removes nothing.
 
-    older_than: what was made, continued or moved aside less than so many seconds ago stays.  drafts: interrupted ones
-    that are older count as garbage, too. CorruptError where it cannot be known what an artifact reads.
+    older_than: folders that were made, continued or moved aside less than so many seconds ago are kept.  drafts: older
+    interrupted ones are garbage, too. CorruptError where the inputs of an artifact cannot be determined.
     """
     roots = _roots(store, older_than=older_than, drafts=drafts)
-    # A draft may be committed just now, so both places are looked at.
+    # A draft may be committed at this moment, so both folders are read.
     reads = cache(lambda name: [*_reads(store.partial(*name)), *_reads(store.path(*name))])
     reached = {reason: _closure(names, reads) for reason, names in roots.items()}
     garbage, kept = [], Counter[str]()
     for path in store.folders():
         if not KEY.fullmatch(named_key(path)[1]):
-            continue  # a folder that is not ours
+            continue  # not a folder of smalti
         reason = _reason_to_stay(path, store, roots, reached, older_than)
         if reason is None:
             garbage.append(Garbage(path, sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())))
@@ -70,7 +70,7 @@ def survey(store: Store, *, older_than: float = 0.0, drafts: bool = False) -> Su
 
 
 def sweep(store: Store, *, older_than: float = 0.0, drafts: bool = False, say: Say = silent) -> list[Garbage]:
-    """Remove the garbage, each folder under its lock, and return what was really removed. Strays of killed processes go too."""
+    """Remove the garbage, each folder under its lock, and temporary files of killed processes; returns what was removed."""
     if not store.root.is_dir():
         return []
     with steady(store.root, alone=True, say=say):
@@ -79,7 +79,7 @@ def sweep(store: Store, *, older_than: float = 0.0, drafts: bool = False, say: S
         for entry in store.entries():
             if entry.suffix == SUFFIX:
                 with suppress(Busy), lock(entry, wait=False):
-                    pass  # whoever held it is dead: releasing removes it
+                    pass  # its holder has died: releasing removes it
         for folder in (REFS, RECORDS):
             for stray in (store.root / folder).rglob(f"*{durable.TEMPORARY}"):
                 durable.remove(stray)
@@ -87,7 +87,7 @@ def sweep(store: Store, *, older_than: float = 0.0, drafts: bool = False, say: S
 
 
 def _roots(store: Store, *, older_than: float, drafts: bool) -> dict[str, set[Name]]:
-    """Artifacts and drafts that stay for their own sake, by reason."""
+    """Artifacts and drafts that are roots, by reason."""
     roots: dict[str, set[Name]] = {NAMED: set(store.refs().values()), RUNNING: set(), INTERRUPTED: set(), YOUNG: set()}
     for path in store.drafts():
         if find_holder(store.lock_path(*named_key(path))):
@@ -105,7 +105,7 @@ def _reason_to_stay(
 ) -> str | None:
     name = named_key(path)
     if path.name.endswith(REPLACED) and store.has(*name):
-        return None  # what was swapped for the artifact that is there
+        return None  # it was replaced by the artifact
     if DAMAGED in path.name:
         return YOUNG if _age(path) < older_than else None
     if path.name.endswith(durable.TEMPORARY):
@@ -115,7 +115,7 @@ def _reason_to_stay(
 
 
 def _closure(names: Iterable[Name], reads: Callable[[Name], list[Name]]) -> set[Name]:
-    """These and all that they were made from."""
+    """These and their inputs, recursively."""
     reached: set[Name] = set()
     todo = set(names)
     while todo:
@@ -125,13 +125,13 @@ def _closure(names: Iterable[Name], reads: Callable[[Name], list[Name]]) -> set[
 
 
 def _reads(path: Path) -> list[Name]:
-    """What an artifact or a draft reads; CorruptError where that cannot be known."""
+    """The inputs of an artifact or a draft; CorruptError where they cannot be determined."""
     if not path.is_dir():
         return []
     is_draft = path.name.endswith(durable.TEMPORARY)
     note = path / (REQUEST if is_draft and not (path / MANIFEST).exists() else MANIFEST)
     if is_draft and not note.exists():
-        return []  # begun this very moment, or before drafts said what they read
+        return []  # just created, or by a version that did not record inputs in drafts
     try:
         records = parse_json(note.read_bytes(), note)["inputs"].values()
         items = [item for value in records for item in (value if isinstance(value, list) else [value])]
@@ -140,22 +140,22 @@ def _reads(path: Path) -> list[Name]:
         if is_draft and not path.exists():
             return []  # it became an artifact
         raise CorruptError(
-            f"it cannot be known what {path} was made from: its {MANIFEST} is damaged or missing",
+            f"the inputs of {path} cannot be determined: its {MANIFEST} is damaged or missing",
             path=path,
             hint="make it again with `smalti run`, or remove its folder; nothing was removed",
         ) from error
 
 
 def _remove(path: Path) -> bool:
-    """Remove a folder under its lock; False if somebody holds it."""
+    """Remove a folder under its lock; False if another process holds it."""
     key = named_key(path)[1]
-    gone = path.with_name(f".{key}{REPLACED}")  # under another name first: a reader never sees a half
+    removed = path.with_name(f".{key}{REPLACED}")  # renamed first: a reader never sees a part of it
     try:
         with lock(path.with_name(f"{key}{SUFFIX}"), wait=False):
-            if path != gone:
-                durable.remove(gone)
-                durable.move(path, gone)
-            durable.remove(gone)
+            if path != removed:
+                durable.remove(removed)
+                durable.move(path, removed)
+            durable.remove(removed)
     except Busy:
         return False
     return True
@@ -170,6 +170,6 @@ def _age(path: Path) -> float:
 
 
 def _modified(path: Path) -> float | None:
-    with suppress(OSError):  # not there, or moved just now
+    with suppress(OSError):  # missing, or just moved
         return path.stat().st_mtime
     return None

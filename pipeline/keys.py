@@ -1,7 +1,7 @@
-"""Keys: an artifact is named by the SHA-256 of what was asked for (docs/artifacts.md, section 1).
+"""Keys: an artifact is named by the SHA-256 of its request (docs/artifacts.md, section 1).
 
-What goes in: stage name and version, the whole validated config with its defaults, the keys of the inputs, the content
-ids of external inputs. What stays out: paths, host, time, device, threads, workers, checkpoint cadence.
+A request holds stage name and version, the validated config with its defaults, the keys of the inputs and the content
+ids of external data; no paths, host, time, device, threads, workers or checkpoint interval.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic.config import JsonDict
 from pipeline.errors import UsageError
 
 NEUTRAL: JsonDict = {"neutral": True}
-"""`Field(default, json_schema_extra=NEUTRAL)`: a later field whose default leaves the keys of older configs alone."""
+"""`Field(default, json_schema_extra=NEUTRAL)`: a field that was added later and whose default does not change keys."""
 UNKEYED: JsonDict = {"neutral": "always"}
 """The same for a field that never changes a byte, such as a budget of memory: no value of it goes into the key."""
 
@@ -29,7 +29,9 @@ def canonical_bytes(value: Any) -> bytes:
     try:
         return rfc8785.dumps(value)
     except rfc8785.CanonicalizationError as error:
-        raise UsageError(f"this value has no exact JSON form and so no key: {error}") from error
+        raise UsageError(
+            f"a value of the config cannot be encoded exactly as JSON, so there is no key: {error}"
+        ) from error
 
 
 def sha256(data: bytes) -> str:
@@ -46,7 +48,7 @@ def config_value(config: BaseModel) -> dict[str, Any]:
 def artifact_key(
     stage: str, version: int, config: Mapping[str, Any], inputs: InputKeys, externals: Mapping[str, str]
 ) -> str:
-    """Hex SHA-256 that names the artifact of this request; computable before anything ran."""
+    """Hex SHA-256 of a request."""
     request = {
         "stage": stage,
         "version": version,

@@ -1,9 +1,9 @@
-"""The other processes of a launch (`torchrun`, `accelerate launch`) as process 0 sees them, and the links between them.
+"""The other processes of a launch (`torchrun`, `accelerate launch`) as seen by process 0, and the connections.
 
-Process 0 alone runs the runner. It listens from its first moment on; the others come to it and wait for orders
-(`pipeline.following`): to take part in a training, to work on the dask cluster of process 0, or to leave. An order to train
-names every input by path and digest, and the training begins when all have found the same ones. An error of one process
-ends all of them, and process 0 says it.
+Only process 0 runs the runner. It listens from its start; the others connect and wait for orders (`pipeline.following`):
+to take part in a training, to work on the dask cluster of process 0, or to exit. An order to train names every input by
+path and digest, and the training begins when all processes have found the same inputs. An error of one process ends all
+of them, and process 0 reports it.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 from pathlib import Path
 from typing import Any
 
-from pipeline import proof, ranks
+from pipeline import ranks, shared_folder
 from pipeline.cluster import Dask, Outcome, silence_dask
 from pipeline.errors import SmaltiError, StorageError
 
 ARRIVAL_SECONDS = 120.0
 """How long the processes of a launch wait for each other at the start."""
 CAUSE_SECONDS = 2.0
-"""How long a process whose exchange broke waits for word of the cause."""
+"""How long a process whose collective failed waits for a report of the cause."""
 LEAVE_SECONDS = 20.0
-"""After so long a process that hangs in an exchange with a lost one is ended."""
+"""How long a process may hang in a collective with a lost process before it is ended."""
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 60.0
-"""After so much silence the other side counts as lost."""
+"""Time without messages after which the other side is considered lost."""
 GREETING_SECONDS = 5.0
 STOPPED = 128  # exit codes from here on are signals
-AGAIN = "run the same command again: it continues from what is saved"
+AGAIN = "run the same command again: it continues from the last checkpoint"
 
 Message = dict[str, Any]
 Say = Callable[[SmaltiError], None]
 
 
 class Link:
-    """A connection on which both sides have proved that they know the key: messages of JSON, and a heartbeat.
+    """A connection that both sides have authenticated with the key: messages of JSON, and a heartbeat.
 
-    OSError: the other side does not know the key, or is gone.  TimeoutError: it does not answer.
+    OSError: authentication failed, or the connection broke.  TimeoutError: no answer.
     """
 
     def __init__(self, found: socket.socket, key: bytes, *, is_first: bool):
@@ -68,7 +68,7 @@ class Link:
             self._connection.send_bytes(json.dumps(message).encode())
 
     def messages(self) -> Iterator[Message]:
-        """What the other side says until it closes."""
+        """Messages of the other side, until it closes."""
         with suppress(EOFError):
             while self._connection.poll(SILENCE_SECONDS):
                 if message := json.loads(self._connection.recv_bytes()):
@@ -83,7 +83,7 @@ class Link:
         self._connection.close()
 
     def _beat(self) -> None:
-        """An empty message now and then."""
+        """Send an empty message every BEAT_SECONDS."""
         with suppress(OSError):
             while not self._closed.wait(BEAT_SECONDS):
                 self.send({})
@@ -91,7 +91,7 @@ class Link:
 
 @dataclass
 class Follower:
-    """One of the others: its latest answer, and whether it has left."""
+    """One of the other processes: its latest answer, and whether it has exited."""
 
     name: str
     link: Link
@@ -100,9 +100,9 @@ class Follower:
 
 
 class Followers:
-    """All others of this launch; without a launcher there are none, and everything here is done at once.
+    """All other processes of this launch; none without a launcher.
 
-    say: prints an error where this process cannot raise it any more.
+    say: prints an error where this process cannot raise it.
     """
 
     def __init__(self, count: int = 0, say: Say = lambda error: None):
@@ -116,7 +116,7 @@ class Followers:
 
     @classmethod
     def listen(cls, say: Say) -> Followers:
-        """Those that the launcher has started beside this process, from now on heard."""
+        """Start to listen for the other processes of the launch."""
         followers = cls(ranks.world_size() - 1, say)
         if followers.count:
             meeting = ranks.meeting()
@@ -126,15 +126,15 @@ class Followers:
 
     @contextmanager
     def training(self, order: Message) -> Iterator[None]:
-        """Within this block all processes train what `order` says; it ends when all are done.
+        """Within this block all processes run the training of `order`; it ends when all are done.
 
-        It begins when each has found the same inputs, or raises what one of them has found instead.
+        It begins when each has found the same inputs, or raises the error of one that has not.
         """
         if not self.count:
             yield
             return
         self._gather()
-        with proof.asking(Path(order["draft"])) as nonce:
+        with shared_folder.asking(Path(order["draft"])) as nonce:
             self._tell({**order, "do": "prepare", "nonce": str(nonce), "written": nonce.read_text()})
             self._collect("ready")
         self._tell({"do": "train"})
@@ -151,13 +151,13 @@ class Followers:
             self._trains = False
 
     def work_for(self, port: int) -> None:
-        """Let all, and whoever comes later, work for the dask scheduler that listens on this port of this machine."""
+        """Let all processes, also later ones, work for the dask scheduler on this port of this machine."""
         with self._changed:
             self._work = {"do": "work", "port": port}
         self._tell(self._work)
 
     def dismiss(self, *, patience: float) -> None:
-        """Tell all to leave. patience: seconds to wait for those that have not come yet."""
+        """Order all to exit. patience: seconds to wait for those that have not connected yet."""
         self._wait(lambda: len(self._present) == self.count, patience)
         self._dismissed = True
         self._tell({"do": "leave"})
@@ -165,7 +165,7 @@ class Followers:
             self._changed.wait_for(lambda: all(follower.has_left for follower in self._present.values()), 1.0)
 
     def _gather(self) -> None:
-        """Wait until all have come. StorageError: somebody has not, or has left."""
+        """Wait until all have connected. StorageError: one has not, or has exited."""
         self._wait(lambda: len(self._present) == self.count, ARRIVAL_SECONDS)
         if self._failure is not None:
             raise self._failure
@@ -174,7 +174,7 @@ class Followers:
             numbers = ", ".join(map(str, missing))
             raise StorageError(
                 f"of {self.count + 1} processes number {numbers} did not reach process 0 within {ARRIVAL_SECONDS:.0f} s",
-                hint="look whether they run, and whether the machines reach each other on every port",
+                hint="check that they run, and that the machines reach each other on every port",
             )
 
     def _wait(self, is_over: Callable[[], bool], seconds: float | None = None) -> None:
@@ -188,7 +188,7 @@ class Followers:
             for follower in followers:
                 follower.answer = {}
         for follower in followers:
-            with suppress(OSError):  # whoever listens to it will notice
+            with suppress(OSError):  # noticed by the thread that listens to it
                 follower.link.send(message)
 
     def _collect(self, word: str) -> None:
@@ -198,7 +198,7 @@ class Followers:
             raise self._failure
 
     def _cause(self, error: BaseException) -> BaseException:
-        """What ended the training: this error, or the failure of another process, by which it came about."""
+        """The error that ended the training: this one, or the failure of another process that caused it."""
         if isinstance(error, SmaltiError):
             return error
         is_signal = not isinstance(error, Exception)
@@ -208,13 +208,13 @@ class Followers:
         return error if failure is None or (is_signal and failure.exit_code >= STOPPED) else failure
 
     def _receive(self, server: socket.socket, key: bytes) -> None:
-        """Take everybody in, until the process ends: a thread each."""
+        """Accept connections until the process ends, with a thread for each."""
         while True:
             found, _ = server.accept()
             threading.Thread(target=self._welcome, args=(found, key), daemon=True).start()
 
     def _welcome(self, found: socket.socket, key: bytes) -> None:
-        """Greet one process, and hear what it says for as long as it is there."""
+        """Authenticate one process and receive its messages until it exits."""
         try:
             link = Link(found, key, is_first=True)
             messages = link.messages()
@@ -226,7 +226,7 @@ class Followers:
             self._present[int(about["rank"])] = follower
             late = {"do": "leave"} if self._dismissed else self._work
             self._changed.notify_all()
-        ended = "is gone: it was killed, or its connection broke"
+        ended = "was lost: it was killed, or its connection broke"
         try:
             if late is not None:
                 link.send(late)
@@ -237,7 +237,7 @@ class Followers:
         except OSError:
             pass
         link.close()
-        if not self._dismissed:  # the first failure counts, so whoever has told one may go
+        if not self._dismissed:  # only the first failure counts: a process that reported one may exit
             self._fail(StorageError(f"{follower.name} {ended}", hint=AGAIN))
         with self._changed:
             follower.has_left = True
@@ -255,7 +255,7 @@ class Followers:
             self._changed.notify_all()
 
     def _fail(self, failure: SmaltiError) -> None:
-        """Note the first failure, for the main thread to raise. A stop is not one to hurry for: this process may be saving."""
+        """Record the first failure, for the main thread to raise. After a stop by a signal this process may be saving."""
         with self._changed:
             if self._failure is None:
                 self._failure = failure
@@ -264,7 +264,7 @@ class Followers:
             self._changed.notify_all()
 
     def _end(self, failure: SmaltiError) -> None:
-        """End a training that hangs in an exchange with a process that is gone."""
+        """End a training that hangs in a collective with a lost process."""
         time.sleep(LEAVE_SECONDS)
         if self._trains:
             self._say(failure)
@@ -272,7 +272,7 @@ class Followers:
 
 
 def _serve(meeting: ranks.Meeting) -> socket.socket:
-    """Listen on the first free port; on all addresses where a process may come from another machine."""
+    """Listen on the first free port; on all addresses if processes connect from other machines."""
     is_dual = not meeting.is_one_host and socket.has_dualstack_ipv6()
     for port in meeting.ports:
         with suppress(OSError):
@@ -288,8 +288,8 @@ def _serve(meeting: ranks.Meeting) -> socket.socket:
 class Launched:
     """Shards on the processes of a launch: a dask cluster that starts with the first shards, of which process 0 is the client.
 
-    Every process works in a thread of its own, so that a device is used by the process to which the launcher gave it.
-    workers: local processes that work in the place of process 0, if any.
+    Every process works in a thread, so that a device is used by the process to which the launcher assigned it.
+    workers: local processes that work instead of process 0, if any.
     """
 
     def __init__(self, followers: Followers, *, workers: int, around: ExitStack):
@@ -315,7 +315,7 @@ def launched(followers: Followers, *, workers: int) -> Iterator[Launched]:
 
 @contextmanager
 def _scheduler(workers: int) -> Iterator[Any]:
-    """A client of a scheduler that processes on other machines reach, with the workers of this process."""
+    """A client of a new scheduler that processes on other machines can reach, with the workers of this process."""
     from dask.distributed import Client, LocalCluster
 
     silence_dask()

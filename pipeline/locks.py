@@ -1,6 +1,6 @@
-"""Locks between processes: one holder per key, and a store that holds still while garbage is looked for.
+"""Locks between processes: an exclusive one per key, and a shared one on the store that excludes garbage collection.
 
-Both are `flock`: the kernel frees them when the holder dies. A lock's file says who holds it, for whoever waits.
+Both use `flock`: the kernel releases them when the holder dies. A lock's file names its holder, for messages.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from pipeline import durable
 from pipeline.errors import Busy, CannotWrite
 
 SUFFIX = ".lock"
-PATIENCE = 1.5  # seconds of waiting before it is said
+PATIENCE = 1.5  # seconds of waiting before it is reported
 POLL = 0.05
-GLANCE = 0.1  # seconds also without waiting: whoever looks who holds a lock has it for a moment
+GLANCE = 0.1  # seconds, also without waiting: `find_holder` of another process holds a lock for a moment
 
 Say = Callable[[str], None]
-"""Tells the person in front of the screen one line."""
+"""Prints a line."""
 
 
 def silent(text: str) -> None:
-    """Say nothing."""
+    """Print nothing."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock. since: local time, `2026-01-31 12:00:00`."""
+    """The holder of a lock. since: local time, `2026-01-31 12:00:00`."""
 
     host: str
     pid: int
@@ -49,7 +49,7 @@ class Holder:
 def lock(path: Path, *, wait: bool, say: Say = silent) -> Iterator[None]:
     """Hold `path` with flock; the file is removed by its holder, so a waiter checks that it locked the present one.
 
-    wait: False raises Busy (exit code 75) where another process holds it.  say: is told whom this process waits for.
+    wait: False raises Busy (exit code 75) where another process holds it.  say: prints for which process this one waits.
     """
     descriptor = _acquire(path, wait=wait, say=say)
     _held.add(descriptor)
@@ -69,14 +69,14 @@ def lock(path: Path, *, wait: bool, say: Say = silent) -> Iterator[None]:
 
 @contextmanager
 def steady(root: Path, *, alone: bool = False, say: Say = silent) -> Iterator[None]:
-    """Within this block nobody removes garbage from the store; alone: nobody takes up artifacts, so it can be removed."""
+    """Within this block no process removes garbage from the store; alone: no other process starts to use artifacts."""
     if not root.is_dir():
         yield
         return
     descriptor = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
     _held.add(descriptor)
     how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
-    why = "others take up artifacts" if alone else "garbage is being removed from it"
+    why = "other processes open artifacts" if alone else "garbage is being removed from it"
     try:
         _patiently(descriptor, how, lambda: say(f"  waiting for {root}: {why}"), seconds=PATIENCE)
         yield
@@ -85,7 +85,7 @@ def steady(root: Path, *, alone: bool = False, say: Say = silent) -> Iterator[No
 
 
 def find_holder(path: Path) -> Holder | None:
-    """Who holds this lock now; None if nobody does."""
+    """The present holder of this lock, or None."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -105,7 +105,7 @@ def _let_go(descriptor: int) -> None:
 
 
 def _let_go_of_all() -> None:
-    """A forked process holds no lock of its parent: else the lock would outlive the parent's death."""
+    """A forked process must not hold locks of its parent: they would outlive the parent."""
     while _held:
         os.close(_held.pop())
 
@@ -145,7 +145,7 @@ def _await(descriptor: int, path: Path, *, wait: bool, say: Say) -> None:
 
 
 def _patiently(descriptor: int, how: int, complain: Callable[[], None], *, seconds: float) -> None:
-    """Lock an open file; `complain` first if it takes longer."""
+    """Lock an open file; call `complain` if it takes longer than `seconds`."""
     deadline = time.monotonic() + seconds
     while not _try(descriptor, how):
         if time.monotonic() > deadline:

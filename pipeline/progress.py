@@ -1,4 +1,4 @@
-"""Progress and metrics: bars on a terminal, plain lines elsewhere, JSON lines in the artifact's log always."""
+"""Progress and metrics: bars on a terminal, plain lines elsewhere, and JSON lines in the artifact's log."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Where a stage reports. stream: None keeps quiet; a terminal gets bars, anything else a line now and then."""
+    """The reports of a stage. stream: None prints nothing; a terminal gets bars, any other stream a line every 10 s."""
 
     def __init__(self, stream: TextIO | None = None, log: Path | None = None):
         self.stream = stream
         self.log = log
         self._above: Console | None = None
-        """While a bar is shown: what prints above it."""
+        """The console that prints above a bar while one is shown."""
 
     @classmethod
     def on_stderr(cls, *, quiet: bool = False) -> Progress:
         return cls(None if quiet else sys.stderr)
 
     def into(self, log: Path) -> Progress:
-        """The same output, with metrics appended to `log`/metrics.jsonl, behind its last whole line."""
+        """The same output, with metrics appended to `log`/metrics.jsonl, after its last complete line."""
         progress = Progress(self.stream, log / "metrics.jsonl")
         progress.forget_after(math.inf)
         return progress
@@ -55,7 +55,7 @@ class Progress:
                 file.write(json.dumps({"event": event, "time": round(time.time(), 3), **numbers}) + "\n")
 
     def forget_after(self, step: float) -> None:
-        """Drop what an interrupted attempt logged after `step`, which comes again, and a line that was not finished."""
+        """Drop lines of an interrupted attempt after `step`, which will be repeated, and an incomplete last line."""
         if self.log is None or not self.log.exists():
             return
         lines = self.log.read_bytes().splitlines(keepends=True)
@@ -81,7 +81,7 @@ class Progress:
 
 
 class Bar:
-    """One running piece of work: units done, rate, time left, and the latest figures."""
+    """The progress of one task: units done, rate, time left, and the latest figures."""
 
     def __init__(self, progress: Progress, label: str, total: int, unit: str):
         self.progress, self.label, self.total, self.unit = progress, label, total, unit
@@ -92,7 +92,7 @@ class Bar:
         """Where it is shown, on a terminal."""
 
     def skip(self, units: int) -> None:
-        """Count units that an earlier attempt finished: they do not enter the rate."""
+        """Count units that an earlier attempt finished, without effect on the rate."""
         self.done += units
         self.skipped += units
         self.told += units
@@ -130,7 +130,9 @@ class Bar:
 
     def _say(self) -> None:
         now = time.monotonic()
-        recent = (self.done - self.told) / max(now - self.said, 1e-9)  # since the last line: a machine may grow busy
+        recent = (self.done - self.told) / max(
+            now - self.said, 1e-9
+        )  # since the last line, as the load of the machine may change
         ending = f", {(self.total - self.done) / recent:.0f} s left" if self.done < self.total and recent else ""
         self.said, self.told = now, self.done
         self.progress.say(
@@ -144,7 +146,7 @@ class _Rate(ProgressColumn):
 
 
 def _is_until(step: float, line: bytes) -> bool:
-    """Whether a line of the log is whole and not about a later step."""
+    """Whether a line of the log is complete and not of a later step."""
     try:
         return line.endswith(b"\n") and json.loads(line).get("step", 0) <= step
     except ValueError:

@@ -1,4 +1,4 @@
-"""Which of several processes this one is, as `torchrun` and `accelerate launch` tell it (no torch here)."""
+"""The rank of this process, from the environment of `torchrun` and `accelerate launch` (no torch here)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from hashlib import sha256
 
 from pipeline.errors import UsageError
 
-PORTS = 16  # tried one after the other, beginning behind the launcher's own
+PORTS = 16  # tried one after the other, from the one after the launcher's
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the processes of a launch meet.
+    """The address of process 0.
 
-    host: of process 0.  ports: process 0 listens on the first that is free.  key: known to this launch alone.
+    ports: process 0 listens on the first free one.  key: a secret of this launch.
     """
 
     host: str
@@ -38,7 +38,7 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """Processes of the launch on this machine; without word of it, all may be elsewhere."""
+    """Number of processes of the launch on this machine; default 1."""
     return _number("LOCAL_WORLD_SIZE", 1)
 
 
@@ -52,11 +52,11 @@ def is_first() -> bool:
 
 
 def meeting() -> Meeting:
-    """From the launcher's address and the name of its run. UsageError where it names none."""
+    """The address, from the launcher's environment. UsageError where that has none."""
     port = _number("MASTER_PORT", 0)
     if not port or not os.environ.get("MASTER_ADDR"):
         raise UsageError(
-            f"the environment says WORLD_SIZE={world_size()} but not MASTER_ADDR and MASTER_PORT",
+            f"the environment has WORLD_SIZE={world_size()} but not MASTER_ADDR and MASTER_PORT",
             hint="start several processes with torchrun or accelerate launch",
         )
     is_one_host = local_world_size() == world_size()

@@ -1,4 +1,4 @@
-"""Recipes: a whole experiment on one page of YAML, read strictly.
+"""Recipes: an experiment as a YAML file, validated strictly.
 
     title: RAR on handwritten digits ...
     paths:                                  # external data by name; given with --path images=/data/imagenet or --images
@@ -7,8 +7,8 @@
       train-images: {stage: index, config: {...}, paths: {images: "{images}/train"}}
       codebook:     {stage: kmeans, inputs: {features: features}, config: {clusters: 128}}
 
-A step names its stage, its inputs (other steps; a list where the stage takes many) and its config. Steps may stand in any
-order. `base: other.yaml` takes everything from another recipe but what differs (`pipeline.recipe_text`).
+A step has a stage, inputs (other steps; a list where the stage takes many) and a config. The order of steps does not
+matter. With `base: other.yaml` a recipe holds only its differences from another one (`pipeline.recipe_text`).
 `--set codebook.clusters=64` changes a value of the result; the first word is a step, a pattern of several (`judge-*`), or one
 of title, paths, steps.
 """
@@ -30,7 +30,7 @@ from pydantic import BaseModel, Field
 
 from pipeline.config import Config, Keys, WrongValue, parse_config, unknown_key
 from pipeline.errors import UsageError
-from pipeline.outside import FOLDER, KIND, OUTSIDE
+from pipeline.outside_tokens import FOLDER, KIND, OUTSIDE
 from pipeline.recipe_text import BASE, Written, parse_yaml, read_written
 from pipeline.settings import schema_of
 from pipeline.stage import Read, Stage, imply
@@ -38,8 +38,8 @@ from pipeline.stage import Read, Stage, imply
 RECIPES = "recipes"
 VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 VARIABLE = re.compile(r"\{(.*?)\}")
-OUTSIDE_NAME = "{"  # no step's name holds it
-STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # a part of a ref and of --set: no slash, no dot
+OUTSIDE_NAME = "{"  # marks a path; no step's name contains it
+STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # used in refs and --set: no slash, no dot
 
 
 class StepText(Config):
@@ -47,7 +47,7 @@ class StepText(Config):
 
     stage: str = Field(description="name of the stage (see `smalti --help`)")
     config: dict[str, Any] = Field(
-        default_factory=dict, description="settings of the stage; what is left out has its default"
+        default_factory=dict, description="settings of the stage; others have their defaults"
     )
     inputs: dict[str, str | list[str]] = Field(
         default_factory=dict,
@@ -62,21 +62,21 @@ class RecipeText(Config):
     """A recipe as written."""
 
     base: str | None = Field(
-        default=None, description="a recipe, as a path from this one, from which all is taken but what differs"
+        default=None, description="path of another recipe, relative to this one, whose values this one overrides"
     )
-    title: str = Field(description="what this is, and the published figure that it aims at")
+    title: str = Field(description="what the recipe reproduces, and the published figure that it aims at")
     paths: dict[str, str | None] = Field(
         default_factory=dict, description="external data by name; null: to be given on the command line"
     )
-    steps: dict[str, StepText] = Field(description="name of the step -> what it does")
+    steps: dict[str, StepText] = Field(description="name of the step -> stage, inputs, config and paths")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step, validated: its stage's declaration, its config, where its inputs come from, its external paths.
+    """One validated step: its stage's declaration, its config, its inputs, its external paths.
 
-    paths: external name -> path, or None where the recipe's variable was not given.  missing: these variables' names.
-    given: the settings as they are written, without defaults.
+    paths: external name -> path, without those whose variable was not given.  missing: these variables' names.
+    given: the written settings, without defaults.
     """
 
     name: str
@@ -101,11 +101,11 @@ class Recipe:
 
     @property
     def base(self) -> str:
-        """The name without that of a variant."""
+        """The name without the variant's."""
         return self.name.partition("@")[0]
 
     def variant(self, name: str) -> Recipe:
-        """The same recipe under refs of its own, <recipe>@<name>/<step>; UsageError for what cannot be a name."""
+        """The same recipe with its own refs, <recipe>@<name>/<step>; UsageError for an invalid name."""
         if not VARIANT.fullmatch(name):
             raise UsageError(f"--as {name!r} is not a valid name: expected letters, digits, -, _ and .")
         return replace(self, name=f"{self.base}@{name}")
@@ -120,7 +120,7 @@ def load_recipe(
 ) -> Recipe:
     """Read a recipe; `settings` are `dotted.key=value` texts, `paths` fill the recipe's external data.
 
-    Errors: InputError if the file cannot be read, UsageError (exit code 2) for everything that is written wrongly.
+    Errors: InputError if the file cannot be read, UsageError (exit code 2) if it is not valid.
     """
     written = read_written(path, stages)
     for setting in settings:
@@ -184,7 +184,7 @@ def _steps_schema(name: str) -> dict[str, Any]:
 
 
 def _change_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a step over that of a base: a whole step, what differs of it, or null for none."""
+    """The schema of a step over that of a base: a whole step, its differences, or null to remove it."""
     changes = {}
     for name in ("config", "inputs", "paths"):
         values = properties[name]["additionalProperties"]
@@ -195,7 +195,7 @@ def _change_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config_schema(declared: Stage, definitions: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a stage's settings; what suits the digits alone is no default for other images."""
+    """The schema of a stage's settings; defaults that only suit the digits are removed."""
     schema = schema_of(declared.config, {}, definitions)
     for name in declared.digits_defaults:
         part, _, key = name.partition(".")
@@ -214,7 +214,7 @@ def _inputs_schema(declared: Stage) -> dict[str, Any]:
 
 
 def parse_setting(setting: str) -> tuple[list[str], Any]:
-    """`a.b=c` as (["a", "b"], value); the value is read as YAML, so 3, 1e-3, true, [1, 2] and words are what they seem."""
+    """`a.b=c` as (["a", "b"], value); the value is YAML: 3, 1e-3, true, [1, 2], text."""
     name, equals, text = setting.partition("=")
     if not equals or not all(name.split(".")):
         raise UsageError(f"--set {setting!r}: expected dotted.key=value")
@@ -225,11 +225,11 @@ def parse_setting(setting: str) -> tuple[list[str], Any]:
 
 
 def put_setting(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    """Put `value` at the dotted place, making mappings on the way."""
+    """Set the value at `keys`, creating mappings as needed."""
     for key in keys[:-1]:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
-            raise UsageError(f"--set {'.'.join(keys)}: {key} is no mapping")
+            raise UsageError(f"--set {'.'.join(keys)}: {key} is not a mapping")
     values[keys[-1]] = value
 
 
@@ -264,7 +264,7 @@ def _step(
 ) -> Step:
     place, keys = f"{where}: steps.{name}", ("steps", name)
     if not STEP_NAME.fullmatch(name):
-        raise WrongValue(f"{where}: {name!r} is no name for a step: expected letters, digits, - and _", keys)
+        raise WrongValue(f"{where}: {name!r} is not a valid name for a step: expected letters, digits, - and _", keys)
     if text.stage not in stages:
         raise WrongValue(unknown_key(text.stage, f"{place}.stage", list(stages)), (*keys, "stage"))
     declared = stages[text.stage]
@@ -316,7 +316,7 @@ def _fill_paths(
 
 
 def _check_outside(wanted: Read, template: str, recipe: RecipeText, place: str, keys: Keys) -> None:
-    """WrongValue for a path in the place of an input that is not a token set, or with a name that the recipe lacks."""
+    """WrongValue for a path as an input that is not a token set, or with an unknown variable."""
     _check_variables(template, recipe.paths, place, keys)
     if KIND not in wanted.kinds:
         raise WrongValue(f"{place} is {template!r}, but only a {KIND} may lie outside of the store: name a step", keys)
@@ -329,13 +329,13 @@ def _check_variables(template: str, variables: Mapping[str, Any], place: str, ke
 
 
 def _fill(template: str, variables: Mapping[str, str | None]) -> tuple[Path | None, list[str]]:
-    """The path that a template stands for; None, and the names of the variables that are not given."""
+    """The path of a template, or None, and the names of the variables that are not given."""
     absent = [variable for variable in VARIABLE.findall(template) if variables[variable] is None]
     return (None if absent else Path(VARIABLE.sub(lambda match: str(variables[match[1]]), template))), absent
 
 
 def _outside(steps: Mapping[str, Step], variables: Mapping[str, str | None]) -> dict[str, Step]:
-    """A step for every token set outside of the store that is an input, by what stands in the recipe for it."""
+    """A step for every token set outside of the store that is an input, by its template in the recipe."""
     found: dict[str, Step] = {}
     for template in (parent for step in steps.values() for parent in step.parents() if OUTSIDE_NAME in parent):
         path, absent = _fill(template, variables)
@@ -351,13 +351,13 @@ def _order(steps: Mapping[str, Step], where: str) -> list[str]:
     except CycleError as error:
         names = error.args[1]
         raise WrongValue(
-            f"{where}: the steps {' -> '.join(names)} wait for each other", ("steps", names[0], "inputs")
+            f"{where}: the inputs of the steps {' -> '.join(names)} form a cycle", ("steps", names[0], "inputs")
         ) from error
     position = {name: index for index, name in enumerate(steps)}
     depth: dict[str, int] = {}
     for name in found:
         depth[name] = max([position[name], *(depth[parent] for parent in graph[name])])
-    # What reads no other step comes first: an image folder's classes are known before anything is computed.
+    # Steps without inputs come first: then an image folder's classes are known before anything is computed.
     return sorted(found, key=lambda name: (bool(graph[name]), depth[name], found.index(name)))
 
 

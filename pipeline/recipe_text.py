@@ -1,13 +1,13 @@
-"""The text of a recipe: YAML, read strictly, with the line of every value, laid over the recipe that it is based on.
+"""The text of a recipe: strict YAML with the line of every value, merged over its base.
 
     base: rar-b.yaml                                # a path from this file's folder; a base may have a base
     title: RAR-L ...
     steps:
-      generator: {config: {model: {size: l}}}       # what differs; the rest is the base's
-      probe: null                                   # a step of the base that this recipe does not have
+      generator: {config: {model: {size: l}}}       # differences; other values are the base's
+      probe: null                                   # removes a step of the base
 
 Mappings are merged key by key, steps by name; lists and scalars are replaced. A mapping that names another `kind`, and a
-step that names another `stage`, replaces the base's. Null takes away what the base has, and is a value where null is one:
+step that names another `stage`, replaces the base's. Null removes a value of the base, except where null is a valid value:
 in a setting that may be null, and for a path that is to be given.
 """
 
@@ -35,31 +35,31 @@ TAGS = ("stage", KIND)
 
 
 class _Constructor(SafeConstructor):
-    """The library's, which does not look for keys that stand twice beside a merge key (<<)."""
+    """The library's constructor, which does not detect duplicate keys beside a merge key (<<)."""
 
     def flatten_mapping(self, node: Any) -> None:
-        """Called for every mapping before its merge keys are dissolved into it, and again after (then it has `merge`)."""
+        """Called for every mapping before its merge keys are resolved, and again after (then it has `merge`)."""
         count = Counter(str(key.value) for key, _ in node.value)
         twice = [key for key, _ in node.value if count[str(key.value)] > 1]
         if twice and getattr(node, "merge", None) is None:
-            raise ConstructorError(None, None, f"the key {twice[-1].value!r} stands twice", twice[-1].start_mark)
+            raise ConstructorError(None, None, f"the key {twice[-1].value!r} is a duplicate", twice[-1].start_mark)
         super().flatten_mapping(node)
 
 
 @dataclass(frozen=True)
 class Written:
-    """The values of a recipe, and where each of them stands: keys that lead to it -> "FILE, line N"."""
+    """The values of a recipe, and the origin of each: keys -> "FILE, line N"."""
 
     values: dict[str, Any]
     origins: dict[Keys, str]
 
     def origin(self, keys: Keys) -> str:
-        """Where a value stands; for one that is not there, where the innermost mapping around it does."""
+        """The origin of a value; for a missing one, that of the innermost mapping around it."""
         return next((self.origins[keys[:size]] for size in range(len(keys), 0, -1) if keys[:size] in self.origins), "")
 
 
 class _Null:
-    """Stands for a null that was laid over a value of the base, until it is known whether null is a value there."""
+    """Marks a null over a value of the base, until it is known whether null is a valid value there."""
 
 
 _NULL = _Null()
@@ -68,20 +68,20 @@ _NULL = _Null()
 def read_written(path: Path, stages: Mapping[str, Stage]) -> Written:
     """A recipe with all of its bases.
 
-    Errors: InputError if a file cannot be read; UsageError if it is not valid YAML, or is among its own bases.
+    Errors: InputError if a file cannot be read; UsageError if it is not valid YAML, or is its own base.
     """
     written = _read_chain(path, [])
     return Written(_settled(written.values, (), written.values, stages), written.origins)
 
 
 def parse_yaml(text: str) -> Any:
-    """A document of YAML 1.2, in which no key stands twice; ValueError says what is not valid, and where."""
+    """A document of YAML 1.2 without duplicate keys; ValueError with what is not valid, and where."""
     return _parse(text, "")[0]
 
 
 def _parse(text: str, file: str) -> tuple[Any, dict[Keys, str]]:
     """A YAML document and the line of every value."""
-    yaml = YAML(typ="safe", pure=True)  # pure: with and without the C library one reader
+    yaml = YAML(typ="safe", pure=True)  # pure: the same reader with and without the C library
     yaml.Constructor = _Constructor
     try:
         node = yaml.compose(text)
@@ -95,11 +95,11 @@ def _parse(text: str, file: str) -> tuple[Any, dict[Keys, str]]:
     except YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise ValueError("it is nested too deeply") from error
 
 
 def _origins(node: Node, file: str, keys: Keys) -> Iterator[tuple[Keys, str]]:
-    """Where every value inside a node stands: the line of its key, or of the item of a list."""
+    """The origin of every value inside a node: the line of its key, or of the item of a list."""
     pairs: list[tuple[str, Node, Node]] = []
     if isinstance(node, MappingNode):
         pairs = [(str(key.value), key, value) for key, value in node.value]
@@ -111,7 +111,7 @@ def _origins(node: Node, file: str, keys: Keys) -> Iterator[tuple[Keys, str]]:
 
 
 def _read_chain(path: Path, chain: list[Path]) -> Written:
-    """A recipe over its base. chain: the files that have led here, the first one in front."""
+    """A recipe merged over its base. chain: the recipes that are based on it, the first one in front."""
     written = _read_file(path)
     if written.values.get(BASE) is None:
         return written
@@ -122,7 +122,7 @@ def _read_chain(path: Path, chain: list[Path]) -> Written:
     chain = [*chain, path]
     if following.resolve() in [file.resolve() for file in chain]:
         names = " -> ".join(map(str, [*chain, following]))
-        raise UsageError(f"{origin}: the recipe is among its own bases: {names}", path=path)
+        raise UsageError(f"{origin}: the bases of the recipe form a cycle: {names}", path=path)
     try:
         under = _read_chain(following, chain)
     except InputError as error:
@@ -140,7 +140,7 @@ def _read_file(path: Path) -> Written:
     except ValueError as error:
         raise UsageError(f"{path} is not valid YAML: {error}", path=path) from error
     if not isinstance(values, dict):
-        raise UsageError(f"{path} holds no mapping with title and steps", path=path)
+        raise UsageError(f"{path} is not a mapping with title and steps", path=path)
     return Written(values, origins)
 
 
@@ -157,7 +157,7 @@ def _merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
 
 
 def _is_change(base: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Whether a mapping changes that of the base, instead of being one of another kind."""
+    """Whether a mapping is merged with that of the base, which has the same kind, instead of replacing it."""
     return all(values[tag] == base.get(tag) for tag in TAGS if isinstance(values.get(tag), str))
 
 
@@ -173,7 +173,7 @@ def _is_there(values: Any, keys: Keys) -> bool:
 
 
 def _settled(value: Any, keys: Keys, recipe: Mapping[str, Any], stages: Mapping[str, Stage]) -> Any:
-    """A copy in which nulls over a base are null, where null is a value, or not there. Anchors are no longer shared."""
+    """A copy in which marked nulls are None, where null is a valid value, or removed. Anchors are no longer shared."""
     if isinstance(value, list):
         return [_settled(item, (*keys, str(number)), recipe, stages) for number, item in enumerate(value)]
     if not isinstance(value, dict):
@@ -184,7 +184,7 @@ def _settled(value: Any, keys: Keys, recipe: Mapping[str, Any], stages: Mapping[
 
 
 def _takes_null(keys: Keys, recipe: Mapping[str, Any], stages: Mapping[str, Stage]) -> bool:
-    """Whether null is a value at a place: a path that is to be given, or a setting that may be null."""
+    """Whether null is a valid value at these keys: a path that is to be given, or a setting that may be null."""
     match keys:
         case ("paths", _):
             return True

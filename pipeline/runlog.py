@@ -1,4 +1,4 @@
-"""log/run.json: one entry per attempt, with what may explain a difference: host, versions, threads, revision, command."""
+"""log/run.json: one entry per attempt, with host, versions, threads, revision and command."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Attempt:
     ) -> None:
         self.entry["seconds"] = round(time.time() - self.started, 3)
         self.entry["outcome"] = "done" if kind is None else kind.__name__
-        with suppress(CannotWrite) if error else nullcontext():  # on a full disk, say what could not be written first
+        with suppress(CannotWrite) if error else nullcontext():  # on a full disk, the first error is reported
             self._write()
 
     def _write(self) -> None:
@@ -70,7 +70,7 @@ class Attempt:
 
 
 def read_attempts(path: Path) -> list[dict[str, Any]]:
-    """The entries of run.json; an unreadable log is no fault of the artifact and counts as empty."""
+    """The entries of run.json; an unreadable log counts as empty."""
     try:
         return [dict(entry) for entry in json.loads(path.read_bytes())["attempts"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -90,7 +90,7 @@ def total_seconds(log: Path) -> float:
 
 
 def last_step(log: Path) -> int | None:
-    """The step of which a training last wrote numbers; None before the first one, and where nothing is trained."""
+    """The last step in metrics.jsonl, or None."""
     try:
         with (log / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
@@ -114,7 +114,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_revision() -> str | None:
-    """Revision of the checkout this code stands in, or None outside one."""
+    """Revision of the checkout of this code, or None outside of one."""
     command, folder = ["git", "rev-parse", "HEAD"], Path(__file__).parent
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5, check=True)

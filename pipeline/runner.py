@@ -1,7 +1,7 @@
-"""The runner: what each step of a recipe would do and why (`plan`), and doing it (`run`).
+"""The runner: the state of each step of a recipe and why it would run (`plan`), and running them (`run`).
 
-A step is done when the artifact of its key exists, opens, and was made from the inputs that are there now. Nothing else is
-consulted: no logs, and of times only those of folders of images (`pipeline.trees`).
+A step is done when the artifact of its key exists, opens, and was made from its present inputs. Logs are not consulted,
+and of times only those of folders of images (`pipeline.trees`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.externals import DigestUnknown, Need, check_caches, check_files, c
 from pipeline.keys import artifact_key, canonical_bytes, config_value
 from pipeline.launch import Followers
 from pipeline.locks import steady
-from pipeline.outside import FOLDER, OUTSIDE, open_outside
+from pipeline.outside_tokens import FOLDER, OUTSIDE, open_outside
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, Step
 from pipeline.runlog import Attempt, last_threads
@@ -46,7 +46,7 @@ State = Literal["done", "run", "damaged", "missing", "waits"]
 
 @dataclass(frozen=True)
 class Planned:
-    """One step of a plan: its key where it can be known, whether it is done, and why it would run."""
+    """One step of a plan: its key if it is known, its state, and why it would run."""
 
     step: Step
     key: str | None
@@ -54,7 +54,7 @@ class Planned:
     reason: str
     artifact: Artifact | None = None
     absent: tuple[Need, ...] = ()
-    """Files at places of their own that the step reads and that are not on this machine."""
+    """Published files that the step reads and that are not on this machine."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -69,38 +69,38 @@ class Planned:
 
 @dataclass
 class Options:
-    """How to run: nothing here changes what comes out."""
+    """Options of a run, which do not change results."""
 
     cluster: Cluster = field(default_factory=InProcess)
     followers: Followers = field(default_factory=Followers)
     progress: Progress = field(default_factory=Progress)
     device: str = "auto"
     threads: int = 1
-    """Of a training step; 0: as the draft began, or the usual number."""
+    """Of a training step; 0: those of the draft, or the default number."""
     checkpoint_seconds: float = 30.0
     wait: bool = True
     force: bool = False
     memory: Memory = field(default_factory=Memory)
-    """What the store knows of folders that were listed before."""
+    """Remembered content ids of folders."""
     command: str = ""
     title: str = ""
-    """The running step of a recipe; empty: a stage on its own."""
+    """The running step of a recipe; empty: a single stage."""
     ref: str = ""
-    """Name to give to the artifact; empty: none."""
+    """Ref of the artifact; empty: none."""
     before_work: Callable[[], None] = lambda: None
     """Called before anything is computed."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """An artifact that was asked for, and whether it was there already."""
+    """A requested artifact, and whether it existed before."""
 
     artifact: Artifact
     reused: bool
 
 
 class DamagedInput(CorruptError):
-    """The data of an input is damaged, as was seen before the step that reads it began (exit code 4)."""
+    """The data of an input is damaged, found before its step began (exit code 4)."""
 
     def __init__(self, artifact: Artifact, damage: CorruptError):
         super().__init__(damage.message, path=damage.path, hint=damage.hint)
@@ -110,7 +110,7 @@ class DamagedInput(CorruptError):
 def plan(recipe: Recipe, store: Store, memory: Memory | None = None, *, force: Collection[str] = ()) -> list[Planned]:
     """For each step in running order: done, or why it will run, or what it lacks. Opens artifacts, computes nothing.
 
-    memory: of folders that were listed before; None lists them.  force: names of steps that would be made again.
+    memory: remembered content ids of folders; None lists them.  force: names of steps that would be made again.
     """
     asked = memory or Memory()
     planned: dict[str, Planned] = {}
@@ -123,16 +123,15 @@ def plan(recipe: Recipe, store: Store, memory: Memory | None = None, *, force: C
 
 
 def run(recipe: Recipe, store: Store, options: Options, *, force: Collection[str] = ()) -> Iterator[tuple[Step, Made]]:
-    """Run what is not done, step by step, and point the recipe's refs to the results.
+    """Run the steps that are not done, in order, and set the recipe's refs.
 
-    Whatever is missing or wrong outside the store is said before the first step is computed, not hours later.
-
-    force: names of steps to make again.  A damaged artifact is moved aside and made again; if that shows only when a later
-    step reads its data, what was made again is yielded once more.
+    Missing or invalid external data is reported before the first step is computed.
+    force: names of steps to make again.  A damaged artifact is moved aside and made again; if the damage is only found when
+    a later step reads its data, its step is yielded again.
     """
     _refuse_missing(recipe)
     unknown = [need for step in recipe.steps for need in _needs(step) if need.is_unknown]
-    get_all(unknown, options.progress)  # without these files the keys cannot be known
+    get_all(unknown, options.progress)  # keys depend on the digests of these files
     left = {step.name for step in recipe.steps if options.force or step.name in force}
     gather = cache(lambda: _gather_files(recipe, store, options, frozenset(left)))
     told: set[str] = set()
@@ -177,7 +176,7 @@ def make(
     paths: Mapping[str, Path],
     options: Options,
 ) -> Made:
-    """The artifact of one stage: the finished one if there is one that fits, else made now (or continued)."""
+    """The artifact of one stage: the finished one if it is current, else it is made, or its draft continued."""
     if declared is OUTSIDE:
         return Made(open_outside(paths[FOLDER]), reused=True)
     check_kinds(declared, inputs)
@@ -190,7 +189,7 @@ def make(
     with steady(store.root, say=options.progress.say):
         if not options.force and store.is_current(request):
             return Made(_note(store, request, paths, options), reused=True)
-    if options.memory.doubt(request.externals.values()):  # nothing is made of what is only remembered
+    if options.memory.doubt(request.externals.values()):  # before anything is made, remembered folders are listed
         return make(store, declared, config, inputs, paths, options)
     check_together(declared, config, inputs)
     options.before_work()
@@ -206,7 +205,7 @@ def make(
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """One artifact that has to be made. paths: external data that was given.  files: what was found at its own place."""
+    """One artifact to be made. paths: given external data.  files: published files."""
 
     store: Store
     declared: Stage
@@ -255,7 +254,7 @@ class _Job:
                 raise DamagedInput(artifact, error) from error
 
     def _order(self) -> dict[str, Any]:
-        """What another process needs in order to take part, in plain values (`pipeline.following`)."""
+        """The order for the other processes, in JSON values (`pipeline.following`)."""
         options = self.options
         return {
             "stage": self.declared.name,
@@ -271,7 +270,7 @@ class _Job:
 
 
 def _threads(options: Options, draft: Draft) -> int:
-    """As asked for; else those with which the draft began, since float results depend on them; else the usual number."""
+    """As given; else those of the draft's last attempt, since float results depend on them; else the default number."""
     begun = last_threads(draft.log) if draft.units() else 0
     return options.threads or begun or usual_threads()
 
@@ -285,9 +284,9 @@ def make_request(
     step: str = "",
     memory: Memory | None = None,
 ) -> Request:
-    """The request with its key; external data is identified now, without reading pixels.
+    """The request with its key; external data is identified, without reading pixels.
 
-    memory: of folders that were listed before; None lists them.
+    memory: remembered content ids of folders; None lists them.
 
     DigestUnknown where the key depends on a file that has to be downloaded first.
     """
@@ -304,9 +303,9 @@ def make_request(
 
 
 def _note(store: Store, request: Request, paths: Mapping[str, Path], options: Options) -> Artifact:
-    """The finished artifact, with its ref; nobody takes it for garbage before it has one.
+    """The finished artifact, with its ref, set within the lock that excludes garbage collection.
 
-    Its log notes where external data lies on this machine (log/images-root.txt), for the stages that read it later.
+    Paths of external data on this machine are recorded in its log (log/images-root.txt), for later stages.
     """
     artifact = store.open(request.stage, request.key)
     for name, path in paths.items():
@@ -324,7 +323,7 @@ def missing_sentence(step: Step) -> str:
 
 
 def _refuse_missing(recipe: Recipe) -> None:
-    """InputError for paths that nobody gave, or that lead nowhere: of all steps at once."""
+    """InputError for missing paths and paths that do not exist, of all steps at once."""
     said = [missing_sentence(step) for step in recipe.steps if step.missing]
     for step in recipe.steps:
         for name, path in step.paths.items():
@@ -335,7 +334,7 @@ def _refuse_missing(recipe: Recipe) -> None:
 
 
 def _gather_files(recipe: Recipe, store: Store, options: Options, force: Collection[str]) -> None:
-    """All files that unfinished steps read, checked, and downloaded where they are not here."""
+    """Check all files that unfinished steps read, and download those that are missing."""
     steps = [item.step for item in plan(recipe, store, options.memory, force=force) if item.state != "done"]
     for step in steps:
         check_files(step.stage, step.config, step.paths, step=step.name)
@@ -357,7 +356,7 @@ def _plan_step(
 ) -> Planned:
     if step.missing:
         return Planned(step, None, "missing", missing_sentence(step))
-    if step.stage is OUTSIDE:  # a token set: done if it is there, since nobody makes it
+    if step.stage is OUTSIDE:  # a token set outside of the store is never made
         try:
             artifact = open_outside(step.paths[FOLDER])
         except (InputError, CorruptError) as error:
@@ -378,7 +377,7 @@ def _plan_step(
 def _plan_known(
     recipe: Recipe, step: Step, planned: Mapping[str, Planned], store: Store, memory: Memory, *, is_forced: bool
 ) -> Planned:
-    """What is planned for a step whose paths were all given."""
+    """The plan of a step with all paths given."""
     parents = {name: _pick(value, planned) for name, value in step.inputs.items()}
     try:
         externals = content_ids(step.stage, step.config, step.paths, step=step.name, memory=memory)
@@ -414,7 +413,7 @@ def _plan_known(
 
 
 def _fits(artifact: Artifact, name: str, value: Planned | list[Planned]) -> bool:
-    """Whether what is recorded of an input is the content, or formerly the manifest, of the artifact that is there."""
+    """Whether the recorded digest of an input is that of the content, or (older) the manifest, of the present artifact."""
     pairs = zip(_flat(artifact.inputs.get(name)), [parent.artifact for parent in _flat(value)], strict=True)
     return all(one is not None and record["digest"] in (one.content, one.digest) for record, one in pairs)
 
@@ -422,7 +421,7 @@ def _fits(artifact: Artifact, name: str, value: Planned | list[Planned]) -> bool
 def _reason(
     recipe: Recipe, step: Step, key: str, keys: Mapping[str, Any], externals: Mapping[str, str], store: Store
 ) -> str:
-    """Why a step runs: what differs from the artifact that the recipe's ref names."""
+    """Why a step runs: its differences from the artifact of the recipe's ref."""
     if is_resumable(store.partial(step.stage.name, key)):
         return "continues an interrupted run"
     names = (f"{recipe.name}/{step.name}", f"{recipe.base}/{step.name}")
@@ -432,7 +431,7 @@ def _reason(
     try:
         before = store.open(*store.read_ref(ref))
     except SmaltiError:
-        return "its artifact is gone"
+        return "its artifact is missing"
     if before.stage != step.stage.name:
         return f"stage {before.stage} became {step.stage.name}"
     changes = [f"version {before.version} became {step.stage.version}"] if before.version != step.stage.version else []
@@ -441,7 +440,7 @@ def _reason(
     old = {name: _map(value, lambda record: record["key"]) for name, value in before.inputs.items()}
     changes += [f"input {name} changed" for name in sorted({*old, *keys}) if old.get(name) != keys.get(name)]
     changes += [f"external {name} changed" for name in externals if before.externals.get(name) != externals[name]]
-    return "; ".join(changes) or "its artifact is gone"
+    return "; ".join(changes) or "its artifact is missing"
 
 
 def differences(before: Any, after: Any, place: str = "") -> list[str]:

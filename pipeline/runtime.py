@@ -1,4 +1,4 @@
-"""What a running stage may use besides its config and inputs: none of it goes into the key."""
+"""The environment of a running stage, which is not part of the key."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from types import FrameType
 from pipeline.cluster import Cluster
 from pipeline.progress import Progress
 
-GRACE_SECONDS = 0.5  # that the main thread has to leave by itself after a second Ctrl-C
+GRACE_SECONDS = 0.5  # for the main thread to exit by itself after a second Ctrl-C
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGUSR1 arrived (exit code 143); a BaseException, so that nothing swallows it."""
+    """SIGTERM or SIGUSR1 arrived (exit code 143); a BaseException, so that no handler catches it."""
 
 
 @dataclass
 class Stop:
-    """Set by a signal while `deferred` is in force: leave at the next safe point with `leave()`."""
+    """Set by a signal within `Runtime.deferred`: exit at the next safe point with `leave()`."""
 
     requested: type[BaseException] | None = None
 
     def leave(self) -> None:
-        """Raise what the signal asked for, if one came."""
+        """Raise the exception of the signal, if one arrived."""
         if self.requested is not None:
             raise self.requested()
 
@@ -39,7 +39,7 @@ class Runtime:
     """Device, threads, cluster, progress and logs of one attempt.
 
     device: "auto", "cpu" or "cuda".  threads: of a training step; shards set their own (1).
-    checkpoint_seconds: how often a training saves itself.  paths: external data by the names of the declaration.
+    checkpoint_seconds: interval of a training's checkpoints.  paths: external data by the names of the declaration.
     """
 
     cluster: Cluster
@@ -54,7 +54,7 @@ class Runtime:
     def deferred(self) -> Iterator[Stop]:
         """Within this block SIGINT, SIGTERM and SIGUSR1 only set the flag: a step is finished and saved first.
 
-        Another SIGINT leaves at once: the draft is whole at every moment, and what was saved last is there.
+        Another SIGINT exits at once: the draft is consistent at every moment and has the last checkpoint.
         """
         stop = Stop()
 
@@ -71,7 +71,7 @@ class Runtime:
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         try:
             before = {number: signal.signal(number, ask) for number in numbers}
-        except ValueError:  # not in the main thread: signals are somebody else's business
+        except ValueError:  # only the main thread handles signals
             yield stop
             return
         try:
@@ -84,10 +84,10 @@ class Runtime:
 
 @contextmanager
 def _watched_interrupts() -> Iterator[None]:
-    """Within this block a second SIGINT ends the process, if need be from beside the main thread.
+    """Within this block a second SIGINT ends the process, if necessary from another thread.
 
-    Python calls handlers between two of its instructions, and one for signals that came together: a long operation of a
-    library would hide the second.
+    Python calls handlers between two of its instructions, and only once for several pending signals: a long operation of
+    a library would hide the second.
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)

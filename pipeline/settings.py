@@ -1,7 +1,7 @@
-"""The settings of a config: every field, with the value that it has where nothing else is said.
+"""The settings of a config: every field with its value or default.
 
-Options and help of a command, `smalti config` and the JSON schema of recipes are made here alone. Values are filled in
-exactly as `parse_config` does, so what is shown is what the manifest will hold.
+Options and help of commands, `smalti config` and the JSON schema of recipes are made from them. Defaults are those of
+`parse_config`, so the shown values are those of the manifest.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ REQUIRED: Final = Required()
 class Setting:
     """One field of a config, or of a config inside it.
 
-    name: dotted.  value: plain JSON, or REQUIRED.  choices: the words that it takes, where there are only some.
-    parts: the configs that it may be; several are told apart by `kind`.  within: the name of the part around it that is
-    absent unless it is asked for: `value` counts as soon as one of its settings is given.  kinds: of the part around it,
-    if only these have the setting and it is of another one now.  is_for_digits: the value suits the embedded digits, and
-    other images need another one to be given.
+    name: dotted.  value: JSON, or REQUIRED.  choices: the values of an enumeration.  parts: the configs that it may be, a
+    union by `kind`.  within: the name of the optional part around it, whose values count as soon as one of its settings is
+    given.  kinds: those of the part around it that have the setting, if the present kind has not.  is_for_digits: the
+    default only suits the embedded digits; for other images a value must be given.
     """
 
     name: str
@@ -58,7 +57,7 @@ class Setting:
 
     @property
     def text(self) -> str:
-        """What it means."""
+        """Its description."""
         return self.field.description or ("which kind" if self.key == KIND else "")
 
     @property
@@ -78,10 +77,10 @@ def settings_of(
     within: str = "",
     all_kinds: bool = False,
 ) -> Iterator[Setting]:
-    """Every setting of a config when `given` is asked for, in the order of the fields, a part before what is in it.
+    """Every setting of a config with the values `given`, in the order of the fields, a part before its own settings.
 
-    Of a part with several kinds, the settings are those of the kind that it has; while it is absent, only its kind and
-    what all kinds have in common are given.  all_kinds: after them, the settings that only other kinds have.
+    Of a part with several kinds, the settings are those of its present kind; while it is absent, its kind and the
+    settings that all kinds share.  all_kinds: after them, the settings that only other kinds have.
     """
     given = given or {}
     values = merge(defaults(model, given), given)
@@ -107,8 +106,8 @@ def settings_of(
 def schema_of(model: type[BaseModel], given: Mapping[str, Any], definitions: Definitions) -> dict[str, Any]:
     """The JSON schema of changes to a config that has the values of `given`: nothing is required, defaults are these values.
 
-    A part that has a kind may be changed without it, or be given anew with it: then it has the defaults of that kind,
-    and its schema is put among the definitions.
+    A part with a kind may be changed without naming the kind, or replaced with it: then it has the defaults of that kind,
+    and its schema is added to the definitions.
     """
     values = merge(defaults(model, given), given)
     properties = {
@@ -119,7 +118,7 @@ def schema_of(model: type[BaseModel], given: Mapping[str, Any], definitions: Def
 
 
 def value_at(values: Mapping[str, Any], name: str) -> Any:
-    """The value of a dotted name in nested mappings; REQUIRED where it is not there."""
+    """The value of a dotted name in nested mappings; REQUIRED if it is missing."""
     found: Any = values
     for word in name.split("."):
         if not isinstance(found, Mapping) or word not in found:
@@ -134,7 +133,7 @@ def fields_of(model: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
 
 
 def part_of(parts: Parts, value: Any) -> type[BaseModel] | None:
-    """Which of the parts a value is; None where it does not say."""
+    """The part that a value selects by its kind, or None."""
     if len(parts) == 1:
         return parts[0]
     named = value.get(KIND) if isinstance(value, Mapping) else None
@@ -142,7 +141,7 @@ def part_of(parts: Parts, value: Any) -> type[BaseModel] | None:
 
 
 def choices_of(annotation: Any) -> tuple[Any, ...]:
-    """The words that a field takes, where its annotation lists them (and possibly null)."""
+    """The values of a field whose annotation is a Literal, or one or null."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     if get_origin(annotation) in (Union, types.UnionType):
@@ -180,7 +179,7 @@ def _of_other_kinds(parts: Parts, known: set[str], *, place: str, within: str) -
 
 
 def _with_all_kinds(settings: Iterator[Setting], parts: Parts) -> Iterator[Setting]:
-    """The settings of a part, whose first one, its kind, may be that of any of the parts."""
+    """The settings of a part, with the kinds of all parts as choices of the first, its kind."""
     kinds = tuple(kind for part in parts for kind in kinds_of(part))
     first = next(settings)
     yield replace(first, choices=kinds) if first.key == KIND else first
@@ -208,7 +207,7 @@ def _changes(part: type[BaseModel] | None, value: Mapping[str, Any], definitions
 
 
 def _fresh(part: type[BaseModel], definitions: Definitions) -> dict[str, Any]:
-    """A part given anew, with the defaults of its kind."""
+    """A part that replaces another one, with the defaults of its kind."""
     name = part.__name__
     if name not in definitions:
         schema = schema_of(part, {}, definitions)

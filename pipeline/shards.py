@@ -1,7 +1,7 @@
 """Sharded work: numbered, idempotent shards mapped over a cluster, each recorded in the draft's journal.
 
-A shard function computes files from (spec, shard number) alone, so that a retried, moved or resumed shard gives the same
-bytes. The worker writes them into the draft folder; only this process writes the journal, and only of files that it sees.
+A shard function computes files from (spec, shard number) alone, so that a retried or resumed shard gives the same bytes
+on any worker. The worker writes them into the draft folder; this process records them in the journal once it sees them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline import durable, proof
+from pipeline import durable, shared_folder
 from pipeline.artifact import FileEntry
 from pipeline.cluster import Failure
 from pipeline.draft import Draft, write_files
@@ -36,12 +36,12 @@ def map_shards(
     label: str,
     unit: str = "images",
 ) -> None:
-    """Compute every shard that the draft does not hold yet.
+    """Compute every shard that is not in the draft yet.
 
     function: module-level function (spec, number) -> {file name: bytes}; `spec` must be picklable.
-    sizes: `unit`s per shard, for the progress bar.  A shard that fails because of its data, of I/O or of workers that die
-    does not stop the others; at the end the failed ones are named in one error of the kind of the first. Any other error
-    stops at once. Tracebacks go to log/traceback.txt.
+    sizes: `unit`s per shard, for the progress bar.  A shard that fails by its data, by I/O or by dying workers does not
+    stop the others; at the end one error, of the class of the first, names the failed shards. Other errors stop at once.
+    Tracebacks go to log/traceback.txt.
     """
     pending = [number for number in range(len(sizes)) if not out.is_done(unit_name(number))]
     failures: dict[int, SmaltiError] = {}
@@ -72,8 +72,10 @@ def check_seen(root: Path, entries: list[FileEntry]) -> None:
     """StorageError unless this process sees every file with its size (a network file system may take a moment)."""
     for entry in entries:
         path = root / entry.path
-        if not proof.becomes_true(partial(_has_size, path, entry.size), proof.SEEN_SECONDS):
-            raise StorageError(f"a worker wrote {path} of {entry.size} bytes, but it is not seen here", path=path)
+        if not shared_folder.becomes_true(partial(_has_size, path, entry.size), shared_folder.SEEN_SECONDS):
+            raise StorageError(
+                f"a worker wrote {path} of {entry.size} bytes, but this process does not see it", path=path
+            )
 
 
 def _has_size(path: Path, size: int) -> bool:
@@ -81,7 +83,7 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def log_failure(log: Path, label: str, number: int, failure: Failure) -> SmaltiError:
-    """The error of a failed shard; its traceback, if there is one, is appended to `log`, which the error names."""
+    """The error of a failed shard; a traceback is appended to `log`, which the error names."""
     if not failure.traceback:
         return failure.error
     with durable.refusals(log), log.open("a") as file:
@@ -94,7 +96,7 @@ def raise_failures(failures: Mapping[int, SmaltiError], shards: int) -> None:
     numbers = sorted(failures)
     first = failures[numbers[0]]
     named = ", ".join(str(number) for number in numbers[:10]) + (", ..." if len(numbers) > 10 else "")
-    failure = copy(first)  # some kinds are made from other arguments than a message
+    failure = copy(first)  # constructors of some classes take other arguments
     shard = "shard" if len(numbers) == 1 else "shards"
     failure.message = f"{shard} {named} of {shards} failed, finished shards are kept: {first.message}"
     raise failure from first

@@ -1,4 +1,4 @@
-"""What a stage is: a function with declared config, inputs and output, known to the runner and to the command line.
+"""Stages: functions with declared config, inputs and output, for the runner and the command line.
 
     @stage("kmeans", version=1, config=KMeansConfig, reads={"features": read("features")}, writes="codebook", help="...")
     def fit_kmeans(config: KMeansConfig, inputs: Inputs, out: Draft, run: Runtime) -> None: ...
@@ -30,7 +30,7 @@ Paths = Mapping[str, Path]
 
 @dataclass(frozen=True)
 class Read:
-    """One input of a stage: the kinds of artifact that fit, whether it may be left out, whether it is a list."""
+    """One input of a stage: the kinds of artifact that it takes, whether it is optional, whether it is a list."""
 
     kinds: tuple[str, ...]
     help: str = ""
@@ -43,13 +43,12 @@ def read(*kinds: str, **options: Any) -> Read:
 
 
 class Place(Protocol):
-    """Where a file lies that others published, and how it gets onto this machine: into a cache, once.
+    """The place of a published file, which is downloaded into a cache.
 
-    file: its name.  what: what it holds, in words.  label: how sentences call it.  url: where a person may fetch it.
-    sha256: the digest that it must have; None: any.  is_keyed: whether keys need its digest, because it may have another
-    content one day.  find: the file on this machine, if it is there; asks no server.  digest: SHA-256 of a found file.
-    check: CorruptError unless a found file is what it should be.  fetch: download it; StorageError where no server
-    answers within seconds.
+    file: its name.  what: its content in words.  label: its name in messages.  url: for downloads by hand.
+    sha256: the expected digest; None: any.  is_keyed: whether keys contain its digest, because its content may change.
+    find: the file on this machine, or None, without network.  digest: SHA-256 of a found file.
+    check: CorruptError unless a found file has the expected content.  fetch: download it; StorageError without network.
     """
 
     @property
@@ -72,12 +71,12 @@ class Place(Protocol):
 
 @dataclass(frozen=True)
 class External:
-    """Data from outside the store: what it is, and a function (config, path) -> content id, or a tree that has one.
+    """Data from outside the store: a description, and a function (config, path) -> content id, or the tree of a folder.
 
-    needed: tells from the config whether this stage needs it at all (the embedded digits need no folder).
-    implies: settings that giving it stands for, over the defaults and under what is set.
-    place: where the config says it comes from when no path is given; None for data that is always given.
-    otherwise: how to do without it, for sentences.  usual: the places that `smalti doctor` looks at.
+    needed: whether a config needs it (the embedded digits need no folder).
+    implies: settings that are implied when it is given; they override defaults, and written settings override them.
+    place: the published file that is used when no path is given; None: a path must be given.
+    otherwise: how to avoid it, for messages.  usual: the places that `smalti doctor` checks.
     is_file: whether the path is that of one file, such as weights.
     """
 
@@ -92,7 +91,7 @@ class External:
 
 
 class Inputs:
-    """The artifacts that a stage was given, by name."""
+    """The input artifacts of a stage, by name."""
 
     def __init__(self, artifacts: Mapping[str, Artifact | list[Artifact]]):
         self._artifacts = dict(artifacts)
@@ -107,7 +106,7 @@ class Inputs:
         return name in self._artifacts
 
     def all(self, name: str) -> list[Artifact]:
-        """The artifacts of an input that takes many (none if it was left out)."""
+        """The artifacts of an input that takes many (none if it is missing)."""
         value = self._artifacts.get(name, [])
         return value if isinstance(value, list) else [value]
 
@@ -123,7 +122,7 @@ StageFunction = Callable[[Any, Inputs, Draft, Runtime], None]
 
 @dataclass(frozen=True)
 class Proposal:
-    """What the command line puts in the place of `auto`: a number that suits this machine, and a sentence of why."""
+    """The value of `auto` on the command line: a number for this machine, and the reason in a sentence."""
 
     value: int
     reason: str
@@ -132,7 +131,7 @@ class Proposal:
 Propose = Callable[[Any, Inputs, str, int], Proposal]
 """(config, inputs, device, processes on this machine) -> proposal."""
 NamesOf = Callable[[Inputs], Sequence[str]]
-"""inputs -> names of the classes, by their numbers; none where they have none."""
+"""inputs -> names of the classes in the order of their numbers; empty if there are none."""
 
 
 @dataclass(frozen=True)
@@ -149,24 +148,23 @@ class Stage:
     example: str
     externals: Mapping[str, External] = field(default_factory=dict)
     trains: bool = False
-    """Under torchrun, every process takes part in the work; of other stages the first one does it all."""
+    """Under torchrun, whether all processes take part; other stages run in process 0."""
     proposes: Mapping[str, Propose] = field(default_factory=dict)
-    """Config fields that may be `auto` on the command line. What is proposed goes into the key like any other number."""
+    """Config fields that may be `auto` on the command line. The proposed number goes into the key."""
     names: Mapping[str, NamesOf] = field(default_factory=dict)
-    """Dotted config fields that may name classes on the command line. Their numbers go into the key."""
+    """Dotted config fields that take names of classes on the command line. Their numbers go into the key."""
     digits_defaults: tuple[str, ...] = ()
-    """Dotted settings whose default suits the embedded digits alone: other images need them to be given."""
+    """Dotted settings whose default only suits the embedded digits: for other images they must be given."""
 
     foresees: Callable[[Any, Any], dict[str, Any]] | None = None
-    """(config, KnownInputs) -> facts of the output; refuses what does not fit together (`pipeline.compatibility`), when a recipe is
-    read."""
+    """(config, KnownInputs) -> facts of the output, when a recipe is read; raises for inputs that do not fit (`pipeline.compatibility`)."""
     checks_inputs: bool = False
-    """Whether `foresees` is asked of finished inputs, too, before a draft is opened; other stages check what they read."""
+    """Whether `foresees` is also called with finished inputs before a draft is opened; other stages check what they read."""
     settles: Callable[[Any, Any], Any] | None = None
-    """The config with what the inputs decide of it; its `is_settled` says whether they told everything already."""
+    """(config, KnownInputs) -> config with the settings that are derived from inputs; see `is_settled`."""
 
     def settings(self, given: Mapping[str, Any] | None = None, *, all_kinds: bool = False) -> list[Setting]:
-        """Every setting when `given` is asked for (see `pipeline.settings.settings_of`)."""
+        """Every setting with the values `given` (see `pipeline.settings.settings_of`)."""
         standard = {name: value_at(defaults(self.config, {}), name) for name in self.digits_defaults}
 
         def is_for_digits(setting: Setting) -> bool:
@@ -177,11 +175,11 @@ class Stage:
         return [replace(setting, is_for_digits=is_for_digits(setting)) for setting in found]
 
     def is_settled(self, config: Any) -> bool:
-        """Whether nothing of the config is left to inputs that are not made yet."""
+        """Whether no setting is still to be derived from inputs."""
         return self.settles is None or bool(config.is_settled)
 
     def kind(self, config: Any) -> str:
-        """The kind of artifact that it writes; with most stages it is always the same."""
+        """The kind of artifact that it writes."""
         return self.writes if isinstance(self.writes, str) else self.writes(config)
 
 
@@ -193,7 +191,7 @@ def stage(name: str, **declared: Any) -> Callable[[StageFunction], Stage]:
 
 
 def imply(declared: Stage, settings: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """The settings, laid over those that the given external data stands for."""
+    """The settings, merged over those that are implied by the given external data."""
     found: dict[str, Any] = {}
     for name, external in declared.externals.items():
         if name in given:

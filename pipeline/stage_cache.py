@@ -1,7 +1,7 @@
-"""What a process makes once for all shards of a stage, and gives back when the stage ends: networks, caches, opened data.
+"""A cache per process for the shards of a stage: networks, opened data, cleared when the stage ends.
 
-`cached` remembers results; `give_back` forgets those of the whole process. The runner calls it when a stage ends, in its
-own process and in those that train beside it; a dask worker calls it when a map begins there and when it ends.
+`cached` remembers results; `give_back` clears all caches of the process. The runner calls it when a stage ends, in all
+processes of a training; a dask worker calls it when a map begins and when it ends.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def cached(most: int) -> Callable[[Function], Function]:
 
 
 def after_giving_back(function: Callable[[], None]) -> Callable[[], None]:
-    """Call the function whenever results were forgotten: what they held may still be somebody's, such as a device's."""
+    """Call the function after caches were cleared, for example to return memory to a device."""
     _afterwards.append(function)
     return function
 
 
 def give_back() -> None:
-    """Forget all results. What a running shard holds is its own until it ends; whoever asks again makes it anew."""
+    """Clear all caches. A running shard keeps its references until it ends."""
     for forget in _forgets:
         forget()
     for afterwards in _afterwards:

@@ -1,12 +1,12 @@
-"""The store: where artifacts, drafts, locks and refs lie on a local disk.
+"""The store: artifacts, drafts, locks and refs in a folder.
 
 <store>/<stage>/<key>/              a finished artifact
 <store>/<stage>/.<key>.partial/     its draft while it is made, or after an interruption
-<store>/<stage>/.<key>.replaced/    the former artifact while --force swaps it for a new one
-<store>/<stage>/.<key>.damaged-N/   an artifact that was found damaged, kept for whoever wants to look at it
-<store>/<stage>/<key>.lock          held with flock while it is made (the kernel frees it when the holder dies)
-<store>/refs/<recipe>/<step>        a small file that names "<stage>/<key>"
-<store>/trees/<digest>.json         what was found in a folder outside, and when its folders were modified
+<store>/<stage>/.<key>.replaced/    the former artifact while --force replaces it
+<store>/<stage>/.<key>.damaged-N/   an artifact that was found damaged, kept for inspection
+<store>/<stage>/<key>.lock          held with flock while it is made (the kernel releases it when the holder dies)
+<store>/refs/<recipe>/<step>        a small file with "<stage>/<key>"
+<store>/trees/<digest>.json         content id of an external folder, and when its folders were modified
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Store:
     """A folder of artifacts. Nothing is created before the first write."""
 
     def __init__(self, root: Path):
-        self.root = root.absolute()  # workers may have started in another folder
+        self.root = root.absolute()  # workers may run in another folder
 
     def path(self, stage: str, key: str) -> Path:
         return self.root / stage / key
@@ -47,22 +47,22 @@ class Store:
         return (self.path(stage, key) / MANIFEST).exists()
 
     def open(self, stage: str, key: str) -> Artifact:
-        """Open a finished artifact at level *open*; CorruptError also if another one lies in its place."""
+        """Open a finished artifact at level *open*; CorruptError also if the folder holds another one."""
         artifact = open_artifact(self.path(stage, key))
         if (artifact.stage, artifact.key) != (stage, key):
             raise CorruptError(
-                f"{artifact.path} holds {artifact.stage}/{artifact.key}: somebody moved it here",
+                f"{artifact.path} holds {artifact.stage}/{artifact.key}: it was moved here",
                 path=artifact.path,
                 hint="move it back",
             )
         return artifact
 
     def find(self, name: str) -> Artifact:
-        """Open what `name` means (see `locate`)."""
+        """Open the artifact of a name (see `locate`)."""
         return open_artifact(self.locate(name))
 
     def locate(self, name: str) -> Path:
-        """The folder that `name` means: a path of an artifact, a ref (<recipe>/<step>), or a key or its beginning."""
+        """The folder of an artifact, by its path, a ref (<recipe>/<step>), or a key or its beginning."""
         if (Path(name) / MANIFEST).exists():
             return Path(name).absolute()
         if _is_plain(name) and (self.root / REFS / name).is_file():
@@ -71,7 +71,7 @@ class Store:
         if len(matches) == 1:
             return matches[0]
         what = "names no artifact" if not matches else f"is the beginning of {len(matches)} keys"
-        hint = "see `smalti status` for what there is"
+        hint = "`smalti status` lists the artifacts"
         raise InputError(f"{name!r} {what} in {self.root}", path=self.root, hint=hint)
 
     @contextmanager
@@ -80,9 +80,9 @@ class Store:
     ) -> Iterator[Draft | None]:
         """Hold the lock of this key and yield its draft, or None if the artifact was finished meanwhile.
 
-        A damaged artifact in its place is moved aside.  wait: False raises Busy (exit code 75) where another process
-        holds the lock.  again: make it even if it is there, unless it is another one than before the wait.  name: what
-        the draft is called while there is no ref to it.  say: is told whom this process waits for, and what was damaged.
+        A damaged artifact is moved aside.  wait: False raises Busy (exit code 75) where another process holds the lock.
+        again: make it even if it exists, unless another process made it during the wait.  name: of the draft, while there
+        is no ref.  say: prints for which process this one waits, and what was damaged.
         """
         final, partial = self.path(request.stage, request.key), self.partial(request.stage, request.key)
         before = _manifest_identity(final)
@@ -101,12 +101,12 @@ class Store:
                 yield draft
 
     def is_current(self, request: Request) -> bool:
-        """True if the artifact is there, opens, and was made from exactly these inputs."""
+        """Whether the artifact exists, opens, and was made from these inputs."""
         found = self.look(request.stage, request.key)
         return isinstance(found, Artifact) and request.is_made_from(found.inputs)
 
     def look(self, stage: str, key: str) -> Artifact | CorruptError | None:
-        """The artifact, why it does not open, or None where there is none. One of a newer format raises NewerFormat."""
+        """The artifact, the error of opening it, or None if it does not exist. NewerFormat is raised."""
         try:
             return self.open(stage, key) if self.path(stage, key).exists() else None
         except NewerFormat:
@@ -115,7 +115,7 @@ class Store:
             return error
 
     def set_aside(self, artifact: Artifact, say: Say) -> None:
-        """Move an artifact aside whose data is damaged; one that somebody made again meanwhile stays."""
+        """Move an artifact aside whose data is damaged, unless another process has made it again."""
         with lock(self.lock_path(artifact.stage, artifact.key), wait=True, say=say):
             try:
                 check_data(self.open(artifact.stage, artifact.key))
@@ -133,14 +133,14 @@ class Store:
         say(f"  damaged: {damage.message}; it was moved to {aside}, and is made again")
 
     def set_ref(self, name: str, artifact: Artifact) -> None:
-        """Point a ref to an artifact; one that points there already is left alone (a finished store may be read-only)."""
+        """Set a ref to an artifact; an equal ref is not written again (a finished store may be read-only)."""
         path, line = self.ref_path(name), f"{artifact.stage}/{artifact.key}\n".encode()
         if not path.is_file() or path.read_bytes() != line:
             with steady(self.root):
                 durable.write_file(path, line)
 
     def read_ref(self, name: str) -> tuple[str, str]:
-        """(stage, key) that a ref names."""
+        """(stage, key) of a ref."""
         path = self.ref_path(name)
         try:
             stage, _, key = path.read_text().strip().partition("/")
@@ -158,20 +158,20 @@ class Store:
         return {name: self.read_ref(name) for name in names}
 
     def artifacts(self) -> list[Path]:
-        """Folders of all finished artifacts, damaged ones included."""
+        """Folders of all finished artifacts, including damaged ones."""
         return [path for path in self.folders() if not path.name.startswith(".")]
 
     def drafts(self) -> list[Path]:
-        """Partial folders: of runs under way, or interrupted ones that will be continued."""
+        """Partial folders of running and interrupted runs."""
         return [path for path in self.folders() if path.name.endswith(durable.TEMPORARY)]
 
     def find_drafts(self, name: str) -> list[Path]:
-        """Drafts that `name` means: what they were called, or a key or its beginning."""
+        """Drafts by their name, or by a key or its beginning."""
         drafts = self.drafts()
         return [path for path in drafts if read_note(path).get("name") == name or _means(name, path)]
 
     def folders(self) -> list[Path]:
-        """Artifacts, drafts, and what was replaced or moved aside."""
+        """Folders of artifacts and drafts, and of artifacts that were replaced or moved aside."""
         return [path for path in self.entries() if path.is_dir()]
 
     def entries(self) -> list[Path]:
@@ -182,7 +182,7 @@ class Store:
         return sorted(entry for stage in stages for entry in stage.iterdir())
 
     def ref_path(self, name: str) -> Path:
-        """The file of a ref; UsageError for what is no name."""
+        """The file of a ref; UsageError for an invalid name."""
         if not _is_plain(name):
             expected = "expected words separated by slashes, such as digits/rar/features"
             raise UsageError(f"{name!r} is not a valid ref name: {expected}")
@@ -190,7 +190,7 @@ class Store:
 
 
 def _manifest_identity(path: Path) -> tuple[int, int] | None:
-    """Tells one finished artifact folder from another that took its place (inode and change time of the manifest)."""
+    """Inode and change time of the manifest, which differ if an artifact was replaced."""
     try:
         status = (path / MANIFEST).stat()
     except OSError:
@@ -199,12 +199,12 @@ def _manifest_identity(path: Path) -> tuple[int, int] | None:
 
 
 def named_key(path: Path) -> tuple[str, str]:
-    """(stage, key) of an artifact, a draft, or what was replaced."""
+    """(stage, key) of the folder of an artifact, a draft, or a replaced artifact."""
     return path.parent.name, path.name.removeprefix(".").partition(".")[0]
 
 
 def _means(name: str, path: Path) -> bool:
-    """Whether a name is the key of a folder or its beginning, alone or behind the name of its stage."""
+    """Whether a name is the key of a folder or its beginning, with or without the name of its stage."""
     stage, slash, start = name.rpartition("/")
     return bool(start) and named_key(path)[1].startswith(start) and (not slash or path.parent.name == stage)
 

@@ -1,12 +1,12 @@
-"""Trees of files whose content ids a store remembers: what was listed once stands while no folder in it was modified.
+"""Content ids of folder trees, which a store remembers as long as no folder in them is modified.
 
-Listing a million files takes many seconds, on a network file system minutes; asking a thousand folders for their
-modification times does not. A folder's time changes with every name that comes, goes or is replaced in it. It says nothing
-of a file that is overwritten in place: the size of every file is checked when it is read.
+Listing a million files takes many seconds, on a network file system minutes; reading the modification times of a thousand
+folders does not. A folder's time changes when an entry is added, removed or replaced, but not when a file is overwritten
+in place: therefore the size of every file is checked when it is read.
 
 | line of a record | holds |
 |---|---|
-| 1 | SHA-256 of line 2: a damaged record is not believed |
+| 1 | SHA-256 of line 2; a damaged record is ignored |
 | 2 | JSON: content id, and path below the tree -> mark of every folder |
 """
 
@@ -28,18 +28,18 @@ from pipeline.errors import CannotWrite
 RECORDS = "trees"
 FORMAT = "smalti tree 1"
 YOUNG_NS = 3_000_000_000
-"""The time of a folder that was modified so shortly ago may stay the same at the next modification (FAT: 2 s)."""
+"""Within this time after a modification, another one may leave the folder's time unchanged (FAT: 2 s)."""
 
 
 class Mark(NamedTuple):
-    """What tells that a folder was modified. entries: digest of what lies in it, where the time alone does not tell."""
+    """The state of a folder, to detect modifications. entries: digest of its entries, if its time was too recent."""
 
     modified_ns: int
     entries: str
 
 
 class Look(NamedTuple):
-    """What was found by listing a whole tree. folders: path below the tree -> mark; empty: it cannot be remembered."""
+    """The result of listing a tree. folders: path below the tree -> mark; empty: it cannot be remembered."""
 
     content: str
     folders: Mapping[str, Mark]
@@ -47,7 +47,7 @@ class Look(NamedTuple):
 
 @dataclass(frozen=True)
 class Tree:
-    """A folder that stands for all that lies in it. rules: what the content id depends on besides.  look: lists all."""
+    """A folder tree. rules: other things that the content id depends on.  look: lists the tree."""
 
     folder: Path
     rules: str
@@ -55,16 +55,16 @@ class Tree:
 
     @property
     def name(self) -> str:
-        """Name of its record: a folder under another path is another tree."""
+        """Name of its record, which depends on the path of the folder."""
         place = os.fsencode(self.folder.resolve())
         return hashlib.sha256(b"\0".join([FORMAT.encode(), self.rules.encode(), place])).hexdigest()
 
 
 @dataclass
 class Memory:
-    """The content ids of trees, as far as a store knows them. store: None remembers nothing beyond this object.
+    """The remembered content ids of trees. store: None remembers nothing beyond this object.
 
-    rescan: list every tree anew, once.
+    rescan: list every tree again, once.
     """
 
     store: Path | None = None
@@ -75,7 +75,7 @@ class Memory:
     _unsaved: dict[str, Look] = field(default_factory=dict)
 
     def content_id(self, tree: Tree) -> str:
-        """The remembered id while no folder was modified, else what a look finds. Raises what `tree.look` raises."""
+        """The remembered id if no folder was modified, else the result of `tree.look`, whose errors are passed on."""
         name = tree.name
         if name not in self._known:
             found = None if self.rescan or name in self._doubted else self._recall(name, tree.folder)
@@ -89,7 +89,7 @@ class Memory:
         return self._known[name]
 
     def doubt(self, contents: Collection[str]) -> bool:
-        """List anew, when next asked, the trees whose ids these are; False if all were listed and none remembered."""
+        """Forget remembered ids among these, so that their trees are listed next time; whether there were any."""
         names = {name for name in self._remembered if self._known[name] in contents}
         self._remembered -= names
         self._doubted |= names
@@ -98,7 +98,7 @@ class Memory:
         return bool(names)
 
     def save(self) -> None:
-        """Write what was found into the store, if there is one by now. One that cannot be written is asked again later."""
+        """Write new ids into the store, if it exists and can be written."""
         if self.store is None or not self.store.is_dir():
             return
         for name, look in self._unsaved.items():
@@ -122,7 +122,7 @@ class Memory:
 
 
 def mark(folder: str | Path) -> Mark:
-    """The mark of a folder, to be taken before it is listed. Raises OSError where it cannot be read."""
+    """The mark of a folder, to be read before it is listed. Raises OSError."""
     modified_ns = Path(folder).stat().st_mtime_ns
     is_young = time.time_ns() - modified_ns < YOUNG_NS
     return Mark(modified_ns, digest_entries(folder) if is_young else "")
@@ -134,7 +134,7 @@ def digest_entries(folder: str | Path) -> str:
     with os.scandir(folder) as entries:
         for entry in entries:
             facts = ""
-            with suppress(OSError):  # a link to nothing has a name alone
+            with suppress(OSError):  # a broken link has only a name
                 status = None if entry.is_dir() else entry.stat()
                 facts = "" if status is None else f"{status.st_size} {status.st_mtime_ns}"
             lines.append(b"%s\0%s\0" % (os.fsencode(entry.name), facts.encode()))
@@ -152,7 +152,7 @@ def _encode(look: Look) -> bytes:
 
 
 def _decode(record: bytes) -> Look | None:
-    """None for a record that is damaged."""
+    """None for a damaged record."""
     digest, _, rest = record.partition(b"\n")
     body = rest.removesuffix(b"\n")
     if hashlib.sha256(body).hexdigest().encode() != digest:

@@ -1,4 +1,4 @@
-"""Token sets: images as discrete codes, in files that anybody can reuse. Needs numpy and zarr alone.
+"""Token sets: images as discrete codes, in files for reuse. Needs only numpy and zarr.
 
 token_set = smalti.open_tokens("folder")
 token_set = smalti.create_tokens("new-folder", codes_ICT, labels=labels_I, codes=1024, grid=(16, 16), name="mine")

@@ -1,4 +1,4 @@
-"""The array layer that every stage writes and reads: tokens, features, images, boxes.
+"""Arrays on disk: tokens, features, images, boxes.
 
     spec = ArraySpec(shape=(1000, 10, 256), dtype="uint16", chunk_rows=128, shard_rows=256)
     group_files({"smalti": {...}}, {"tokens": spec})   every zarr.json by path
@@ -34,7 +34,7 @@ from smalti.layout import CRC_BYTES, ArraySpec, Profile, encode_shard, group_fil
 __all__ = ["ArraySpec", "LoadedArray", "MappedArray", "Profile", "encode_shard", "group_files", "metadata_bytes"]
 
 ArrayVerify = Literal["index", "crc"]
-MOST_MAPS = 256  # each map holds a file descriptor; others are mapped again when asked for
+MOST_MAPS = 256  # each map holds a file descriptor; the least recently used ones are closed
 ABSENT = np.uint64(2**64 - 1)  # offset and size of a chunk that a shard does not hold
 
 Positions = slice | NDArray[np.intp]
@@ -45,9 +45,9 @@ log = logging.getLogger(__name__)
 class MappedArray:
     """A zarr array on a local disk, opened for reading.
 
-    path: the array's folder (where its zarr.json stands).
+    path: the array's folder (with its zarr.json).
     verify: "index" checks metadata, file sizes and shard indexes; "crc" also every chunk's crc32c.
-    CorruptError names the file that is missing, damaged, or not as the metadata says.
+    CorruptError names the file that is missing, damaged, or in conflict with the metadata.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: ArrayVerify = "index") -> None:
@@ -77,7 +77,7 @@ class MappedArray:
     def __repr__(self) -> str:
         return f"MappedArray({str(self.path)!r}, shape={self.shape}, dtype={self.spec.dtype})"
 
-    def __reduce__(self) -> tuple[object, ...]:  # maps stay at home: another process opens and checks its own
+    def __reduce__(self) -> tuple[object, ...]:  # another process opens and checks its own maps
         return (MappedArray, (str(self.path),))
 
     def __getitem__(self, index: Any) -> NDArray[Any]:
@@ -91,7 +91,7 @@ class MappedArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
-            raise ValueError(f"{self.path} lies on disk, so an array of it is always a copy")
+            raise ValueError(f"{self.path} is on disk: an array of it is always a copy")
         return self.read() if dtype is None else self.read().astype(dtype)
 
     def shard_path(self, shard: int) -> Path:
@@ -100,7 +100,7 @@ class MappedArray:
     def rows(self, indices: ArrayLike, *, axes: int = 1) -> NDArray[Any]:
         """The rows of these indices, in their order, as a new array (len(indices), *shape[axes:]).
 
-        axes: how many leading axes the indices run over; with 2, index = row * shape[1] + position on axis 1.
+        axes: number of leading axes that the indices run over; with 2, index = row * shape[1] + position on axis 1.
         """
         per_row = math.prod(self.shape[1:axes])
         wanted = _checked(indices, len(self) * per_row, self.path)
@@ -151,7 +151,7 @@ class MappedArray:
                     raise corrupt_error(self.shard_path(shard), found)
 
     def chunk_checksums(self, shard: int) -> bytes:
-        """The lengths of the chunks of a file (8 bytes each) and the crc32c behind each, in the order of the rows."""
+        """The lengths of the chunks of a file (8 bytes each), then the crc32c of each, in the order of the rows."""
         raw, length = np.memmap(self.shard_path(shard), np.uint8, mode="r"), self.spec.index_bytes
         chunks_C2 = np.array([[0, raw.size]], "<u8")
         if length:
@@ -160,10 +160,10 @@ class MappedArray:
         crcs_C4: NDArray[np.uint8] = raw[ends_C[:, None] + np.arange(-CRC_BYTES, 0)]
         return bytes(chunks_C2[:, 1].tobytes() + crcs_C4.tobytes())
 
-    # Below: checks when opening.
+    # Checks when opening.
 
     def _check_shard_names(self) -> None:
-        """Refuses a shape that needs other shard files than there are, before any loop over a forged count."""
+        """CorruptError where the shard files do not match the shape, before any loop over a forged count."""
         folder, shards = self.path / "c", self.spec.shards
         names = {entry.name for entry in os.scandir(folder) if entry.name.isdecimal()} if folder.is_dir() else set()
         if shards > len(names):
@@ -175,7 +175,7 @@ class MappedArray:
             raise corrupt_error(folder / min(surplus), found)
 
     def _check_shard(self, shard: int) -> bool:
-        """Checks one file's size and index; True where its chunks stand in order at a constant stride (it can be mapped)."""
+        """Checks one file's size and index; True if its chunks are in order at a constant stride, so that it can be mapped."""
         path, spec, length = self.shard_path(shard), self.spec, self.spec.index_bytes
         chunks, is_raw = spec.chunks_in(shard), spec.profile == "training"
         try:
@@ -196,7 +196,7 @@ class MappedArray:
 
     def _check_index(self, path: Path, index_C2: NDArray[np.uint64], chunks: int, data_bytes: int) -> bool:
         if (index_C2[chunks:] != ABSENT).any() or (index_C2[:chunks] == ABSENT).any():
-            raise corrupt_error(path, f"does not hold the {chunks} chunks that the array's shape asks for")
+            raise corrupt_error(path, f"does not hold the {chunks} chunks that the array's shape needs")
         order = np.argsort(index_C2[:chunks, 0], kind="stable")
         starts, sizes = index_C2[:chunks][order].astype(object).T  # exact: forged sums overflow
         ends = starts + sizes
@@ -208,10 +208,10 @@ class MappedArray:
             raise corrupt_error(path, f"has chunks of another size than {self.spec.stride} bytes")
         return bool((order == np.arange(chunks)).all())
 
-    # Below: maps, and zarr for what cannot be mapped.
+    # Reading, by maps or by zarr.
 
     def _gather(self, shard: int, local: NDArray[np.int64], per_row: int, out: NDArray[Any], where: Positions) -> None:
-        """Copies records of one shard to their places in out.
+        """Copies records of one shard to the positions `where` of out.
 
         A record is one element of a 1-D view whose elements overlap, one starting at every byte: numpy copies such
         elements two to three times faster than it gathers rows of a two-dimensional strided array.
@@ -254,13 +254,13 @@ class MappedArray:
 
     @cached_property
     def _zarr(self) -> Any:
-        import zarr  # takes a quarter of a second: paid by the slow way alone
+        import zarr  # takes a quarter of a second, only needed here
 
         return zarr.open_array(self.path, mode="r")
 
 
 class LoadedArray:
-    """An array in memory that answers like MappedArray."""
+    """An array in memory with the reading methods of MappedArray."""
 
     is_mapped = True
 
@@ -282,7 +282,7 @@ class LoadedArray:
 
     def read_rows(self, start: int, stop: int) -> NDArray[Any]:
         if not 0 <= start <= stop <= len(self):
-            raise IndexError(f"rows {start} to {stop} are asked for, of {len(self)}")
+            raise IndexError(f"rows {start} to {stop} are outside of the array, which has {len(self)}")
         return self._values[start:stop].copy()
 
     def read(self) -> NDArray[Any]:
@@ -299,7 +299,7 @@ def _checked(indices: ArrayLike, rows: int, where: str | Path) -> NDArray[np.int
 
 
 def _by_shard(indices: NDArray[np.int64], rows_per_shard: int) -> Iterator[tuple[int, Positions]]:
-    """(shard, positions in indices) for each shard that is asked for."""
+    """(shard, positions in indices) for each shard that the indices touch."""
     shards = indices // rows_per_shard
     if shards.size == 0:
         return
@@ -314,7 +314,7 @@ def _by_shard(indices: NDArray[np.int64], rows_per_shard: int) -> Iterator[tuple
 
 
 def crc32c(data: bytes | NDArray[np.uint8]) -> bytes:
-    """The checksum as it stands after the data: 4 bytes, little-endian."""
+    """The checksum that follows the data: 4 bytes, little-endian."""
     return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")
 
 

@@ -1,7 +1,7 @@
-"""What a token set says about itself: the `smalti` object among its group's attributes, format version 1.
+"""The metadata of a token set: the `smalti` object in the attributes of its group, format version 1.
 
-FORMAT.md beside this file lists the fields. Six are required; a field that is None or empty is left out of the file. Fields
-that this version does not know are kept in `extra`, so that copying a token set loses nothing.
+FORMAT.md in this folder lists the fields. Six are required; a field that is None or empty is left out of the file. Unknown
+fields are kept in `extra`, so that copying a token set loses nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class TokenAttributes:
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         problem = _problem(self)
         if problem:
-            raise UsageError(f"a token set cannot be described so: {problem}")
+            raise UsageError(f"the attributes of the token set are not valid: {problem}")
 
     @property
     def tokens(self) -> int:
@@ -73,15 +73,15 @@ class TokenAttributes:
 
     @property
     def dtype(self) -> str:
-        """uint16 where codes leave its maximum free, else uint32."""
+        """uint16 if no code is its maximum (the fill value), else uint32."""
         return "uint16" if self.codes <= 2**16 - 1 else "uint32"
 
 
 def attributes_to_document(attributes: TokenAttributes) -> dict[str, Any]:
     """The group's attributes, `{"smalti": {"format": 1, ...}}`, ready for JSON."""
     known = {name: _plain(value) for name, value in asdict(attributes).items() if name != "extra"}
-    said = {name: value for name, value in known.items() if value is not None and value != [] and value != {}}
-    return {"smalti": {"format": FORMAT, **said, **_plain(dict(attributes.extra))}}
+    given = {name: value for name, value in known.items() if value is not None and value != [] and value != {}}
+    return {"smalti": {"format": FORMAT, **given, **_plain(dict(attributes.extra))}}
 
 
 def attributes_from_document(document: Json, path: str) -> TokenAttributes:
@@ -97,19 +97,19 @@ def attributes_from_document(document: Json, path: str) -> TokenAttributes:
     given = {name: value for name, value in found.items() if name in known}
     missing = [name for name in _REQUIRED if name not in given]
     if missing:
-        raise corrupt_error(path, f"does not say {', '.join(missing)}")
+        raise corrupt_error(path, f"lacks the attributes {', '.join(missing)}")
     extra = {name: value for name, value in found.items() if name not in known | {"format"}}
     try:
         return TokenAttributes(**given, extra=extra)
     except UsageError as cause:
-        raise corrupt_error(path, f"has bad attributes ({cause.message})") from cause
+        raise corrupt_error(path, f"has invalid attributes ({cause.message})") from cause
 
 
 _REQUIRED = ("name", "n_images", "n_crops", "grid", "codes", "classes")
 
 
 def _problem(of: TokenAttributes) -> str | None:
-    """The first thing that is wrong, or None."""
+    """The first invalid attribute in a sentence, or None."""
     for name, is_right, expected in _RULES:
         value = getattr(of, name)
         if not is_right(value):
@@ -169,7 +169,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 def _plain(value: Any) -> Json:
-    """Tuples to lists, as JSON has them."""
+    """The value with tuples as lists, for JSON."""
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

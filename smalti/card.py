@@ -1,6 +1,6 @@
-"""The files that stand beside the arrays of a token set, as bytes: dataset card, croissant.json, SHA256SUMS.
+"""The files of a token set beside its arrays, as bytes: dataset card, croissant.json, SHA256SUMS.
 
-They are made from the attributes and the list of files alone: no time, no host, so the same set gives the same bytes.
+They are functions of the attributes and the list of files, without time or host: the same set gives the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CONTEXT: dict[str, Any] = {
 
 
 def card_bytes(attributes: TokenAttributes) -> bytes:
-    """README.md: a YAML header that dataset hubs read, what the set is, and how to open it."""
+    """README.md: the YAML header of dataset hubs, a summary, and how to open the set."""
     cells = {name: str(value).replace("|", "\\|").replace("\n", " ") for name, value in _facts(attributes)}
     facts = "\n".join(f"| {name} | {cell if cell != 'None' else 'not stated'} |" for name, cell in cells.items())
     return f"""{_header(attributes)}

@@ -1,12 +1,12 @@
-"""Rows of codes for trainings: a shuffled epoch read fast, and a map-style dataset. Both need a `Table` alone.
+"""Rows of codes for training: shuffled epochs with fast reading, and a map-style dataset, both over a `Table`.
 
 The exact order is `Generator(Philox(key=(seed, epoch))).permutation(rows)` of numpy. Global batch b is rows
-[b * batch, (b + 1) * batch) of that order, and rank r of w is handed part r of w of each global batch. So the order is
-the same for every world size, and (seed, epoch, position) is all that is needed to go on where a run stopped.
+[b * batch, (b + 1) * batch) of that order, and rank r of w gets part r of w of each global batch. So the order is
+the same for every world size, and (seed, epoch, position) is the whole state of an interrupted run.
 
 Rows are gathered for `look_ahead` batches at a time, grouped by shard: 64 batches of 512 from 200 shards cost a sixth
-of what single batches cost. `shuffle="blocks"` is for sets that cannot be mapped: it takes 16 windows of 4,096 rows at a
-time, at random, and shuffles within them. That order is approximate (Epoch.is_exact is False, and the log says so).
+of what single batches cost. `shuffle="blocks"` is for sets that cannot be mapped: it takes 16 random windows of 4,096 rows
+at a time and shuffles within them. That order is approximate: Epoch.is_exact is False, and a warning is logged.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Table(Protocol):
-    """What an epoch and a dataset need: rows of codes with labels. path: what messages call it."""
+    """Rows of codes with labels. path: its name in messages."""
 
     @property
     def path(self) -> Path: ...
@@ -52,7 +52,7 @@ def exact_order(rows: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
 def block_order(
     rows: int, *, seed: int, epoch: int, window_rows: int = WINDOW_ROWS, windows: int = WINDOWS
 ) -> NDArray[np.int64]:
-    """A permutation in which neighbours stem from few windows of the set."""
+    """A permutation in which consecutive rows come from few windows of the set."""
     generator = _generator(seed, epoch)
     starts = generator.permutation(-(-rows // window_rows)) * window_rows
     groups = [starts[first : first + windows] for first in range(0, len(starts), windows)]
@@ -68,18 +68,18 @@ def batches_of(order: NDArray[np.int64], batch: int, *, start: int, stop: int) -
 def read_ahead(
     rows_of_batches: Iterable[NDArray[np.int64]], read: Callable[[NDArray[np.int64]], Arrays], *, batches: int
 ) -> Iterator[Arrays]:
-    """What `read` gives for the rows of each batch: a tuple of arrays, whose first axis is rows. Rows of `batches` batches are read at once."""
-    coming = iter(rows_of_batches)
-    while window := list(islice(coming, batches)):
+    """The arrays of each batch, as `read` returns them for its rows (first axis); rows of `batches` batches are read at once."""
+    remaining = iter(rows_of_batches)
+    while window := list(islice(remaining, batches)):
         ends = np.cumsum([len(rows_B) for rows_B in window])[:-1]
         yield from zip(*(np.split(array, ends) for array in read(np.concatenate(window))), strict=True)
 
 
 class Epoch:
-    """An iterator of (rows_B, codes_BT, labels_B). After each batch, `state` says how to go on after it.
+    """An iterator of (rows_B, codes_BT, labels_B). After each batch, `state` is where to continue.
 
-    batch: rows of a global batch, of which each of `world` ranks is given its part.  start: rows of the global order that
-    were already handed out, `position` of an interrupted run.  UsageError: a number out of its range.
+    batch: rows of a global batch, of which each of `world` ranks gets its part.  start: rows of the global order that
+    were already read, the `position` of an interrupted run.  UsageError: a number out of its range.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Epoch:
         return {"seed": self._seed, "epoch": self._epoch, "start": self.position}
 
     def __len__(self) -> int:
-        """Count of batches still to come."""
+        """Number of remaining batches."""
         return -(-(self._stop - self.position) // self._batch)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -143,7 +143,7 @@ class Epoch:
 
 
 class TokenDataset:
-    """Rows as a map-style dataset, which torch's DataLoader takes as it is: items are (codes_T int64, label)."""
+    """Rows as a map-style dataset for torch's DataLoader: items are (codes_T int64, label)."""
 
     def __init__(self, table: Table) -> None:
         self.table = table
@@ -157,7 +157,7 @@ class TokenDataset:
         return self.__getitems__([row % len(self)])[0]
 
     def __getitems__(self, rows: list[int]) -> list[Item]:
-        """Many at once, gathered together."""
+        """Many items, read together."""
         codes_BT, labels_B = self.table.codes_of(rows).astype(np.int64), self.table.labels_of(rows)
         return list(zip(codes_BT, labels_B.tolist(), strict=True))
 

@@ -1,4 +1,4 @@
-"""The one exception family: each error is a sentence, each kind an exit code (docs/artifacts.md)."""
+"""The exceptions: each message is a sentence, each class has an exit code (docs/artifacts.md)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from os import PathLike, fspath
 
 
 class SmaltiError(Exception):
-    """Root of every error that we raise for a user.
+    """Root of all errors that are reported to users.
 
-    message: one sentence that says what, where, found, expected.
-    path: the file or folder concerned, if any.  hint: what to do next.
+    message: one sentence with what, where, found, expected.  path: the file or folder concerned, if any.
+    hint: what to do next.
     """
 
     exit_code = 70
@@ -23,7 +23,7 @@ class SmaltiError(Exception):
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}; {self.hint}"
 
-    def __reduce__(self) -> tuple[object, ...]:  # exceptions with keyword arguments must travel between dask processes
+    def __reduce__(self) -> tuple[object, ...]:  # pickles exceptions with keyword arguments, for dask
         return (_rebuild, (type(self), self.args, self.__dict__))
 
 
@@ -34,24 +34,24 @@ def _rebuild(kind: type[SmaltiError], args: tuple[object, ...], state: dict[str,
 
 
 class UsageError(SmaltiError):
-    """A command, recipe or config says something that cannot be (exit code 2)."""
+    """A command, recipe or config is not valid (exit code 2)."""
 
     exit_code = 2
 
 
 class InputError(SmaltiError):
-    """Data from outside is missing or bad (exit code 3)."""
+    """Input data is missing or invalid (exit code 3)."""
 
     exit_code = 3
 
 
 class CorruptError(SmaltiError):
-    """An artifact is damaged, of another origin, or does not fit (exit code 4)."""
+    """An artifact is damaged, or not the expected one (exit code 4)."""
 
     exit_code = 4
 
 
 def corrupt_error(path: str | PathLike[str], found: str, *, hint: str | None = None) -> CorruptError:
-    """The error to raise for a damaged file: `<path> <found>` and what to do."""
+    """The error for a damaged file: `<path> <found>` and what to do."""
     hint = hint or "restore the file from a copy, or make the artifact again"
     return CorruptError(f"{fspath(path)} {found}", path=path, hint=hint)

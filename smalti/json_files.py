@@ -1,4 +1,4 @@
-"""Small JSON files that a stranger may have written: bounded in size, and with a format version."""
+"""Small JSON files from untrusted origins: bounded in size, and with a format version."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_bounded(path: Path, largest: int = LARGEST_METADATA) -> bytes:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as cause:
         raise corrupt_error(path, "is missing") from cause
     if len(data) > largest:
-        raise corrupt_error(path, f"is larger than {largest} bytes, more than any metadata of ours")
+        raise corrupt_error(path, f"is larger than {largest} bytes, the limit for metadata")
     return data
 
 
@@ -38,7 +38,7 @@ def parse_json(data: bytes, path: str | os.PathLike[str]) -> Json:
 
 
 def check_format(found: Json, known: int, path: str | os.PathLike[str]) -> None:
-    """CorruptError where a file has a format version that this library cannot read."""
+    """CorruptError for a format version that this library cannot read."""
     if type(found) is not int or found < 1:
         raise corrupt_error(path, f"has format version {str(found)[:40]!r}, expected a number from 1 to {known}")
     if found > known:
@@ -48,4 +48,4 @@ def check_format(found: Json, known: int, path: str | os.PathLike[str]) -> None:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not valid JSON")

@@ -1,14 +1,14 @@
-"""How an array lies on disk: its shape, dtype, chunks, shards and codecs; its zarr.json; and its shards as bytes.
+"""The layout of an array on disk: shape, dtype, chunks, shards and codecs; its zarr.json; and its shards as bytes.
 
-An array is split along its first axis only, so every chunk and shard holds whole rows. Files therefore stand at
-`c/<shard>/0/0...`. Three codec profiles exist; all end in crc32c, since zstd and blosc do not notice a flipped bit:
+An array is split along its first axis only, so every chunk and shard holds whole rows. Files are named
+`c/<shard>/0/0...`. Three codec profiles exist; all end in crc32c, since zstd and blosc do not detect a flipped bit:
 
     training    bytes(little) + crc32c                            constant stride, can be mapped
     transport   bytes(little) + blosc(zstd, bitshuffle) + crc32c  smallest for codes
     zstd        bytes(little) + zstd + crc32c                     keys, boxes
 
-Bytes are made by zarr itself in memory, so that callers put them on disk by their own crash-safe protocol. zarr.json is
-read without zarr, whose import takes 0.3 s: whatever differs from what these profiles write is refused.
+zarr encodes the bytes in memory; callers write them by their own crash-safe protocol. zarr.json is parsed without zarr,
+whose import takes 0.3 s: layouts other than these profiles are refused.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ CHUNK_KEYS: Json = {"name": "default", "configuration": {"separator": "/"}}
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """What an array is and how it is cut; UsageError for an impossible layout.
+    """Type and chunks of an array; UsageError for an impossible layout.
 
     shape: all sizes >= 1; the first axis counts rows.  chunk_rows: rows in one (inner) chunk.
-    shard_rows: rows in one shard file, a multiple of chunk_rows; None stores each chunk as a file of its own.
+    shard_rows: rows in one shard file, a multiple of chunk_rows; None: each chunk is a file.
     fill_value: None means the dtype's maximum (integers), NaN (floats) or False.
     """
 
@@ -64,7 +64,7 @@ class ArraySpec:
         problem = self._problem()
         if problem:
             raise UsageError(
-                f"an array of shape {list(self.shape)} and dtype {self.dtype} cannot be laid out: {problem}"
+                f"the layout of an array of shape {list(self.shape)} and dtype {self.dtype} is not valid: {problem}"
             )
         if self.fill_value is None:
             object.__setattr__(self, "fill_value", _default_fill(self.dtype))
@@ -116,7 +116,7 @@ class ArraySpec:
 
     @property
     def index_bytes(self) -> int:
-        """Size of a shard's index: two 64-bit numbers for every chunk of a whole shard, and their crc32c."""
+        """Bytes of a shard's index: two 64-bit numbers for every chunk of a full shard, and their crc32c."""
         return 0 if self.shard_rows is None else 16 * (self.shard_rows // self.chunk_rows) + CRC_BYTES
 
     def shard_range(self, shard: int) -> tuple[int, int]:
@@ -135,17 +135,17 @@ class ArraySpec:
 
 
 def _default_fill(dtype: str) -> int | float | bool:
-    """A value that data does not need."""
+    """A fill value that is no valid code or measurement."""
     kind = np.dtype(dtype)
     return int(np.iinfo(kind).max) if kind.kind in "iu" else np.nan if kind.kind == "f" else False
 
 
 def spec_from_document(document: Json, path: str) -> ArraySpec:
-    """The layout in a parsed zarr.json; CorruptError, naming path, where it is not one of ours."""
+    """The layout in a parsed zarr.json; CorruptError, naming path, where it is not a layout of this format."""
     try:
         return _spec(document)
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, UsageError) as cause:
-        raise corrupt_error(path, f"is not the metadata of an array of ours ({str(cause)[:300]})") from cause
+        raise corrupt_error(path, f"is not the metadata of an array that smalti reads ({str(cause)[:300]})") from cause
 
 
 def _spec(document: Json) -> ArraySpec:
@@ -192,7 +192,9 @@ def _profile(codecs: Json, dtype: str) -> Profile:
 def _fill(value: Json, dtype: str) -> int | float | bool:
     kind = np.dtype(dtype)
     if kind.kind == "f":
-        return np.nan if value == "NaN" else float(value)  # the one object, so that two equal layouts compare equal
+        return (
+            np.nan if value == "NaN" else float(value)
+        )  # the same NaN object, so that two equal layouts compare equal
     if type(value) is not (bool if kind.kind == "b" else int):
         raise ValueError(f"fill value {value!r} is not a {dtype}")
     found: int | bool = kind.type(value).item()  # OverflowError where it does not fit
@@ -208,9 +210,9 @@ def metadata_bytes(spec: ArraySpec) -> bytes:
 def group_files(attributes: Mapping[str, Any], arrays: Mapping[str, ArraySpec]) -> dict[str, bytes]:
     """Every zarr.json of a group of arrays, by path; that of the group is the last, since it repeats the others.
 
-    With this consolidated view zarr knows the arrays without listing the folder, where it warns of every other file.
+    With this consolidated metadata zarr finds the arrays without listing the folder, which would warn of every other file.
     """
-    import zarr  # takes a quarter of a second: paid by writers alone
+    import zarr  # takes a quarter of a second, only needed for writing
     from zarr.storage import MemoryStore
 
     store = MemoryStore()
@@ -223,7 +225,7 @@ def group_files(attributes: Mapping[str, Any], arrays: Mapping[str, ArraySpec]) 
 
 
 def encode_shard(spec: ArraySpec, shard: int, block: NDArray[Any]) -> tuple[str, bytes]:
-    """One shard of an array as (path below the array's folder, bytes): the bytes that zarr writes for the whole array.
+    """One shard of an array as (path below the array's folder, bytes): the bytes that zarr would write.
 
     shard: its number, 0 <= shard < spec.shards (a chunk's number where the array is not sharded).
     block: (rows of this shard, *row shape), of a dtype that casts to spec.dtype without loss of range.
@@ -240,7 +242,7 @@ def encode_shard(spec: ArraySpec, shard: int, block: NDArray[Any]) -> tuple[str,
 
 
 def _cast_in_range(block: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """block as a contiguous array of another dtype; InputError where a value does not fit or the kind differs."""
+    """block as a contiguous array of the dtype; InputError where a value is out of its range or the kind differs."""
     target = np.dtype(dtype).newbyteorder("<")
     if block.dtype == target or block.size == 0:
         return np.ascontiguousarray(block, dtype=target)
@@ -251,9 +253,7 @@ def _cast_in_range(block: NDArray[Any], dtype: str) -> NDArray[Any]:
         with np.errstate(over="ignore"):
             is_bad = np.isfinite(block) & np.isinf(block.astype(target))
     else:
-        raise InputError(
-            f"an array of {block.dtype} cannot be stored as {dtype}; cast it first if that is what you mean"
-        )
+        raise InputError(f"an array of {block.dtype} cannot be stored as {dtype}; cast it first if this is intended")
     if is_bad.any():
         place = tuple(np.argwhere(is_bad)[0])
         raise InputError(f"row {place[0]} holds {block[place]}, which does not fit {target.name}")
@@ -261,7 +261,7 @@ def _cast_in_range(block: NDArray[Any], dtype: str) -> NDArray[Any]:
 
 
 def _array_in_memory(spec: ArraySpec) -> tuple[MemoryStore, zarr.Array[Any]]:
-    """A zarr array of this layout in a fresh memory store. Empty chunks are written, else they look like lost ones."""
+    """A zarr array of this layout in a new memory store. Empty chunks are written, to be told from lost ones."""
     import zarr
     from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
     from zarr.storage import MemoryStore

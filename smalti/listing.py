@@ -1,8 +1,7 @@
 """Files and their digests: the manifest of an artifact, or SHA256SUMS where a token set has no manifest.
 
 Opening checks the manifest's own digest, every name and size, and the SHA-256 of every zarr.json; full verification
-hashes every file. Names are checked before any of them is used as a path; a file may be a link, as in download caches,
-since its digest decides.
+hashes every file. Names are checked before any of them is used as a path. A file may be a link, as in download caches.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A data file: path relative to the folder with `/`, bytes (None where the list does not say), SHA-256 in hex."""
+    """A data file: path relative to the folder with `/`, bytes (None if not listed), SHA-256 in hex."""
 
     path: str
     size: int | None
@@ -32,13 +31,13 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files that a folder must have. source: the list's own file, for error messages."""
+    """The files that a folder must have. source: the file of the list, for error messages."""
 
     source: Path
     entries: tuple[FileEntry, ...]
 
     def check_names_and_sizes(self) -> None:
-        """CorruptError for a file that is missing or of another size."""
+        """CorruptError for a file that is missing or has another size."""
         for entry in self.entries:
             path = self.source.parent / entry.path
             try:
@@ -105,7 +104,7 @@ def _read_sums(path: Path) -> Listing:
 
 
 def _checked(source: Path, entries: list[FileEntry]) -> Listing:
-    """The list; CorruptError for a name that leaves the folder, a bad size or digest, and a name that stands twice."""
+    """The list; CorruptError for a name outside of the folder, an invalid size or digest, and a duplicate name."""
     for entry in entries:
         _check_name(entry.path, source)
         is_size = entry.size is None or (type(entry.size) is int and entry.size >= 0)
@@ -120,4 +119,4 @@ def _check_name(name: Json, source: Path) -> None:
     """CorruptError for absolute names, `..`, back slashes and empty parts."""
     is_plain = isinstance(name, str) and 0 < len(name) <= 4096 and not re.search(r"[\\\x00-\x1f]|^[A-Za-z]:", name)
     if not is_plain or any(part in ("", ".", "..") for part in name.split("/")):
-        raise corrupt_error(source, f"lists the name {str(name)[:80]!r}, which does not stay inside its folder")
+        raise corrupt_error(source, f"lists the name {str(name)[:80]!r}, which is outside of its folder")

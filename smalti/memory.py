@@ -1,4 +1,4 @@
-"""How much memory is free, and whether codes fit into it."""
+"""Free memory, and whether codes fit into it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def check_fits_in_memory(needed: int, where: str) -> None:
-    """UsageError where `needed` bytes are more than half of what is free."""
+    """UsageError where `needed` bytes are more than half of the free memory."""
     free = free_memory()
     if needed > SHARE_OF_FREE * free:
         message = f"{where} needs {needed >> 20} MiB, more than half of the {free >> 20} MiB that are free"
@@ -20,8 +20,8 @@ def check_fits_in_memory(needed: int, where: str) -> None:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still use: what the machine has free, or less where a control group says so."""
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # where nothing says more: half
+    """Bytes that this process may still allocate: free memory of the machine, limited by its control group."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # without /proc/meminfo: half
     meminfo, largest, current = Path("/proc/meminfo"), CGROUP / "memory.max", CGROUP / "memory.current"
     if meminfo.exists():
         lines = (line.split() for line in meminfo.read_text("ascii").splitlines())

@@ -5,7 +5,7 @@
     for rows_B, codes_BT, labels_B in token_set.epoch(512, seed=0, epoch=0): ...
 
 The folder is a zarr version 3 group with arrays tokens (image, crop, token), labels (image,), keys (image, byte) and,
-where crops are random, boxes (image, crop, 5). Opening takes milliseconds; nothing is read twice.
+where crops are random, boxes (image, crop, 5). Opening takes milliseconds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TokenSet:
     """An opened token set.
 
     tokens: (n_images, n_crops, tokens) uint16 or uint32.  labels: (n_images,) int32.  key_bytes: (n_images, longest) uint8.
-    boxes: (n_images, n_crops, 5) float32 or None.  attributes: everything that the set says about itself.
+    boxes: (n_images, n_crops, 5) float32 or None.  attributes: the metadata of the set.
     """
 
     path: Path
@@ -70,7 +70,7 @@ class TokenSet:
 
     @property
     def is_mapped(self) -> bool:
-        """Whether shuffled rows are read at the speed of memory."""
+        """Whether rows are read from a memory map, which makes shuffled reading fast."""
         return self.tokens.is_mapped
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class TokenSet:
         return decode_keys(self.key_bytes.read(), str(self.path / "keys"))
 
     def codes_of(self, rows: ArrayLike) -> NDArray[Any]:
-        """Codes (len(rows), tokens) of rows, in the order asked for."""
+        """Codes (len(rows), tokens) of rows, in their order."""
         return self.tokens.rows(rows, axes=2)
 
     def labels_of(self, rows: ArrayLike) -> NDArray[np.int32]:
@@ -99,7 +99,7 @@ class TokenSet:
         return Epoch(self, batch, seed=seed, epoch=epoch, **options)
 
     def dataset(self) -> TokenDataset:
-        """The rows as a map-style dataset: len, item, and items in one call, as torch's DataLoader asks for them."""
+        """The rows as a map-style dataset for torch's DataLoader."""
         return TokenDataset(self)
 
     def load(self) -> TokenSet:
@@ -121,7 +121,7 @@ def open_tokens(path: str | os.PathLike[str], *, verify: Verify = "index") -> To
 
     verify: "index" checks the manifest (or SHA256SUMS), file sizes, metadata and shard indexes; "crc" also the
     checksum of every chunk; "sha256" also the digest of every file.
-    InputError: there is no token set at path.  CorruptError: it is damaged, or of a newer format; names the file.
+    InputError: there is no token set at path.  CorruptError, which names the file: it is damaged, or of a newer format.
     """
     if verify not in get_args(Verify):
         raise UsageError(f"verify is {verify!r}, expected one of {', '.join(get_args(Verify))}")
@@ -146,20 +146,20 @@ def open_tokens(path: str | os.PathLike[str], *, verify: Verify = "index") -> To
 
 
 def verify_tokens(path: str | os.PathLike[str]) -> TokenSet:
-    """Checks everything that can be checked: every digest and checksum, every code, label and key."""
+    """Opens a token set and checks every digest and checksum, every code, label and key."""
     has_listing = read_listing(Path(path)) is not None
     token_set = open_tokens(path, verify="sha256" if has_listing else "crc")
     token_set.check_values()
     if len(set(token_set.keys)) != token_set.n_images:
-        raise corrupt_error(token_set.path / "keys", "holds a key twice")
+        raise corrupt_error(token_set.path / "keys", "contains a duplicate key")
     return token_set
 
 
 def content_digest(token_set: TokenSet) -> str:
-    """SHA-256 in hex over attributes, layouts, and the length and crc32c of every chunk: the same wherever the set lies.
+    """SHA-256 in hex over attributes, layouts, and the length and crc32c of every chunk, independent of the path.
 
-    Metadata, shard indexes and the 4 bytes behind every chunk are read, so it takes milliseconds. It stands for the data
-    as long as these checksums fit, which `verify="crc"` checks. The cards beside the arrays are left out.
+    Metadata, shard indexes and the 4 bytes after every chunk are read, so it takes milliseconds. It identifies the data
+    as far as these checksums do, which `verify="crc"` checks. The cards beside the arrays are left out.
     """
     digest = hashlib.sha256(b"smalti token set 1\n" + _canonical(attributes_to_document(token_set.attributes)))
     for name in ("tokens", "labels", "keys", *(["boxes"] if token_set.boxes is not None else [])):
@@ -201,10 +201,10 @@ def encode_keys(keys: list[str]) -> NDArray[np.uint8]:
     encoded = [key.encode("utf-8") for key in keys]
     for key, data in zip(keys, encoded, strict=True):
         if not 0 < len(data) <= LONGEST_KEY or b"\0" in data:
-            raise InputError(f"{key[:80]!r} cannot be a key: 1 to {LONGEST_KEY} bytes without NUL are possible")
+            raise InputError(f"{key[:80]!r} is not a valid key: expected 1 to {LONGEST_KEY} bytes without NUL")
     if len(set(encoded)) != len(encoded):
         twice = Counter(keys).most_common(1)[0][0]
-        raise InputError(f"the key {twice!r} stands for more than one image")
+        raise InputError(f"the key {twice!r} is used for more than one image")
     longest = max(map(len, encoded))
     return np.array(encoded, dtype=f"S{longest}").view(np.uint8).reshape(len(keys), longest)
 
@@ -219,7 +219,7 @@ def decode_keys(bytes_IL: NDArray[np.uint8], where: str) -> list[str]:
 
 
 def _check_layout(name: str, array: MappedArray, attributes: TokenAttributes) -> None:
-    """CorruptError where an array's shape, dtype or fill value is not what the attributes ask for."""
+    """CorruptError where an array's shape, dtype or fill value contradicts the attributes."""
     images, crops = attributes.n_images, attributes.n_crops
     longest = array.shape[-1] if name == "keys" and array.shape[-1] <= LONGEST_KEY else 0
     shape, dtype = {
@@ -230,6 +230,8 @@ def _check_layout(name: str, array: MappedArray, attributes: TokenAttributes) ->
     }[name]
     if array.shape != shape or array.spec.dtype != dtype:
         found = f"holds {array.spec.dtype} of shape {list(array.shape)}"
-        raise corrupt_error(array.path, f"{found}, but the group's attributes ask for {dtype} of shape {list(shape)}")
+        raise corrupt_error(
+            array.path, f"{found}, but by the group's attributes it must be {dtype} of shape {list(shape)}"
+        )
     if name == "tokens" and array.spec.fill_value != np.iinfo(dtype).max:
         raise corrupt_error(array.path, f"has fill value {array.spec.fill_value}, expected {np.iinfo(dtype).max}")

@@ -1,7 +1,7 @@
-"""Making a token set outside of the pipeline: complete or absent, every file synced before it gets its name.
+"""Writing a token set outside of the pipeline, complete or not at all.
 
-Everything is written into a hidden folder beside the target, which is renamed when it is whole. A run that is killed
-leaves that folder, never half a token set.
+Everything is written into a hidden folder beside the target and synced, then the folder is renamed. A run that is killed
+leaves the hidden folder, never a partial token set.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHARD_IMAGES, CHUNK_IMAGES, CHUNK_KEYS = 16_384, 128, 65_536
 
 
 class Sliceable(Protocol):
-    """An array that is read in slices: numpy's, a memory map, zarr's, h5py's."""
+    """An array that is read in slices: of numpy, zarr or h5py, or a memory map."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -54,10 +54,10 @@ def create_tokens(
     """Writes a new token set and opens it.
 
     path: a folder that does not exist yet.  tokens: (images, crops, tokens) or (images, tokens) integers in [0, codes);
-    read shard by shard, so it may lie on disk.  labels: (images,) in [0, classes); classes defaults to the names'
-    count or the highest label + 1.  keys: a name for each image, by default its number.  boxes: (images, crops, 5).
+    read shard by shard, so it may be on disk.  labels: (images,) in [0, classes).  classes: default the number of class
+    names, or the highest label + 1.  keys: a name for each image, by default its number.  boxes: (images, crops, 5).
     described: further fields of smalti.attributes.TokenAttributes.
-    InputError: a code, label or shape that does not fit, with its row.  UsageError: path exists, impossible layout.
+    InputError: an invalid code or label, with its row, or an invalid shape.  UsageError: path exists, impossible layout.
     """
     labels_I = np.asarray(labels)
     classes = classes or len(described.get("class_names", ())) or int(labels_I.max(initial=0)) + 1
@@ -114,7 +114,7 @@ def token_specs(
 def _files(
     attributes: TokenAttributes, specs: dict[str, ArraySpec], sources: dict[str, Sliceable]
 ) -> Iterator[tuple[str, bytes]]:
-    """Every file of the set as (path, bytes), the group's zarr.json, the cards and the sums last."""
+    """Every file of the set as (path, bytes); the group's zarr.json, the cards and the checksums are the last."""
     entries: list[FileEntry] = []
 
     def listed(files: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
@@ -142,9 +142,9 @@ def _array_files(
 
 
 def _write_whole(target: Path, files: Iterator[tuple[str, bytes]]) -> None:
-    """Writes all files into a hidden folder and renames it to target; nothing is left of it after an error."""
+    """Writes all files into a hidden folder and renames it to target; after an error the folder is removed."""
     if target.exists():
-        raise UsageError(f"{target} exists, and a token set is never overwritten; choose another folder", path=target)
+        raise UsageError(f"{target} exists, and token sets are not overwritten; choose another folder", path=target)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:

@@ -1,4 +1,4 @@
-"""Image sets: where images come from, how they are decoded, and the views under which they are seen. Without torch."""
+"""Image sets: sources of images, decoding, and views (crops and flips). Without torch."""
 
 from pipeline.images.decoding import CorruptImage, DecodePolicy, UnreadableImage, decode
 from pipeline.images.digits import DigitsSource

@@ -1,17 +1,16 @@
-"""Image files to uint8 RGB, by written rules; the contents decide the format, never the file's name.
+"""Image files to uint8 RGB by fixed rules; the content determines the format, not the file's name.
 
 | file | becomes |
 |---|---|
 | gray, palette, CMYK, YCbCr | Pillow's conversion to RGB; colour profiles are ignored |
-| alpha (RGBA, gray with alpha, transparent colour) | laid over white: (c * a + 255 * (255 - a)) / 255, rounded |
-| 16 bits per channel | the high byte, so that 0..65535 fills 0..255 (Pillow alone would clip) |
+| alpha (RGBA, gray with alpha, transparent colour) | composited over white: (c * a + 255 * (255 - a)) / 255, rounded |
+| 16 bits per channel | the high byte, so that 0..65535 becomes 0..255 (Pillow would clip) |
 | several frames | the first |
-| EXIF orientation | ignored, or applied if the policy says so |
-| more pixels than the policy allows | refused from the header, before a pixel is decoded |
-| truncated, empty, garbage, another format, 32-bit samples | refused |
-
-The header alone shows what is empty, too large or of another format; only decoding shows what is cut or damaged.
-A JPEG carries no checksum: one that is whole but altered inside decodes to altered pixels. A deep index notices that.
+| EXIF orientation | ignored or applied, by the policy |
+| more pixels than the policy allows | refused by the header, before decoding |
+| truncated, empty, damaged, another format, 32-bit samples | refused |
+Reading the header detects empty files, too large images and other formats; only decoding detects truncation and damage.
+A JPEG has no checksum: one with altered bytes may decode to altered pixels. A deep index detects that.
 """
 
 from __future__ import annotations
@@ -48,11 +47,11 @@ class DecodePolicy(Config):
     max_pixels: int = Field(
         80_000_000, ge=1, le=178_000_000, description="refuse larger images (the largest of ImageNet has 61 million)"
     )
-    alpha: Literal["white"] = Field("white", description="what transparent images are laid over")
+    alpha: Literal["white"] = Field("white", description="background of transparent images")
 
 
 class CorruptImage(BadImages):
-    """An image that cannot be decoded. `reason`: a fixed phrase that names no path, fit for a report."""
+    """An image that cannot be decoded. `reason`: a fixed phrase without a path, for reports."""
 
     def __init__(self, reason: str, *, path: str, command: str = "smalti index", image_set: str = ""):
         super().__init__(f"image {path} {reason}", path=path, command=command, image_set=image_set)
@@ -60,7 +59,7 @@ class CorruptImage(BadImages):
 
 
 class UnreadableImage(InputError):
-    """An image file that cannot be read, or that is not the one that was indexed. `reason` names no path."""
+    """An image file that cannot be read, or that was changed since it was indexed. `reason`: a phrase without a path."""
 
     def __init__(self, reason: str, *, path: Path, hint: str | None = None):
         super().__init__(f"image {path} {reason}", path=path, hint=hint)
@@ -68,7 +67,7 @@ class UnreadableImage(InputError):
 
 
 def decode(source: bytes | Path, policy: DecodePolicy, *, name: str | None = None) -> NDArray[np.uint8]:
-    """An image file, or its bytes, as uint8 (H, W, 3). `name` stands for the bytes in errors.
+    """An image file, or its bytes, as uint8 (H, W, 3). `name`: of the bytes in errors.
 
     Raises CorruptImage for what the rules above refuse, UnreadableImage for a file that cannot be read.
     """
@@ -84,7 +83,7 @@ def decode(source: bytes | Path, policy: DecodePolicy, *, name: str | None = Non
 
 
 def check_header(path: Path, policy: DecodePolicy) -> tuple[int, int]:
-    """Width and height, from the header of an image file. Raises CorruptImage for what it shows to be unfit, UnreadableImage as `decode`."""
+    """Width and height from the header of an image file. Raises CorruptImage and UnreadableImage as `decode`."""
     try:
         with path.open("rb") as file, opened(file, policy, str(path)) as image:
             return image.size
@@ -94,7 +93,7 @@ def check_header(path: Path, policy: DecodePolicy) -> tuple[int, int]:
 
 @contextmanager
 def opened(file: BinaryIO, policy: DecodePolicy, name: str) -> Iterator[Image.Image]:
-    """An image of which the header was read, and accepted; CorruptImage for that and for whatever fails in the block."""
+    """Yield an image whose header was read and accepted; errors of the header and in the block become CorruptImage."""
     if not file.read(1):
         raise CorruptImage("is empty", path=name)
     file.seek(0)
@@ -109,8 +108,8 @@ def opened(file: BinaryIO, policy: DecodePolicy, name: str) -> Iterator[Image.Im
         raise CorruptImage(f"is none of {', '.join(FORMATS)}", path=name) from cause
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as cause:
         raise CorruptImage(_too_large(policy), path=name) from cause
-    except Exception as cause:  # Pillow's readers raise a dozen kinds on bad bytes; each means the same here
-        if isinstance(cause, OSError) and cause.errno is not None:  # the disk, not the image
+    except Exception as cause:  # Pillow's readers raise a dozen kinds of errors on bad bytes
+        if isinstance(cause, OSError) and cause.errno is not None:  # an I/O error
             raise
         raise CorruptImage("is truncated or damaged", path=name) from cause
 
@@ -124,7 +123,7 @@ def read_file(path: Path) -> bytes:
 
 
 def check_png(data: bytes) -> None:
-    """Check the checksum of every chunk, which decoding a PNG does not. Raises what Pillow raises."""
+    """Verify the checksum of every chunk, which decoding a PNG does not. Raises Pillow's errors."""
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         image.verify()
 

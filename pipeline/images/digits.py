@@ -50,7 +50,7 @@ class DigitsSource(Config):
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many digits each split has."""
+        """hmm"""
         held_out, validation = math.ceil(self.held_out * IMAGES), math.ceil(self.validation * IMAGES)
         train = IMAGES - held_out - validation
         return {"held-out": held_out, "validation": validation, "train": train, "all": IMAGES}

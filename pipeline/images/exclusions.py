@@ -1,7 +1,7 @@
-"""A list of images to leave out: a text file with one path below the image folder per line.
+"""A list of images to exclude: a text file with one path below the image folder per line.
 
-Empty lines and lines that begin with # are comments. A folder's path leaves out all that lies below it. What is left
-out is treated as if it were not there: a class that loses all its images is not a class.
+Empty lines and lines that begin with # are comments. A folder's path excludes all files below it. The result is the same
+as if the files did not exist: a class without other images is not a class.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def read_exclusions(file: Path) -> dict[str, int]:
 
 
 def identify_exclusions(file: Path) -> str:
-    """SHA-256 (hex) of what the list names; order and comments are no part of it."""
+    """SHA-256 (hex) of the listed paths, without order and comments."""
     return hashlib.sha256("".join(f"{path}\n" for path in sorted(read_exclusions(file))).encode()).hexdigest()
 
 
 def exclude(listing: Listing, file: Path) -> Listing:
-    """The listing as if what `file` names were not there. InputError if a line matches nothing, or no image is left."""
+    """The listing without the images in `file`. InputError if a line matches nothing, or no image is left."""
     lines = read_exclusions(file)
     kept, used = without(listing, lines)
     unused = [f"line {number}: {path!r}" for path, number in lines.items() if path not in used]
@@ -50,15 +50,15 @@ def exclude(listing: Listing, file: Path) -> Listing:
         raise InputError(
             f"{len(unused)} of {len(lines)} lines of {file} match nothing below the image folder: {name_some(unused)}",
             path=file,
-            hint="give paths below the folder of the class folders, such as n01/a.jpg, and remove lines without use",
+            hint="give paths below the folder of the class folders, such as n01/a.jpg, and remove the other lines",
         )
     if not len(kept):
-        raise InputError(f"{file} leaves out every one of the {len(listing)} images", path=file)
+        raise InputError(f"{file} excludes all of the {len(listing)} images", path=file)
     return kept
 
 
 def without(listing: Listing, paths: Collection[str]) -> tuple[Listing, set[str]]:
-    """The listing as if files and folders of these names were not there, and which of them were."""
+    """The listing without files and folders of these names, and those of the names that matched."""
     used: set[str] = set()
 
     def is_kept(key: str) -> bool:
@@ -74,14 +74,14 @@ def without(listing: Listing, paths: Collection[str]) -> tuple[Listing, set[str]
 
 
 def write_exclusions(problems: Sequence[Problem], before: Sequence[str] = ()) -> str:
-    """The text of a list that leaves these out, with the reason above each, and what was left out `before`."""
+    """The text of a list that excludes these, with the reason above each, and the paths excluded `before`."""
     head = f"{COMMENT} {counted(len(problems), 'bad image')}, as `smalti index --exclude` reads them\n"
     bad = "".join(f"{COMMENT} {reason}:\n{key}\n" for key, reason, _ in problems)
     return head + bad + "".join([f"{COMMENT} left out before:\n" if before else "", *(f"{path}\n" for path in before)])
 
 
 def _with_parents(key: str) -> Iterable[str]:
-    """The key and every folder that it lies in."""
+    """The key and every folder above it."""
     yield key
     while "/" in key:
         key = key.rpartition("/")[0]

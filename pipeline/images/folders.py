@@ -2,9 +2,9 @@
 
 Rules. A class is a folder with images; its index is its rank by name (UTF-8 bytes). An image is a file with a known
 ending, at any depth below its class folder. Without class folders the images of the folder itself are one class.
-Links to files and folders are followed, wherever they lead: an image is known by its path below the root. A link to a
-folder that it lies in is a problem, and so are links to nothing, names that cannot be keys, and what cannot be read.
-Hidden names, files with other endings, folders without images, and images beside class folders are left out.
+Links to files and folders are followed: the key of an image is its path below the root. Problems are links to a folder
+that contains them, broken links, names that cannot be keys, and files that cannot be read.
+Hidden names, files with other endings, folders without images, and images beside class folders are ignored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipeline.images.listing import LeftOut, Listing, Problem, escape, name_faul
 from pipeline.trees import Mark, mark
 
 ENDINGS = (".jpeg", ".jpg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-ONE_CLASS = "images"  # the class of a folder without class folders; not the folder's name, which is no part of the key
+ONE_CLASS = "images"  # the class of a folder without class folders; the folder's name is not part of the key
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 BESIDE = "images beside the class folders"
@@ -39,7 +39,7 @@ Place = tuple[int, int]
 
 
 class FolderSource(Config):
-    """A folder of images, one folder per class. Where it lies is no part of the config: the run is given the root."""
+    """A folder of images, one folder per class. Its path is not part of the config, but given to the run."""
 
     kind: Literal["folder"] = "folder"
     split: str = Field(
@@ -56,7 +56,7 @@ class FolderSource(Config):
 
 
 def list_folder(source: FolderSource, root: Path) -> Listing:
-    """All images of a folder, in the order of their keys, and what else lies there.
+    """All images of a folder, in the order of their keys, with problems and ignored files.
 
     Raises InputError if the folder cannot be listed, holds no images, or holds splits instead of classes.
     """
@@ -93,7 +93,7 @@ def list_folder(source: FolderSource, root: Path) -> Listing:
 
 @dataclass
 class Walk:
-    """What lies below a folder. images: key -> bytes.  folders: path below it -> mark, of itself under ""."""
+    """The content of a folder tree. images: key -> bytes.  folders: path below the folder -> mark; "" is the folder."""
 
     images: dict[str, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -101,14 +101,14 @@ class Walk:
     folders: dict[str, Mark] = field(default_factory=dict)
 
     def take_all(self, folder: str | Path, prefix: str, above: frozenset[Place]) -> None:
-        """Everything in a folder. above: the folder itself and those that it lies in."""
+        """Add everything in a folder. above: the folder and its parents."""
         self.folders[prefix.rstrip("/")] = mark(folder)
         with os.scandir(folder) as entries:
             for entry in entries:
                 self.take(entry, prefix, above)
 
     def take(self, entry: os.DirEntry[str], prefix: str, above: frozenset[Place]) -> None:
-        """One file or folder."""
+        """Add one file or folder."""
         key = prefix + entry.name
         if entry.name.startswith("."):
             self.left_out.append(LeftOut(escape(key), HIDDEN))
@@ -131,7 +131,7 @@ class Walk:
             self.problems.append(Problem(escape(key), reason, is_fixed=cause.errno == errno.ELOOP))
 
     def enter(self, entry: os.DirEntry[str], key: str, above: frozenset[Place]) -> None:
-        """A folder, or a link to one."""
+        """Add a folder, or a link to one."""
         place = _place(entry.stat())
         if place in above:
             self.problems.append(Problem(key, "is a link to a folder that it lies in"))
@@ -143,11 +143,11 @@ class Walk:
 
 
 def walk_folder(folder: Path) -> Walk:
-    """Everything below a folder. Raises InputError if there is none or it cannot be read."""
+    """The content of a folder tree. Raises InputError if the folder does not exist or cannot be read."""
     if not folder.is_dir():
         found = f"but there is {'a file' if folder.exists() else 'nothing'}"
         hint = "give the folder of the images with --images"
-        message = f"image folder {folder} should hold images, or one folder per class, {found}"
+        message = f"image folder {folder} must hold images, or one folder per class, {found}"
         raise InputError(message, path=folder, hint=hint)
     walk = Walk()
     try:
@@ -158,18 +158,18 @@ def walk_folder(folder: Path) -> Walk:
 
 
 def refuse_splits(classes: list[str], keys: list[str], folder: Path) -> None:
-    """InputError if what should be classes is the parts of a data set, each with its own classes."""
+    """InputError if the class folders are splits of a data set, each with its own classes."""
     is_nested = all(key.count("/") != 1 for key in keys)
     if {name.lower() for name in classes} <= SPLITS and (len(classes) > 1 or is_nested):
         raise InputError(
-            f"image folder {folder} holds {name_some(classes)}, which are parts of a data set and not classes",
+            f"image folder {folder} holds {name_some(classes)}, which are splits of a data set and not classes",
             path=folder,
-            hint=f"index each by itself: smalti index --images {folder} --set source.split={classes[0]}",
+            hint=f"index each split: smalti index --images {folder} --set source.split={classes[0]}",
         )
 
 
 def digest_files(folder: Path, keys: list[str]) -> tuple[NDArray[np.uint8], list[Problem]]:
-    """SHA-256 of each file, uint8 (N, 32); zeros for those that cannot be read, which are listed."""
+    """SHA-256 of each file, uint8 (N, 32), and the files that cannot be read, whose rows are zeros."""
     digests_N32 = np.zeros((len(keys), 32), dtype=np.uint8)
     unread = []
     for row, key in enumerate(keys):
@@ -184,7 +184,7 @@ def digest_files(folder: Path, keys: list[str]) -> tuple[NDArray[np.uint8], list
 
 
 def _may_be_image(entry: os.DirEntry[str]) -> bool:
-    """By its ending; a link without ending that leads nowhere may have been a folder of images."""
+    """By its ending; a broken link without ending may have been a folder of images."""
     name = entry.name
     return name.lower().endswith(ENDINGS) or (entry.is_symlink() and "." not in name and not entry.is_file())
 

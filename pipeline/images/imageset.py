@@ -1,4 +1,4 @@
-"""Image sets on disk: the list of the images, while the images stay where they are.
+"""Image sets on disk: the list of the images; the images are not copied.
 
 | file | holds |
 |---|---|
@@ -6,9 +6,8 @@
 | `keys.txt` | one key per line, UTF-8, in the order of the set |
 | `labels.npy`, `sizes.npy` | int32 and int64 (N,): index into the class names; bytes of each file |
 | `digests.npy` | uint8 (N, 32): SHA-256 of each file; only of a deep index |
-| `skipped.jsonl` | what could not be used and why; only with `corrupt: skip` |
-
-The root of the images depends on the machine: it is remembered in `log/images-root.txt`, which no digest covers.
+| `skipped.jsonl` | images that cannot be used, and why; only with `corrupt: skip` |
+The root of the images depends on the machine: it is in `log/images-root.txt`, outside of the digests.
 """
 
 from __future__ import annotations
@@ -36,27 +35,27 @@ from pipeline.images.sources import ImageSource, need_root
 from pipeline.images.views import ViewPolicy
 
 Met = Callable[[int, NDArray[np.uint8]], None]
-"""Told (index, image) of an image of a set."""
+"""Called with (index, image) for each decoded image of a set."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 FORMAT = 1
-CHECKED_AT_ONCE = 64  # images of one piece of work for a thread
+CHECKED_AT_ONCE = 64  # images per task of a thread
 ROOT_FILE = Path("log") / "images-root.txt"
-LOOKED_AT = 16  # images that stand for all where their size is asked for
-# What no line of keys may hold; searched for in the whole text at once, because there may be a million lines.
+LOOKED_AT = 16  # images whose size is taken for that of all
+# Not allowed in keys; searched in the whole text at once, because there may be a million lines.
 UNSAFE = ("\n\n", "\n/", "//", "/\n", "/./", "\n./", "\n.\n", "/.\n", "/../", "\n../", "\n..\n", "/..\n", "\0", "\r")
 
 
 def ignore(index: int, image_HW3: NDArray[np.uint8]) -> None:
-    """Meet an image, and do nothing."""
+    """Do nothing."""
 
 
 class ImageSet:
-    """The images of an index, read one by one at random: `image_set.image(7)` is uint8 (H, W, 3).
+    """The images of an index, with random access: `image_set.image(7)` is uint8 (H, W, 3).
 
-    Every read checks the file's size (and SHA-256, if the index is deep) against the list. Threads may share it.
+    Every read checks the file's size (and SHA-256, if the index is deep) against the list. Safe to use from several threads.
     """
 
     def __init__(
@@ -77,9 +76,9 @@ class ImageSet:
 
     @classmethod
     def open(cls, directory: Path, *, root: Path | None = None) -> ImageSet:
-        """The image set of an artifact directory. `root`: the folder of the images, if not the remembered one.
+        """The image set of an artifact directory. `root`: the folder of the images, default the recorded one.
 
-        Raises CorruptError if the files are missing, cut or do not fit each other; digests are the store's matter.
+        Raises CorruptError if files are missing, truncated or inconsistent; digests are checked by the store.
         """
         description = _read_description(directory)
         listing = _read_listing(directory, classes=description["classes"], images=description["images"])
@@ -96,12 +95,12 @@ class ImageSet:
 
     @cached_property
     def folder(self) -> Path:
-        """The folder below which the keys lie. Raises InputError if no root is known or it is gone."""
+        """The folder of the keys. Raises InputError if no root is known or the folder does not exist."""
         assert isinstance(self.source, FolderSource)
         folder = need_root(self.root) / self.source.split
         if not folder.is_dir():
             raise InputError(
-                f"the images should lie in {folder}, but there is no such folder",
+                f"the folder of the images {folder} does not exist",
                 path=folder,
                 hint="give the folder of the images with --images",
             )
@@ -113,7 +112,7 @@ class ImageSet:
         return draw_digits(self.keys, self.source.size)
 
     def image(self, index: int) -> NDArray[np.uint8]:
-        """Image `index`, uint8 (H, W, 3). Raises UnreadableImage if it is gone or changed, CorruptImage if undecodable."""
+        """Image `index`, uint8 (H, W, 3). Raises UnreadableImage if it is missing or changed, CorruptImage if undecodable."""
         if isinstance(self.source, DigitsSource):
             digit_HW3: NDArray[np.uint8] = self._digits[index]
             return digit_HW3
@@ -132,7 +131,7 @@ class ImageSet:
         return f"smalti index --images {shlex.quote(str(self.root))}{chosen}"
 
     def problem(self, index: int, *, pixels: bool) -> Problem | None:
-        """Why image `index` cannot be used; None if it can. pixels: decode it; else its header alone is read."""
+        """Why image `index` cannot be used; None if it can. pixels: decode it, instead of reading only its header."""
         try:
             if pixels:
                 self.image(index)
@@ -145,7 +144,7 @@ class ImageSet:
         return None
 
     def problems(self, *, pixels: bool, threads: int = 1) -> Iterator[tuple[int, list[Problem]]]:
-        """Every image that cannot be used, in the order of the set: block by block, with the size of the block."""
+        """Every image that cannot be used, in the order of the set: (size of a block, its problems) block by block."""
 
         def check(start: int) -> tuple[int, list[Problem]]:
             block = range(start, min(start + CHECKED_AT_ONCE, len(self)))
@@ -156,9 +155,9 @@ class ImageSet:
             yield from pool.map(check, range(0, len(self), CHECKED_AT_ONCE))
 
     def common_pixels(self) -> int | None:
-        """The side of the images, if all are squares of one size: of files, 16 at even distances are looked at.
+        """Pixels per side of the images, if all are squares of one size; of files, 16 evenly spaced ones are read.
 
-        Headers alone are read. InputError or CorruptImage for a file that is gone or cannot be read.
+        Only headers are read. InputError or CorruptImage for a file that is missing or cannot be read.
         """
         if isinstance(self.source, DigitsSource):
             return self.source.size
@@ -168,7 +167,7 @@ class ImageSet:
         return widths.pop() if len(widths) == 1 else None
 
     def batch(self, indices: Sequence[int], *, threads: int = 1) -> list[NDArray[np.uint8]]:
-        """Several images, each of its own size, in the order asked for."""
+        """Several images, each of its own size, in the order of `indices`."""
         return _map(self.image, indices, threads)
 
     def chosen_views(
@@ -184,7 +183,7 @@ class ImageSet:
     def all_views(
         self, indices: Sequence[int], *, views: ViewPolicy, threads: int = 1, met: Met = ignore
     ) -> NDArray[np.uint8]:
-        """All views of each image, uint8 (B, count, size, size, 3). met: told of each when it is decoded."""
+        """All views of each image, uint8 (B, count, size, size, 3). met: called for each decoded image."""
 
         def see(index: int) -> NDArray[np.uint8]:
             image_HW3 = self.image(index)
@@ -199,7 +198,7 @@ class ImageSet:
     def _bytes(self, index: int) -> bytes:
         path = self._path(index)
         data, size = read_file(path), int(self.listing.sizes[index])
-        anew = "restore it, or have the folder listed anew: smalti index or run with --rescan"
+        anew = "restore it, or list the folder again: smalti index or run with --rescan"
         if len(data) != size:
             raise UnreadableImage(f"has {len(data)} bytes, but had {size} when it was indexed", path=path, hint=anew)
         digests = self.listing.digests
@@ -235,7 +234,7 @@ def index_files(
 
 
 def recall_root(directory: Path) -> Path | None:
-    """The remembered root of the images, if any."""
+    """The recorded root of the images, if any."""
     file = directory / ROOT_FILE
     return Path(file.read_text(encoding="utf-8").rstrip("\n")) if file.is_file() else None
 
@@ -254,7 +253,7 @@ def _npy(array: NDArray[Any]) -> bytes:
 
 
 def _read_npy(file: Path) -> NDArray[Any]:
-    """An array; mapped first, so that a header that promises more than the file holds allocates nothing."""
+    """An array; mapped first, so that a forged shape allocates nothing."""
     return np.array(np.load(file, mmap_mode="r", allow_pickle=False))
 
 
@@ -266,7 +265,7 @@ def _read_description(directory: Path) -> dict[str, Any]:
         message = f"{directory} is not an image set: images.json is missing or damaged"
         raise CorruptError(message, path=directory) from cause
     if known != FORMAT:
-        message = f"image set {directory} has format {known}, this version knows {FORMAT}"
+        message = f"image set {directory} has format {known}, this version reads {FORMAT}"
         raise CorruptError(message, path=directory, hint="install a newer smalti")
     if not {"source", "decode", "classes", "images", "list_digest"} <= description.keys():
         raise CorruptError(f"image set {directory}: images.json lacks fields", path=directory)
@@ -282,11 +281,11 @@ def _read_listing(directory: Path, *, classes: list[str], images: int) -> Listin
     except (OSError, ValueError, EOFError) as cause:
         raise CorruptError(f"image set {directory} is damaged: {cause}", path=directory) from cause
     if not text.endswith("\n") or any(part in text for part in UNSAFE):
-        raise CorruptError(f"image set {directory}: keys.txt is cut or names a file outside the images", path=directory)
+        raise CorruptError(
+            f"image set {directory}: keys.txt is truncated or names a file outside the images", path=directory
+        )
     keys = text[1:-1].split("\n")
     shapes = {array.shape for array in (labels, sizes)} | ({digests.shape[:1]} if digests is not None else set())
     if shapes != {(images,)} or len(keys) != images or labels.min() < 0 or labels.max() >= len(classes):
-        raise CorruptError(
-            f"image set {directory}: keys, labels, sizes and classes do not fit each other", path=directory
-        )
+        raise CorruptError(f"image set {directory}: keys, labels, sizes and classes are inconsistent", path=directory)
     return Listing(keys, labels, sizes, classes, digests)

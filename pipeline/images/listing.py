@@ -18,11 +18,11 @@ SHOWN = 10  # names in a sentence; whole lists go to log/
 
 
 class Problem(NamedTuple):
-    """Something that stands where an image should be, and why it cannot be used.
+    """A file that should be an image, and why it cannot be used.
 
-    key: its path below the folder, with what no key may hold escaped.  reason: a phrase that names no path.
-    is_fixed: it follows from the files themselves, so that leaving it out gives the same set wherever they lie;
-    what only this machine or moment cannot read is not.
+    key: its path below the folder, with characters escaped that keys must not have.  reason: a phrase without a path.
+    is_fixed: the reason is in the file itself, and not an I/O error of this machine, so that leaving it out gives the same
+    set everywhere.
     """
 
     key: str
@@ -31,7 +31,7 @@ class Problem(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """Something below the folder that was passed over by the rules, and by which one."""
+    """A file or folder that was ignored, and the rule."""
 
     key: str
     rule: str
@@ -43,7 +43,7 @@ class Listing:
 
     keys: N distinct names (of a folder: the path below the root, with "/").  labels: int32 (N,), index into `classes`.
     sizes: int64 (N,), bytes of each file.  digests: uint8 (N, 32), SHA-256 of each file, or None if not asked for.
-    problems, left_out: what else lies there.  folders: path below the root -> mark of each folder that was listed.
+    problems, left_out: other files.  folders: path below the root -> mark of each listed folder.
     """
 
     keys: list[str]
@@ -59,7 +59,7 @@ class Listing:
         return len(self.keys)
 
     def keep(self, rows: NDArray[np.intp]) -> Listing:
-        """The listing of some rows only; the classes stay, so that labels keep their meaning."""
+        """The listing of some rows; classes do not change."""
         digests = None if self.digests is None else self.digests[rows]
         return Listing([self.keys[row] for row in rows], self.labels[rows], self.sizes[rows], self.classes, digests)
 
@@ -67,7 +67,7 @@ class Listing:
 def digest_listing(listing: Listing) -> str:
     """SHA-256 (hex) of the sorted list (key, size, label, and the file's SHA-256 where it is known), and of the problems.
 
-    Each line ends in its fixed fields and a key holds no newline, so two lists never give the same bytes.
+    The bytes are unambiguous: each line ends in its fixed fields, and a key has no newline.
     """
     digest = hashlib.sha256(HEADER)
     labels, sizes = listing.labels.tolist(), listing.sizes.tolist()
@@ -82,7 +82,7 @@ def digest_listing(listing: Listing) -> str:
 
 
 def describe_left_out(left_out: Sequence[LeftOut]) -> str:
-    """One sentence of what was passed over, counted by rule with the first names of each."""
+    """One sentence on ignored files: counts by rule, with the first names of each."""
     counts = Counter(rule for _, rule in left_out)
     return "; ".join(
         f"{rule}: {count} ({name_some([key for key, its in left_out if its == rule], most=3)})"
@@ -91,7 +91,7 @@ def describe_left_out(left_out: Sequence[LeftOut]) -> str:
 
 
 def name_some(names: Sequence[str], *, most: int = SHOWN, between: str = ", ") -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of others."""
     rest = f"{between}and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + rest
 

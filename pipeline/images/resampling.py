@@ -1,8 +1,8 @@
 """Resizing and cropping of uint8 (H, W, 3) arrays, as the published systems do: with Pillow's antialiased filters, or with
 OpenCV's bilinear one, which is not antialiased (IBQ).
 
-A very long or very narrow image (sides differ by more than 16 times) is first cut to its central 16:1 part, so that one
-of 3000x1 pixels becomes a small picture instead of a huge one that is then thrown away.
+An image with an aspect ratio above 16 is first cut to its central 16:1 part, because the intermediate image of one of
+3000x1 pixels would be huge.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def resize(image_HW3: NDArray[np.uint8], height: int, width: int, filter: Filter
 
 
 def opencv_bilinear(image_HW3: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """What OpenCV's INTER_LINEAR gives for bytes, bit by bit: each pixel is made of the two by two nearest.
+    """OpenCV's INTER_LINEAR for bytes, with the same bits: each pixel is a weighted sum of the two by two nearest.
 
     Source: https://docs.opencv.org/4.x/da/d54/group__imgproc__transform.html; arithmetic checked against version 5.0.
     """
@@ -115,7 +115,7 @@ def flip(image_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def shift(image_HW3: NDArray[np.uint8], down: int, right: int, fill: int) -> NDArray[np.uint8]:
-    """The image moved by whole pixels; what comes in from outside has the value `fill`."""
+    """The image shifted by whole pixels; new pixels have the value `fill`."""
     height, width = image_HW3.shape[:2]
     moved_HW3 = np.full_like(image_HW3, fill)
     moved_HW3[max(0, down) : height + min(0, down), max(0, right) : width + min(0, right)] = image_HW3[
@@ -127,9 +127,9 @@ def shift(image_HW3: NDArray[np.uint8], down: int, right: int, fill: int) -> NDA
 def _neighbours(
     old: int, new: int, *, beyond: bool
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], tuple[NDArray[np.int32], NDArray[np.int32]]]:
-    """For each new pixel the two old ones that it is made of, and their weights in fixed point.
+    """For each new pixel the two old ones that it is computed from, and their weights in fixed point.
 
-    beyond: at the border two equal neighbours share the weight, instead of one having all of it (they round differently).
+    beyond: at the border the weight is split between two equal neighbours, instead of one (they round differently).
     """
     places = ((np.arange(new) + 0.5) * (old / new) - 0.5).astype(np.float32)
     first = np.floor(places).astype(np.intp)

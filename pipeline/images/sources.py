@@ -1,4 +1,4 @@
-"""Where images come from: the sources that `index` knows, each listed and identified without reading a pixel."""
+"""Image sources of `index`, which are listed and identified without reading pixels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def list_images(source: DigitsSource | FolderSource, root: Path | None = None) -
 
 
 def identify(source: DigitsSource | FolderSource, root: Path | None = None) -> str | Tree:
-    """What stands for a source's images in keys: of the digits SHA-256 of the bundled data, of a folder its list."""
+    """The content id of a source for keys: of the digits the SHA-256 of the bundled data, of a folder that of its list."""
     if isinstance(source, DigitsSource):
         return SHA256
     given = need_root(root)
@@ -32,7 +32,7 @@ def identify(source: DigitsSource | FolderSource, root: Path | None = None) -> s
 
 
 def look_at(source: FolderSource, root: Path) -> Look:
-    """Digest of the list of all images. A folder with problems is not remembered: they may go without a trace in it."""
+    """Digest of the list of all images. A folder with problems is not remembered: their repair may not change its time."""
     listing = list_folder(source, root)
     return Look(digest_listing(listing), {} if listing.problems else listing.folders)
 

@@ -1,7 +1,7 @@
-"""Views: the named, deterministic crops and flips under which each image of a set is seen.
+"""Views: named, deterministic crops and flips of each image of a set.
 
-A policy is a frozen config that fixes how many views an image has, and what each of them is. View v of image i depends
-on the image, v and, for random crops, (seed, i) alone: never on order, worker or batch. To add a policy, write one
+A policy is a frozen config that defines the number of views of an image and each of them. View v of image i is a function
+of the image, v and, for random crops, (seed, i), independent of order, worker and batch. To add a policy, write one
 class here and add it to `Views`.
 """
 
@@ -29,14 +29,14 @@ Policy = TypeVar("Policy", bound="ViewPolicy")
 
 
 class ViewPolicy(Config, ABC):
-    """What all policies can do; by default there is one view, called by the policy's kind."""
+    """Base of all policies; by default there is one view, named by the policy's kind."""
 
     kind: str
     size: Size
 
     @property
     def upright(self) -> int:
-        """The view that is nearest to the image itself: centred and not mirrored."""
+        """The view that is centred and not mirrored."""
         return 0
 
     @property
@@ -59,7 +59,7 @@ class ViewPolicy(Config, ABC):
 
 
 class NoneViews(ViewPolicy):
-    """The image as it is; it must already be size x size."""
+    """The unchanged image; it must be size x size."""
 
     kind: Literal["none"] = "none"
 
@@ -155,11 +155,11 @@ class TenCropViews(ViewPolicy):
 
 
 class ShiftViews(ViewPolicy):
-    """The ADM centre crop moved by whole pixels: first unmoved, then every other (down, right) within +-pixels."""
+    """The ADM centre crop shifted by whole pixels: first (0, 0), then every other (down, right) within +-pixels."""
 
     kind: Literal["shifts"] = "shifts"
     pixels: int = Field(1, ge=0, le=16, description="largest shift in each direction; (2 * pixels + 1) ** 2 views")
-    fill: int = Field(0, ge=0, le=255, description="value of the pixels that come in from outside")
+    fill: int = Field(0, ge=0, le=255, description="value of the new pixels at the border")
 
     @property
     def count(self) -> int:
@@ -187,7 +187,7 @@ class ShiftViews(ViewPolicy):
 
 
 class Place(NamedTuple):
-    """Where a view lies in its image, in pixels, and whether it is mirrored; the fields of a box in a token set."""
+    """The box of a view in its image, in pixels, and whether it is mirrored; the fields of a box in a token set."""
 
     left: int
     top: int
@@ -203,7 +203,7 @@ class DrawnViews(ViewPolicy):
     """
 
     draws: int = Field(1, ge=1, le=1024, description="views per image")
-    seed: int = Field(0, ge=0, lt=2**64, description="seed of places and mirrors")
+    seed: int = Field(0, ge=0, lt=2**64, description="seed of positions and flips")
     flip: bool = Field(False, description="mirror half of the views")
     filter: resampling.Filter = Field("bilinear", description="resampling filter")
 
@@ -213,15 +213,15 @@ class DrawnViews(ViewPolicy):
 
     @abstractmethod
     def sides(self, image_HW3: NDArray[np.uint8]) -> tuple[int, int]:
-        """Height and width of the image in which the views are cut."""
+        """Height and width of the resized image that views are cut from."""
 
     @abstractmethod
     def prepare(self, image_HW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """That image."""
+        """The resized image that views are cut from."""
 
     @abstractmethod
     def place(self, height: int, width: int, view: int, index: int) -> Place:
-        """Where a view of image `index` lies in one of height x width."""
+        """The box of a view of image `index` in a resized image of height x width."""
 
     def describe(self) -> list[dict[str, Any]]:
         scale = getattr(self, "short_side", self.size) / self.size
@@ -235,7 +235,7 @@ class DrawnViews(ViewPolicy):
         return np.stack([self._cut(prepared_HW3, view, index) for view in range(self.count)])
 
     def boxes(self, image_HW3: NDArray[np.uint8], *, index: int) -> Box:
-        """Where the views lie in the image in which they are cut: float32 (count, 5) of x, y, w, h, flip."""
+        """Boxes of the views in the resized image: float32 (count, 5) of x, y, w, h, flip."""
         height, width = self.sides(image_HW3)
         return np.array([self.place(height, width, view, index) for view in range(self.count)], dtype=np.float32)
 
@@ -254,7 +254,7 @@ class DrawnViews(ViewPolicy):
 
 
 class RandomCropViews(DrawnViews):
-    """Crops of the image resized to `short_side`: at random places, or all from the centre."""
+    """Crops of the image resized to `short_side`: at random positions, or all from the centre."""
 
     kind: Literal["random-crop"] = "random-crop"
     short_side: int = Field(ge=1, description="pixels of the short side before the crop")

@@ -153,7 +153,7 @@ def _open_images(artifact: Artifact, size: int | None) -> Pictures:
     if attributes.get("format") != FORMAT:
         found = attributes.get("format")
         raise CorruptError(
-            f"{artifact.name} has images format {found!r}, this version knows {FORMAT}", path=artifact.path
+            f"{artifact.name} has images format {found!r}, this version reads {FORMAT}", path=artifact.path
         )
     images, labels_I = MappedArray(artifact.path / "images"), MappedArray(artifact.path / "labels").read()
     if images.shape[0] != len(labels_I) or images.shape[3:] != (3,) or images.shape[1] != images.shape[2]:

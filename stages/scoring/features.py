@@ -79,7 +79,7 @@ class ImageFeatures:
         facts = artifact.facts
         if facts.get("format") != FORMAT:
             raise CorruptError(
-                f"{artifact.name} has image features of format {facts.get('format')!r}, this version knows {FORMAT}",
+                f"{artifact.name} has image features of format {facts.get('format')!r}, this version reads {FORMAT}",
                 path=artifact.path,
             )
         self.artifact, self.name, self.path = artifact, artifact.name, artifact.path

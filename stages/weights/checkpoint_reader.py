@@ -220,7 +220,7 @@ def _tensors(found: Any, path: Path) -> dict[str, torch.Tensor]:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
     if not isinstance(found, Mapping) or not found:
-        raise CorruptError(f"{path} holds no mapping from names to tensors", path=path)
+        raise CorruptError(f"{path} is not a mapping from names to tensors", path=path)
     odd = [name for name, value in found.items() if not isinstance(name, str) or not isinstance(value, torch.Tensor)]
     if odd:
         raise CorruptError(

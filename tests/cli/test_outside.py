@@ -15,7 +15,7 @@ import cli.main
 from pipeline import following
 from pipeline.artifact import list_files
 from pipeline.durable import hash_file
-from pipeline.outside import open_outside
+from pipeline.outside_tokens import open_outside
 from pipeline.store import Store
 from smalti import create_tokens
 from stages.weights.cards import TokenizerCard

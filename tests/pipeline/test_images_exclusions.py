@@ -61,7 +61,7 @@ def test_lines_that_match_nothing_are_named(root: Path) -> None:
 
 
 def test_nothing_left_and_unreadable_lists_are_refused(root: Path) -> None:
-    with pytest.raises(InputError, match="leaves out every one of the 5 images"):
+    with pytest.raises(InputError, match="excludes all of the 5 images"):
         exclude(list_images(FolderSource(), root), written(root, "n01\nn02\nn03\n"))
     with pytest.raises(InputError, match="cannot be read: No such file"):
         identify_exclusions(root / "nothing.txt")

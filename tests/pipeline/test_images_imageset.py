@@ -197,7 +197,7 @@ class TestDamagedSets:
     def test_future_format(self, folder_set: Path) -> None:
         description = json.loads((folder_set / "images.json").read_bytes())
         (folder_set / "images.json").write_text(json.dumps(description | {"format": 2}))
-        assert "has format 2, this version knows 1; install a newer smalti" in self.refuse(folder_set)
+        assert "has format 2, this version reads 1; install a newer smalti" in self.refuse(folder_set)
 
     @pytest.mark.parametrize(
         "key", ["../secret.png", "/etc/passwd", "n0/../../x.png", "n0/..", ".", "..", "./x", "n0//x", "n0/", ""]
@@ -210,7 +210,7 @@ class TestDamagedSets:
     def test_labels_out_of_range(self, folder_set: Path) -> None:
         for label in (-1, 2):
             np.save(folder_set / "labels.npy", np.array([0, 0, label, 1, 1, 1], dtype=np.int32))
-            assert "do not fit each other" in self.refuse(folder_set)
+            assert "are inconsistent" in self.refuse(folder_set)
 
     def test_header_that_promises_too_much(self, folder_set: Path) -> None:
         data = (folder_set / "labels.npy").read_bytes().replace(b"(6,), }" + b" " * 12, b"(1000000000000,), }")

@@ -178,7 +178,7 @@ def test_all_problems_are_found_in_one_pass(root: Path) -> None:
 
 def test_missing_and_empty_folders_are_refused(root: Path, tmp_path: Path) -> None:
     refuse(None, "none is given")
-    refuse(tmp_path / "nowhere", "nowhere should hold images, or one folder per class, but there is nothing")
+    refuse(tmp_path / "nowhere", "nowhere must hold images, or one folder per class, but there is nothing")
     refuse(write(tmp_path / "file"), "but there is a file")
     (tmp_path / "empty/n01").mkdir(parents=True)
     refuse(tmp_path / "empty", "has no images")
@@ -186,9 +186,9 @@ def test_missing_and_empty_folders_are_refused(root: Path, tmp_path: Path) -> No
 
 def test_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
     write(tmp_path / "set/train/n01/a.png")
-    refuse(tmp_path / "set", "holds train, which are parts.*--set source.split=train")
+    refuse(tmp_path / "set", "holds train, which are splits.*--set source.split=train")
     write(tmp_path / "set/val/a.png")
-    refuse(tmp_path / "set", "holds train, val, which are parts of a data set and not classes")
+    refuse(tmp_path / "set", "holds train, val, which are splits of a data set and not classes")
     write(tmp_path / "vehicles/train/a.png")
     assert list_images(FOLDER, tmp_path / "vehicles").classes == ["train"]
     write(tmp_path / "set/cat/a.png")

@@ -294,7 +294,9 @@ def test_a_hanging_process_is_ended_when_the_other_fails(tmp_path: Path) -> None
     assert (tmp_path / "said-0").read_text().endswith("step 7 has loss nan")
 
 
-@pytest.mark.parametrize(("number", "said"), [(signal.SIGKILL, "is gone"), (signal.SIGSTOP, "has been silent for 1 s")])
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGKILL, "was lost"), (signal.SIGSTOP, "has been silent for 1 s")]
+)
 def test_the_other_leaves_when_process_0_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, said: str
 ) -> None:

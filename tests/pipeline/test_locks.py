@@ -87,6 +87,6 @@ def test_a_store_holds_still_for_many_or_for_one(tmp_path: Path, monkeypatch: py
         assert not entered.wait(0.5)
     assert entered.wait(10)
     thread.join()
-    assert said == [f"  waiting for {tmp_path}: others take up artifacts"]
+    assert said == [f"  waiting for {tmp_path}: other processes open artifacts"]
     with steady(tmp_path / "nothing", alone=True):
         pass

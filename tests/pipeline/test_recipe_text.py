@@ -132,8 +132,8 @@ def test_settings_change_one_step_of_those_that_share_an_anchor(tmp_path: Path) 
         ("steps:\n  sum: {paths: null, config: {scale: -1.0}}", [], "over.yaml, line 3: over.yaml: steps.sum.paths lacks weights"),
         ("steps:\n  numbers: {inputs: {\n    more: more}}", [], "over.yaml, line 4: unknown key 'more'"),
         ("steps:\n  sum: {paths: {weights: '{wieghts}'}}", [], "over.yaml, line 3: unknown key 'wieghts'"),
-        ("steps:\n  a.b: {stage: count}", [], "over.yaml, line 3: over.yaml: 'a.b' is no name"),
-        ("steps:\n  numbers: {config:\n   {rows: .nan}}", [], "over.yaml, line 4: over.yaml holds a value that is no plain number"),
+        ("steps:\n  a.b: {stage: count}", [], "over.yaml, line 3: over.yaml: 'a.b' is not a valid name"),
+        ("steps:\n  numbers: {config:\n   {rows: .nan}}", [], "over.yaml, line 4: over.yaml holds a value that is not a valid number"),
         ("title: 3", [], "over.yaml, line 2: over.yaml.title"),
         ("steps:\n  gone: null", [], "over.yaml, line 3: over.yaml.steps.gone"),
         ("steps:\n  numbers:\n    stage: null", [], "over.yaml, line 4: over.yaml.steps.numbers.stage is missing"),
@@ -156,8 +156,8 @@ def test_a_wrong_value_of_the_base_is_named_where_it_stands(tmp_path: Path) -> N
         ("base: 3", UsageError, "over.yaml, line 1: base is not a path"),
         ("base: none.yaml", InputError, "over.yaml, line 1: the recipe .*none.yaml cannot be read"),
         ("base: bad.yaml", UsageError, "bad.yaml is not valid YAML.*line 1"),
-        ("base: over.yaml", UsageError, "over.yaml, line 1: the recipe is among its own bases: .*over.yaml -> .*over.yaml"),
-        ("base: round.yaml", UsageError, "round.yaml, line 1: the recipe is among its own bases: .*over.yaml -> .*round.yaml -> .*over.yaml"),
+        ("base: over.yaml", UsageError, "over.yaml, line 1: the bases of the recipe form a cycle: .*over.yaml -> .*over.yaml"),
+        ("base: round.yaml", UsageError, "round.yaml, line 1: the bases of the recipe form a cycle: .*over.yaml -> .*round.yaml -> .*over.yaml"),
     ],
 )  # fmt: skip
 def test_bases_that_cannot_be(tmp_path: Path, text: str, kind: type[SmaltiError], words: str) -> None:

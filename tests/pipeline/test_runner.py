@@ -159,7 +159,7 @@ def test_a_lost_input_is_made_first_and_the_step_is_kept_if_the_bytes_are_the_sa
     path = run_all(recipe, root)["numbers"].path
     path.rename(tmp_path / "lost")
     items = planned(recipe, root)
-    assert items["numbers"].reason == "its artifact is gone"
+    assert items["numbers"].reason == "its artifact is missing"
     assert items["sum"].reason == "numbers is made first, and may differ from the one used"
     assert made(recipe, root) == ["numbers"]
 

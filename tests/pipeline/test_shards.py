@@ -66,7 +66,7 @@ def test_a_worker_that_dies_once_costs_nothing(tmp_path: Path, two_workers: Clus
 
 def test_a_worker_that_keeps_dying_is_70_and_names_the_shard(tmp_path: Path, two_workers: Cluster) -> None:
     with pytest.raises(
-        WorkerError, match=r"shard 2 of 5 failed, finished shards are kept: the worker of shard 2 kept dying"
+        WorkerError, match=r"shard 2 of 5 failed, finished shards are kept: the worker of shard 2 died in each"
     ) as caught:
         numbers(tmp_path, Options(cluster=two_workers), "numbers.fault=die", "numbers.faulty=2")
     assert caught.value.exit_code == 70
@@ -284,7 +284,7 @@ def test_a_relative_store_serves_workers_in_other_folders(
 def test_a_worker_that_does_not_see_the_draft_is_named_once_and_not_used(
     elsewhere: Elsewhere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, want: dict[str, str]
 ) -> None:
-    monkeypatch.setattr("pipeline.proof.SEEN_SECONDS", 0.5)
+    monkeypatch.setattr("pipeline.shared_folder.SEEN_SECONDS", 0.5)
     monkeypatch.chdir(elsewhere.here)
     before = set(elsewhere.there.iterdir())
     said: list[str] = []
@@ -323,9 +323,9 @@ def test_nothing_is_journaled_that_is_not_seen_here(tmp_path: Path, monkeypatch:
     late = Timer(0.3, partial((tmp_path / "late").write_bytes, b"four"))
     late.start()
     check_seen(tmp_path, [FileEntry("late", 4, "")])
-    monkeypatch.setattr("pipeline.proof.SEEN_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.shared_folder.SEEN_SECONDS", 0.1)
     for name in ("cut", "missing"):
-        with pytest.raises(StorageError, match=f"{name} of 4 bytes, but it is not seen here"):
+        with pytest.raises(StorageError, match=f"{name} of 4 bytes, but this process does not see it"):
             check_seen(tmp_path, [FileEntry(name, 4, "")])
 
 

@@ -134,8 +134,8 @@ def test_same_input_gives_same_bytes(tmp_path, codes_ICT):
         ({"labels": [0] * 49 + [10], "classes": 10}, "row 49 .* holds label 10, expected 0 to 9"),
         ({"labels": [0] * 49}, "labels"),
         ({"grid": (2, 2)}, "tokens have shape"),
-        ({"keys": ["a"] * 50}, "stands for more than one"),
-        ({"keys": [""] * 50}, "cannot be a key"),
+        ({"keys": ["a"] * 50}, "is used for more than one"),
+        ({"keys": [""] * 50}, "is not a valid key"),
         ({"keys": ["a", "b"]}, "keys have shape"),
         ({"boxes": np.zeros((50, 3, 4))}, "boxes have shape"),
     ],
@@ -232,7 +232,7 @@ def test_a_larger_shape_in_the_padding_is_refused(token_set):
     document = json.loads(path.read_text())
     document["shape"][0] = 52  # fits the last chunk, which is padded
     path.write_text(json.dumps(document))
-    with pytest.raises(smalti.CorruptError, match="attributes ask for"):
+    with pytest.raises(smalti.CorruptError, match="attributes it must be"):
         smalti.open_tokens(token_set.path)
 
 
@@ -343,7 +343,7 @@ def test_swapped_file_is_found(tmp_path, token_set, codes_ICT):
 )
 def test_names_that_leave_the_folder_are_refused(token_set, name):
     folder = with_manifest(token_set.path, files=[{"path": name, "size": 1, "sha256": "0" * 64}])
-    with pytest.raises(smalti.CorruptError, match="does not stay inside"):
+    with pytest.raises(smalti.CorruptError, match="is outside of its folder"):
         smalti.open_tokens(folder)
 
 

@@ -1,7 +1,7 @@
-"""Token sets outside of the store: what `smalti.create_tokens` or another project wrote, used where it lies.
+"""Token sets outside of the store, written by `smalti.create_tokens` or another project, as inputs.
 
-Such a folder has no manifest. It is an input like an artifact of the store: its key is the digest of its content, so that
-the same codes in another folder are the same input, and other codes in the same folder are another one.
+Such a folder has no manifest. Its key is the digest of its content: the same codes in another folder are the same input,
+and other codes in the same folder are another one.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def is_token_folder(path: Path) -> bool:
 
 
 def open_outside(path: Path) -> Artifact:
-    """A token set as an artifact that no store holds, checked at level *open*.
+    """A token set outside of the store as an artifact, checked at level *open*.
 
     InputError: there is none at `path`.  CorruptError: it is damaged.
     """
     token_set = open_tokens(path)
-    key, said = content_digest(token_set), token_set.attributes
+    key, attributes = content_digest(token_set), token_set.attributes
     arrays = ["tokens", "labels", "keys", *(["boxes"] if token_set.boxes is not None else [])]
     metadata = sorted([METADATA, *(f"{name}/{METADATA}" for name in arrays)])  # shards have checksums of their own
     return Artifact(
@@ -45,31 +45,31 @@ def open_outside(path: Path) -> Artifact:
         inputs={},
         externals={},
         facts={
-            "images": said.n_images,
-            "crops": said.n_crops,
-            "grid": list(said.grid),
-            "codes": said.codes,
-            "classes": said.classes,
-            "resolution": said.resolution,
-            "tokenizer": dict(said.tokenizer),
+            "images": attributes.n_images,
+            "crops": attributes.n_crops,
+            "grid": list(attributes.grid),
+            "codes": attributes.codes,
+            "classes": attributes.classes,
+            "resolution": attributes.resolution,
+            "tokenizer": dict(attributes.tokenizer),
         },
         files={name: FileEntry.of(path, name) for name in metadata},
     )
 
 
 def verify_outside(path: Path) -> Artifact:
-    """The token set after every byte and every code was checked, as far as its checksums go."""
+    """The token set, after a check of all checksums and codes."""
     verify_tokens(path)
     return open_outside(path)
 
 
 def open_input(path: Path) -> Artifact:
-    """What lies in a folder that is an input: an artifact, or a token set outside of the store."""
+    """The input in a folder: an artifact, or a token set outside of the store."""
     return open_outside(path) if is_token_folder(path) else open_artifact(path)
 
 
 def _is_opened(*given: Any) -> None:
-    raise AssertionError("what lies outside is opened, never made")
+    raise AssertionError("a token set outside of the store is opened, not made")
 
 
 OUTSIDE = Stage(
@@ -83,4 +83,4 @@ OUTSIDE = Stage(
     example="",
     externals={FOLDER: External("folder of the token set", lambda config, path: open_outside(path).key)},
 )
-"""What stands in a recipe's plan for a token set that lies outside."""
+"""The stage of a token set outside of the store in a recipe's plan."""

@@ -1,7 +1,7 @@
-"""Proof that another process reads and writes the same folder as this one: a nonce file, and its copy beside it.
+"""A check that another process reads and writes the same folder as this one: by a nonce file, and its copy beside it.
 
-A path alone proves nothing: on another host the same path may be missing, or be another folder. Network file systems may
-show a new file late, so both sides wait `SEEN_SECONDS` for it.
+On another host the same path may be missing, or be another folder. Network file systems may show a new file late, so both
+sides wait `SEEN_SECONDS` for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Answer:
-    """What a process says of itself. copy: name of the file that it wrote.  reason: why there is none, else empty."""
+    """The answer of a process. copy: name of the file that it wrote.  reason: why there is none, else empty."""
 
     host: str
     started_in: str
@@ -37,7 +37,7 @@ class Answer:
 
 @contextmanager
 def asking(folder: Path) -> Iterator[Path]:
-    """Yield a new nonce file in `folder`; it and its copies are removed at the end (a draft sweeps what a kill leaves)."""
+    """Yield a new nonce file in `folder`; it and its copies are removed at the end (after a kill, by `Draft.open`)."""
     nonce = folder / f".nonce-{uuid4().hex}"
     with durable.refusals(nonce):
         nonce.write_bytes(os.urandom(16).hex().encode())
@@ -50,9 +50,9 @@ def asking(folder: Path) -> Iterator[Path]:
 
 
 def answer(nonce: Path, seconds: float) -> Answer:
-    """In the other process: read the nonce, after at most `seconds`, and write a copy beside it.
+    """In the other process: read the nonce, which may take `seconds` to appear, and write a copy beside it.
 
-    Nothing is created where the nonce is not seen.
+    Where the nonce does not appear, nothing is written.
     """
     host, started_in = platform.node(), str(Path.cwd())
     if not becomes_true(nonce.is_file, seconds):
@@ -65,8 +65,8 @@ def answer(nonce: Path, seconds: float) -> Answer:
     return Answer(host, started_in, copy.name)
 
 
-def doubt(nonce: Path, given: Answer) -> str:
-    """Why an answer proves nothing; empty if it proves that the other process reads and writes this folder."""
+def find_fault(nonce: Path, given: Answer) -> str:
+    """Why the other process does not read and write this folder; empty if it does."""
     if given.reason:
         return given.reason
     copy, want = nonce.with_name(given.copy), nonce.read_bytes()
@@ -76,7 +76,7 @@ def doubt(nonce: Path, given: Answer) -> str:
 
 
 def becomes_true(is_true: Callable[[], bool], seconds: float) -> bool:
-    """True as soon as the condition holds, False if it does not within `seconds`."""
+    """Wait for a condition; False if it does not hold within `seconds`."""
     deadline = time.monotonic() + seconds
     while not is_true():
         if time.monotonic() >= deadline:
