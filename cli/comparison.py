@@ -46,7 +46,7 @@ def compare(
 
 
 def rows_of(made: Mapping[str, Artifact], store: Store) -> list[Row]:
-    """Rows of what the steps of a recipe made; none where there is nothing to compare."""
+    """Rows of the artifacts of a recipe; empty if there are fewer than two."""
     rows = group(find_runs(made, store))
     return rows if len(rows) > 1 else []
 
@@ -56,13 +56,13 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 
 def _named(store: Store, name: str) -> dict[str, Artifact]:
-    """What a name stands for that can be compared: all steps of a recipe, or one artifact."""
+    """The artifacts of a name that can be compared: all steps of a recipe, or one artifact."""
     refs = [ref for ref in store.refs() if ref.rpartition("/")[0] == name]
     named = {ref: store.find(ref) for ref in refs} or {name: store.find(name)}
     if find_runs(named, store):
         return named
     if refs:
-        raise InputError(f"the recipe {name} has no generator, and so nothing to compare")
+        raise InputError(f"the recipe {name} has no generator: there is nothing to compare")
     (artifact,) = named.values()
     raise UsageError(
         f"{name} is of kind {artifact.kind}, expected a recipe, a score of a generator's samples, or a generator"

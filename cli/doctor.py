@@ -29,7 +29,7 @@ OPTIONAL = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: found or missing, and what to do about it."""
+    """The result of one check: found or missing, and what to do."""
 
     what: str
     found: str
@@ -39,7 +39,7 @@ class Finding:
 
 @guarded
 def doctor(store: options.StoreOption = options.DEFAULT_STORE, json: options.JsonOption = False) -> None:
-    """Look at this machine: versions, devices, disk, what is missing and how to get it.
+    """Check this machine: versions, devices, disk, what is missing and how to get it.
 
     Example: smalti doctor
     """
@@ -49,7 +49,7 @@ def doctor(store: options.StoreOption = options.DEFAULT_STORE, json: options.Jso
         print_json({"ok": not broken, "findings": [vars(item) for item in findings], "versions": versions()})
     else:
         print_table("doctor", ["what", "found", "advice"], [[item.what, item.found, item.advice] for item in findings])
-        say("something needed is missing: see the advice above" if broken else "everything that is needed is here")
+        say("a requirement is missing: see the advice above" if broken else "all requirements are met")
     if broken:
         raise SystemExit(70)
 

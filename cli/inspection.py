@@ -1,4 +1,4 @@
-"""`smalti status`, `verify` and `gc`: what is in a store, whether it is whole, and what nobody needs any more."""
+"""`smalti status`, `path`, `verify` and `gc`: contents of a store, their verification, and garbage collection."""
 
 from __future__ import annotations
 
@@ -106,7 +106,9 @@ def path(
     try:
         artifact = here.locate(name)
         if not artifact.exists():
-            raise InputError(f"{name} names {artifact}, which is not there", path=artifact, hint="run its recipe again")
+            raise InputError(
+                f"{name} names {artifact}, which does not exist", path=artifact, hint="run its recipe again"
+            )
         found = {"path": str(artifact), "state": "done"}
     except InputError:
         if len(drafts) != 1:
@@ -151,7 +153,7 @@ def gc(
 
 
 def parse_age(text: str) -> float:
-    """Seconds in `7d` and the like."""
+    """Seconds of an age such as `7d`."""
     found = AGE.fullmatch(text)
     if found is None or not (found[2] or float(found[1]) == 0):
         raise UsageError(f"--older-than {text!r}: expected a number and one of {', '.join(UNITS)}, such as 12h or 7d")
@@ -163,7 +165,7 @@ def _outcome(garbage: list[Garbage], removed: list[Garbage], yes: bool) -> str:
         return "no garbage"
     if not yes:
         return f"{counted(len(garbage), 'folder')}, {filesize.decimal(_total(garbage))}: delete with --yes"
-    left = "; others were taken up meanwhile" if len(removed) < len(garbage) else ""
+    left = "; others are in use now" if len(removed) < len(garbage) else ""
     return f"removed {counted(len(removed), 'folder')}, {filesize.decimal(_total(removed))}{left}"
 
 
@@ -182,7 +184,7 @@ def _total(items: list[Garbage]) -> int:
 
 
 def _draft(path: Path) -> dict[str, Any]:
-    """What is known of a draft. since: when the process began that makes it, or that made it last."""
+    """The state of a draft. since: the start of the process that makes it, or that made it last."""
     stage, key = named_key(path)
     holder = find_holder(path.with_name(f"{key}{SUFFIX}"))
     last = (read_attempts(path / LOG / "run.json") or [{}])[-1]

@@ -1,4 +1,4 @@
-"""The command `smalti`: one command per stage, and commands on recipes and stores. Thin: text in, stage call out."""
+"""The command `smalti`: one command per stage, and commands on recipes and stores."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from smalti import __version__
 from stages import stages
 
 Result = TypeVar("Result")
-HURRY_SECONDS = 5.0  # after an error, for processes of the launch that come late
-
-CommandLineError: Any = typer.BadParameter.__mro__[2]  # typer exports no base class of its complaints
+HURRY_SECONDS = 5.0  # after an error, for processes of the launch that connect late
+CommandLineError: Any = typer.BadParameter.__mro__[2]  # typer exports no base class of its errors
 
 app = typer.Typer(
     name="smalti",
@@ -80,7 +79,7 @@ for name, declared in stages().items():
 
 
 def main() -> None:
-    """Entry point of the console script. Of several processes of a launch the first alone runs the command."""
+    """Entry point of the console script. Of several processes of a launch only the first runs the command."""
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "passive"
     )  # read by OpenMP when torch loads it: idle threads free their core
@@ -91,7 +90,7 @@ def main() -> None:
 
 
 def lead() -> None:
-    """Run the command; the other processes of the launch, if there are any, leave when it ends."""
+    """Run the command; the other processes of the launch, if any, exit when it ends."""
     others, patience = _ended_by(followers), HURRY_SECONDS
     try:
         run_app()
@@ -103,7 +102,7 @@ def lead() -> None:
 
 
 def run_app() -> None:
-    """With --json a wrong option is answered by an object too."""
+    """Run the typer app; with --json also errors of options are printed as an object."""
     if "--json" not in sys.argv:
         app()
     try:
@@ -114,13 +113,13 @@ def run_app() -> None:
 
 
 def take_part() -> int:
-    """Do what process 0 says; the exit code. Nothing is printed, unless process 0 cannot."""
+    """Execute the orders of process 0; returns the exit code. Errors are printed only if process 0 cannot."""
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
     return follow(stages(), explain=explain, say=lambda error: print_error(error, error.exit_code, as_json=False))
 
 
 def _ended_by(work: Callable[[], Result]) -> Result:
-    """What `work` returns; its errors end the process like those of a command."""
+    """The result of `work`; its errors end the process like those of a command."""
     try:
         return guarded(work)()
     except typer.Exit as end:

@@ -1,4 +1,4 @@
-"""Options that many commands share: one name, one help text."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -26,16 +26,14 @@ StoreOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-ForceOption = Annotated[
-    bool, typer.Option("--force", help="Make it again even if it is there; the old one is replaced.")
-]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, without doing it.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Make it again even if it exists; the old one is replaced.")]
 NoWaitOption = Annotated[
-    bool, typer.Option("--no-wait", help="Leave with exit code 75 if another process is making the same artifact.")
+    bool, typer.Option("--no-wait", help="Exit with code 75 if another process is making the same artifact.")
 ]
 RescanOption = Annotated[
     bool,
-    typer.Option("--rescan", help="List image folders anew, even where no folder was modified since the last time."),
+    typer.Option("--rescan", help="List image folders again, even where no folder was modified since the last time."),
 ]
 WorkersOption = Annotated[int, typer.Option(min=0, help="Local dask worker processes; 0 works in this process.")]
 SchedulerOption = Annotated[str | None, typer.Option(help="Address of a running dask scheduler, tcp://host:8786.")]
@@ -44,7 +42,7 @@ ThreadsOption = Annotated[
     int,
     typer.Option(
         min=0,
-        help="Threads of a training step or of kmeans; 0: as the draft began, or every core but one. Float results of trainings depend on it.",
+        help="Threads of a training step or of kmeans; 0: those of the draft, or every core but one. Float results of trainings depend on it.",
     ),
 ]
 CheckpointOption = Annotated[
@@ -52,7 +50,7 @@ CheckpointOption = Annotated[
     typer.Option(
         "--checkpoint-seconds",
         min=0.0,
-        help="Seconds between two saves of a training, at least, and 20 times what the last one took; 0: after every step.",
+        help="Least seconds between checkpoints of a training, at least 20 times the duration of the last one; 0: after every step.",
     ),
 ]
 SetOption = Annotated[
@@ -103,7 +101,7 @@ def running(values: dict[str, Any]) -> Iterator[Options]:
 
 @cache
 def followers() -> Followers:
-    """The other processes of this launch, heard from the first call on."""
+    """The other processes of this launch; the first call starts to listen for them."""
     return Followers.listen(say=lambda error: print_error(error, error.exit_code, as_json="--json" in sys.argv))
 
 

@@ -1,4 +1,4 @@
-"""What a command says: results on stdout, sentences on stderr, one JSON object with --json, the exit code of the error."""
+"""Output of commands: results on stdout, messages on stderr, one JSON object with --json, exit codes of errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipeline.errors import CannotWrite, MemoryExhausted, SmaltiError, StorageEr
 from pipeline.runtime import Terminated
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
-INTERRUPTED = "stopped; the same command continues from what this one has saved"
+INTERRUPTED = "stopped; the same command continues from the last checkpoint"
 
 
 def guarded(command: CommandT) -> CommandT:
@@ -53,11 +53,11 @@ def guarded(command: CommandT) -> CommandT:
 
 
 def explain(error: Exception) -> SmaltiError:
-    """Any exception as one sentence with an exit code; of what we did not expect, the traceback is printed."""
+    """Any exception as one sentence with an exit code; of unexpected exceptions, the traceback is printed."""
     if isinstance(error, SmaltiError):
         return error
     if isinstance(error, MemoryError):
-        return MemoryExhausted(f"the memory of this machine is used up {error}".strip())
+        return MemoryExhausted(f"this machine is out of memory {error}".strip())
     if isinstance(error, OSError):
         return _translate(error)
     traceback.print_exception(error)
@@ -94,7 +94,7 @@ def plain_yaml(value: Any, *, in_one_line: bool = False) -> str:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout: framed on a terminal, tab-separated plain text elsewhere.
 
-    Lines break between words alone, so that ids, refs and paths stay whole. What is too wide even so is shown row by row.
+    Lines break only between words, so that ids, refs and paths are not split. A table that is still too wide is printed row by row.
     """
     if not sys.stdout.isatty():
         for row in [columns, *rows]:
@@ -136,13 +136,13 @@ def pictures_of(artifact: Artifact) -> dict[str, str]:
 
 
 def say(text: str, *, quiet: bool = False) -> None:
-    """A sentence for the person in front of the screen."""
+    """Print a message to stderr."""
     if not quiet:
         typer.echo(text, err=True)
 
 
 def _translate(error: OSError) -> SmaltiError:
-    """Writing goes through `pipeline.durable`, which words what is refused: what else names a file was reading it."""
+    """An OSError outside of `pipeline.durable`, which handles writing: with a file name it is an error of reading."""
     if error.errno in ONLY_WRITING:
         return CannotWrite(f"cannot write {error.filename or 'a file'}: {REFUSALS[error.errno]}", path=error.filename)
     if error.filename is None:

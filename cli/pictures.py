@@ -1,12 +1,12 @@
-"""`--weights` of `smalti sample` and `generate`, and `sample --out`, which makes one line from weight files to a picture.
+"""`--weights` of `smalti sample` and `generate`, and `sample --out`: from weight files to a PNG in one command.
 
     smalti sample --weights rar_b.bin --tokenizer maskgit-vqgan-imagenet-f16-256.bin --images 3 --rows-per-pass auto \\
       --classes otter --sampling.guidance.scale 4 --out otters.png
     smalti sample --weights ibq_b.ckpt --classes 207,360 --out dogs.png
 
 A file that holds its tokenizer, as those of IBQ and Open-MAGVIT2, needs no other one.
-Samples and images are artifacts of the store like any others; the picture is a copy of the images' grid. The samples are
-those of the same command without --out.
+Samples and images are artifacts of the store; the PNG is a copy of the images' grid. The samples are those of the same
+command without --out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipeline.stage import Inputs, Stage, read
 from pipeline.store import Store
 from stages.sampling.decoding import GRID
 
-ROWS = 8  # images that are decoded together for a picture: few need no wide passes
+ROWS = 8  # images that are decoded together
 WEIGHTS = "weights"
 
 
@@ -81,7 +81,7 @@ def _sample(decode: Stage, sample: Stage, values: Values) -> None:
 
 
 def take_weights(values: Values) -> None:
-    """Published weights stand in the place of the generator."""
+    """Use published weights as the generator."""
     weights = values.pop(WEIGHTS)
     if weights and values["generator"]:
         raise UsageError("--generator and --weights both name the generator; give one of them")
@@ -89,15 +89,15 @@ def take_weights(values: Values) -> None:
 
 
 def tokenizer_word(values: Values) -> str | None:
-    """The tokenizer that is asked for: as it is given, or in the file of the generator; None of a file that holds none."""
+    """The given tokenizer, or that in the generator's file; None if the file holds none."""
     generator: str | None = values["generator"]
     return values["tokenizer"] or (generator if generator and holds_tokenizer(generator) else None)
 
 
 def check_out(out: Path, tokenizer: str | None) -> None:
-    """Before hours of work, what would hinder the picture at their end."""
+    """Check, before any work, that the PNG can be made and written."""
     if not tokenizer:
-        raise UsageError(f"--out {out} wants pictures, and codes become pictures by their tokenizer: give --tokenizer")
+        raise UsageError(f"--out {out} needs the tokenizer of the codes to decode them: give --tokenizer")
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: expected a name that ends in .png")
     if out.is_dir() or not out.absolute().parent.is_dir():

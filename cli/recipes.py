@@ -45,7 +45,7 @@ VariantOption = Annotated[
     typer.Option(
         "--as",
         metavar="NAME",
-        help="Name of this variant: its refs are <recipe>@NAME/<step>, and others stay as they are.",
+        help="Name of this variant: its refs are <recipe>@NAME/<step>; other refs do not change.",
     ),
 ]
 ForceStepOption = Annotated[
@@ -53,13 +53,13 @@ ForceStepOption = Annotated[
     typer.Option(
         "--force",
         metavar="[STEP]",
-        help=f"Make this step again even if it is there; the old artifact is replaced. Repeatable; alone or {ALL}: every step.",
+        help=f"Make this step again even if it exists; the old artifact is replaced. Repeatable; alone or {ALL}: every step.",
     ),
 ]
 
 
 class RunCommand(TyperCommand):
-    """`--force` without a step means every step: typer knows no option whose value may be left out."""
+    """`--force` without a step means every step: typer has no options with an optional value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         following = [*args[1:], "-"]
@@ -90,7 +90,7 @@ def run(
     quiet: options.QuietOption = False,
     json: options.JsonOption = False,
 ) -> None:
-    """Run a recipe: every step that is not done, in order; an interrupted run continues where it was.
+    """Run a recipe: every step that is not done, in order; an interrupted run is continued.
 
     Example: smalti run recipes/digits/rar.yaml --store store
     """
@@ -119,7 +119,7 @@ def plan(
     rescan: options.RescanOption = False,
     json: options.JsonOption = False,
 ) -> None:
-    """Say for each step of a recipe: done, or why it will run, or what it lacks. Computes nothing.
+    """Print for each step of a recipe: done, or why it will run, or what it lacks. Computes nothing.
 
     Example: smalti plan recipes/digits/rar.yaml --set generator.training.steps=100
     """
@@ -150,7 +150,7 @@ def _memory(store: Path, rescan: bool) -> Memory:
 
 
 def _forced(recipe: Recipe, words: list[str]) -> list[str]:
-    """The steps that --force names."""
+    """The steps of --force."""
     names = [step.name for step in recipe.steps]
     for word in words:
         if word not in (ALL, *names):

@@ -1,4 +1,4 @@
-"""`smalti config STAGE`: every setting of a stage as YAML that `--config` reads, each with its meaning above it."""
+"""`smalti config STAGE`: every setting of a stage as YAML for `--config`, with descriptions in comments."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def config(
     config: options.ConfigOption = None,
     json: options.JsonOption = False,
 ) -> None:
-    """Print every setting of a stage: its name, its value where nothing else is said, its type and its meaning.
+    """Print every setting of a stage: its name, its default, its type and its description.
 
-    What is printed is a file for --config. With --set, the settings are those that follow from it: of another kind, say.
+    The output is a file for --config. With --set, the settings are those that follow from it, for example of another kind.
 
     Example: smalti config train-tokenizer --set views.kind=ten-crop > my-tokenizer.yaml
     """
@@ -46,18 +46,18 @@ def config(
 
 
 def document(declared: Stage, settings: Sequence[Setting]) -> str:
-    """The settings as YAML. What has to be given, and what is absent unless it is asked for, stands in comments."""
+    """The settings as YAML. Required settings, and those of optional parts, are in comments."""
     first = inspect.cleandoc(declared.help).split("\n")[0]
-    about = [f"{declared.name}: {first}", f"Change what you want, then: smalti {declared.name} --config FILE"]
+    about = [f"{declared.name}: {first}", f"Edit, then: smalti {declared.name} --config FILE"]
     head = "".join(f"# {line}\n" for text in about for line in textwrap.wrap(text, WIDTH - 2))
     unsaid = {setting.name.rpartition(".")[0] for setting in settings if setting.is_for_digits}
     return head + "".join(_entry(setting, unsaid) for setting in settings)
 
 
 def _entry(setting: Setting, unsaid: set[str]) -> str:
-    """One setting: what it means in comments, then its value.
+    """One setting: its description in comments, then its value.
 
-    unsaid: parts with a setting that is left out; their kind is left out too, as naming it starts them afresh.
+    unsaid: parts with a setting in a comment; their kind is in a comment too, since naming it resets the part.
     """
     place = setting.name.rpartition(".")[0]
     is_left_out = setting.value is REQUIRED or setting.is_for_digits or (setting.key == KIND and place in unsaid)
@@ -77,7 +77,7 @@ def _about(setting: Setting) -> str:
     if setting.value is REQUIRED:
         notes.append("needed")
     if setting.is_for_digits:
-        notes.append("this value is for the digits, other images need one")
+        notes.append("this value is for the digits, required for other images")
     if setting.parts and not isinstance(setting.value, Mapping):
         notes.append(f"or the settings below{', by kind' if len(setting.parts) > 1 else ''}")
     return setting.text + (f" ({'; '.join(notes)})" if notes else "")
@@ -91,11 +91,11 @@ def _value(setting: Setting) -> str:
 
 
 def _whole(declared: Stage, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What is given; with all that follows from it if nothing that is needed is left out (a size may stand for numbers)."""
+    """The given settings; if they are complete, with implied values (such as the numbers of a size)."""
     check_names(declared.config, given, where=declared.name)
     try:
         parsed = parse_config(declared.config, given, where=declared.name).model_dump(mode="json")
-    except UsageError:  # something needed is left out: it is shown as such
+    except UsageError:  # a required setting is missing: it is printed as such
         return given
     return {name: parsed[name] for name in given}
 

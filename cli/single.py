@@ -1,7 +1,7 @@
 """A typer command for every stage, generated from its declaration: `smalti kmeans --features digits/rar/features`.
 
-Inputs are refs, keys, their beginnings, paths of artifacts, or what `cli.sources` brings in. Simple config fields are
-options of their own, all others are reached with --set.
+Inputs are refs, keys, their beginnings, paths of artifacts, or data that `cli.sources` imports. Simple config fields have
+their own options, others are set with --set.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from stages.images.checks import IMAGES, check_sizes, check_unmade_sizes
 SCALARS = (int, float, str, bool)
 AUTO = "auto"
 STATES = {
-    "done": "is there already",
+    "done": "exists already",
     "run": "would be made",
     "damaged": "is damaged: it would be moved aside and made again",
 }
 ALL = "All settings as a file for --config: smalti config {}"
 
 Values = dict[str, Any]
-"""What typer read, by the names of the parameters."""
+"""Values of the parameters, by name."""
 Run = Callable[[Stage, Values], None]
 
 
@@ -58,7 +58,7 @@ def stage_command(
 ) -> Callable[..., None]:
     """The command function of one stage, with a signature that typer turns into options.
 
-    run: does the work, default `run_stage`.  more: options besides those of the declaration.
+    run: default `run_stage`.  more: options besides those of the declaration.
     """
 
     def command(**values: Any) -> None:
@@ -73,7 +73,7 @@ def stage_command(
 
 
 def run_stage(declared: Stage, values: Values) -> None:
-    """Make the artifact, and say where it is."""
+    """Make the artifact, and print its path."""
     settings = config_values(declared, values)
     paths = check_asked(declared, settings, values)
     store = Store(values["store"])
@@ -86,7 +86,7 @@ def run_stage(declared: Stage, values: Values) -> None:
 
 
 def check_asked(declared: Stage, settings: Mapping[str, Any], values: Values) -> dict[str, Path]:
-    """External data by name; UsageError for whatever is wrong before any work."""
+    """External data by name; UsageError for invalid settings, before any work."""
     config = parse_config(declared.config, _without(settings, _waiting(declared, settings)), where=declared.name)
     given = {name: values.get(_variable(name)) for name in declared.externals}
     paths = {name: path for name, path in given.items() if path is not None}
@@ -94,14 +94,14 @@ def check_asked(declared: Stage, settings: Mapping[str, Any], values: Values) ->
         if name not in paths and external.needed(config):
             raise UsageError(f"{declared.name} lacks --{_flag(name)}: {external.help}")
     if values["ref"]:
-        Store(values["store"]).ref_path(values["ref"])  # a name that cannot be is refused before the work
+        Store(values["store"]).ref_path(values["ref"])  # UsageError for an invalid name
     return paths
 
 
 def make_stage(
     declared: Stage, settings: Mapping[str, Any], values: Values, paths: dict[str, Path], store: Store, options: Options
 ) -> Made:
-    """The artifact of one stage, its inputs brought into the store first where they are none yet."""
+    """The artifact of one stage; inputs that are not artifacts are imported first."""
     found = _find_inputs(declared, values, lambda text, wanted, flag: bring(text, wanted, store, options, flag=flag))
 
     def take(first: Stage, config: BaseModel, inputs: Inputs) -> Artifact:
@@ -115,7 +115,7 @@ def make_stage(
 def _settle(
     declared: Stage, settings: Mapping[str, Any], inputs: Inputs, values: Values, say_so: Callable[[str], None]
 ) -> BaseModel:
-    """The config, with the numbers of classes that are named, and one that suits this machine for every `auto`."""
+    """The config, with the numbers of named classes, and a proposed number for every `auto`."""
     check_kinds(declared, inputs)
     check_sizes(declared, settings, inputs)
     waiting = _waiting(declared, settings)
@@ -133,7 +133,7 @@ def _settle(
 
 
 def _waiting(declared: Stage, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in words that become numbers when the inputs are there: `auto`, and names of classes."""
+    """Settings that are replaced by numbers when the inputs are known: `auto`, and names of classes."""
     autos = {name: settings[name] for name in declared.proposes if settings.get(name) == AUTO}
     listed = {name: value_at(settings, name) for name in declared.names}
     named = {name: value for name, value in listed.items() if isinstance(value, list) and _holds_words(value)}
@@ -145,7 +145,7 @@ def _holds_words(values: list[Any]) -> bool:
 
 
 def _without(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """A copy of settings that says nothing of some dotted names."""
+    """A copy of settings without some dotted names."""
     copy = deepcopy(dict(settings))
     for name in names:
         place, _, key = name.rpartition(".")
@@ -154,7 +154,7 @@ def _without(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any
 
 
 def config_values(declared: Stage, values: Values) -> dict[str, Any]:
-    """Config as plain values: what external data stands for, the file of --config, then the options, then --set."""
+    """Config as plain values: implied by external data, from the file of --config, then the options, then --set."""
     found: dict[str, Any] = _read_config(values["config"], declared) if values["config"] else {}
     for setting, kind in optional_settings(declared):
         given = values.get(_argument(setting.name))
@@ -167,7 +167,7 @@ def config_values(declared: Stage, values: Values) -> dict[str, Any]:
 
 
 def _parse_value(declared: Stage, setting: Setting, kind: Any, given: Any) -> Any:
-    """What an option says; typer has read numbers, words and switches, but neither lists nor what may be `auto`."""
+    """The value of an option; typer has parsed numbers, words and switches, but neither lists nor options with `auto`."""
     try:
         if kind is list:
             return list(parse_yaml(f"[{given}]"))
@@ -212,7 +212,7 @@ def _find_inputs(declared: Stage, values: dict[str, Any], find: Callable[[str, R
 def show_plan(
     declared: Stage, settings: Mapping[str, Any], values: Values, paths: dict[str, Path], store: Store
 ) -> None:
-    """What would be done, and the config that would run, as YAML that --config reads; nothing is made."""
+    """Print what would be done, and the config as YAML for --config; nothing is made."""
     found: dict[str, Any] = {"stage": declared.name, "key": None, "state": "run"}
     absent: list[Need] = []
     memory = Memory(store.root, rescan=values["rescan"])
@@ -254,7 +254,7 @@ def _state(request: Request, store: Store, *, is_forced: bool) -> str:
 
 
 def _unsettled(declared: Stage, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as plain values, with the words that wait for the inputs as they were given."""
+    """The config as plain values, with `auto` and names of classes as given."""
     waiting = _waiting(declared, settings)
     config = parse_config(declared.config, _without(settings, waiting), where=declared.name).model_dump(mode="json")
     for name, words in waiting.items():
@@ -274,7 +274,7 @@ def _show(made: Made, as_json: bool, quiet: bool) -> None:
     typer.echo(str(artifact.path))
     for name, path in pictures.items():
         typer.echo(f"{name}: {path}")
-    say(f"{'is there already' if made.reused else 'made'}: {artifact.figure or artifact.name}", quiet=quiet)
+    say(f"{'exists already' if made.reused else 'made'}: {artifact.figure or artifact.name}", quiet=quiet)
 
 
 def _inputs(declared: Stage) -> list[inspect.Parameter]:
@@ -303,7 +303,7 @@ def _fields(declared: Stage) -> list[inspect.Parameter]:
         if name in taken:
             continue
         texts[name] = f"{texts[name]}; {help_of(setting)}" if name in texts else help_of(setting)
-        text = texts[name] + (f"; {AUTO}: what suits this machine" if name in declared.proposes else "")
+        text = texts[name] + (f"; {AUTO}: a value for this machine" if name in declared.proposes else "")
         text += "; numbers, or names where the classes have them" if name in declared.names else ""
         known = str if kind is list or _may_be_auto(declared, setting) else kind
         found[name] = parameter(_argument(name), known | None, text, flag=_switch(name, kind))
@@ -311,9 +311,9 @@ def _fields(declared: Stage) -> list[inspect.Parameter]:
 
 
 def optional_settings(declared: Stage) -> list[tuple[Setting, Any]]:
-    """(setting, type) of every number, word, switch or list of these: what can be an option, if there is a choice.
+    """(setting, type) of every setting that can be an option: a number, word, switch or list of these with a choice.
 
-    A setting that differs by kind is there once for each.
+    A setting that differs by kind occurs once for each.
     """
     settings = declared.settings(all_kinds=True)
     settings = [setting for setting in settings if not (setting.key == KIND and len(setting.choices) == 1)]
@@ -368,13 +368,13 @@ def _argument(name: str) -> str:
 
 
 def help_of(setting: Setting) -> str:
-    """Meaning, choices and default of a setting, as its option shows them."""
+    """Description, choices and default of a setting, for the help of its option."""
     choices = f" ({', '.join(map(str, setting.choices))})" if len(setting.choices) > 1 else ""
     return f"{setting.text}{choices} [{default_of(setting)}]"
 
 
 def default_of(setting: Setting) -> str:
-    """The default in words, or that there is none."""
+    """The default in words, or "needed"."""
     kind = f"kind {' or '.join(setting.kinds)}" if setting.kinds else ""
     within = (
         "" if kind and setting.within == setting.name.rpartition(".")[0] else setting.within
@@ -398,5 +398,5 @@ def _flag(name: str) -> str:
 
 
 def _switch(name: str, kind: Any) -> str:
-    """A switch that is on by default needs a way to turn it off."""
+    """The names of an option; a switch also has one to turn it off."""
     return f"{_flag(name)}/--no-{_flag(name)}" if kind is bool else _flag(name)

@@ -1,7 +1,8 @@
-"""What a word on the command line means as an input: an artifact of the store, or data that is brought in first.
+"""Inputs on the command line: artifacts of the store, or data that is imported first.
 
-A token set may be a folder of one outside of the store, which is used where it is. An image set may be a plain folder or the word `digits`, which is indexed; a tokenizer or generator may be a published
-weight file, here or on the hub, which is imported. Images in the place of features are described as those beside them.
+A token set may be a folder outside of the store, which is not copied. An image set may be a folder of images or the word
+`digits`, which is indexed; a tokenizer or generator may be a published weight file, local or on the hub, which is imported.
+Images given as features are described like the other features of the command.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Found = dict[str, Artifact | list[Artifact]]
 
 
 class Unmade(Exception):
-    """Data that would be put into the store first. how: in words."""
+    """Data that would have to be put into the store first. how: in words."""
 
     def __init__(self, text: str, how: str):
         super().__init__(text)
@@ -52,7 +53,7 @@ class Unmade(Exception):
 
 
 class Source(NamedTuple):
-    """Data outside the store, and the step that brings it in."""
+    """Data outside the store, and the stage that imports it."""
 
     stage: Stage
     config: BaseModel
@@ -60,9 +61,9 @@ class Source(NamedTuple):
 
 
 def bring(text: str, wanted: Read, store: Store, options: Options, *, flag: str) -> Artifact:
-    """The artifact that a word means; what is none yet is put into the store first, and said so.
+    """The artifact of an option's value; other data is put into the store first, which is reported.
 
-    flag: the option that the word was given with, for sentences.
+    flag: the option, for messages.
     """
     place = _hub_place(text, wanted)
     source = (
@@ -79,7 +80,7 @@ def bring(text: str, wanted: Read, store: Store, options: Options, *, flag: str)
 
 
 def find_made(text: str, wanted: Read, store: Store, memory: Memory) -> Artifact:
-    """The artifact that a word means; raises Unmade where it is not in the store yet. Makes and downloads nothing."""
+    """The artifact of an option's value; raises Unmade where it is not in the store yet. Makes and downloads nothing."""
     place = _hub_place(text, wanted)
     here = place.find() if place is not None else None
     if place is not None and here is None:
@@ -101,9 +102,9 @@ def find_current(request: Request, store: Store, text: str, how: str) -> Artifac
 def describe_images(
     declared: Stage, found: Found, store: Store, take: Callable[[Stage, BaseModel, Inputs], Artifact]
 ) -> Inputs:
-    """The inputs, where images in the place of features are described first, as the features beside them were.
+    """The inputs, with images given as features described first, with the settings of the other features.
 
-    take: makes or finds an artifact of a stage.  UsageError where no features say how.
+    take: makes or finds an artifact of a stage.  UsageError without other features.
     """
     features = {name: one for name, one in found.items() if FEATURES in declared.reads[name].kinds}
     pattern = next((one for one in features.values() if isinstance(one, Artifact) and one.kind == FEATURES), None)
@@ -111,7 +112,7 @@ def describe_images(
         if isinstance(one, Artifact) and one.kind in IMAGES:
             if pattern is None:
                 raise UsageError(
-                    f"{declared.name} reads features, but {one.name} holds images, and nothing says how to describe them",
+                    f"{declared.name} reads features, but {one.name} holds images, and there are no other features to take settings from",
                     hint="describe the reference first: smalti describe-images --images REFERENCE --classifiers JUDGE",
                 )
             found[name] = take(stages()["describe-images"], *described_as(pattern, one, store))
@@ -119,7 +120,7 @@ def describe_images(
 
 
 def holds_tokenizer(text: str) -> bool:
-    """Whether a word means a weight file that holds a tokenizer; True of one that has to be downloaded first to know.
+    """Whether an option's value is a weight file that holds a tokenizer; True for one that is not downloaded yet.
 
     CorruptError (exit code 4) where the file holds no weights.
     """
@@ -131,19 +132,19 @@ def holds_tokenizer(text: str) -> bool:
 
 
 def _find(text: str, wanted: Read, store: Store) -> Artifact:
-    """What is there already: in the store, or a token set's folder outside of it."""
+    """The existing input: an artifact, or a token set's folder outside of the store."""
     if KIND in wanted.kinds and is_token_folder(Path(text)):
         return open_outside(Path(text))
     return store.find(text)
 
 
 def _hub_place(text: str, wanted: Read) -> HubWeights | None:
-    """A file of the hub, unless there is one of this name here."""
+    """A file of the hub, unless a local file has this name."""
     return place_of(text) if NETWORKS & set(wanted.kinds) and not Path(text).exists() else None
 
 
 def _source(text: str, wanted: Read) -> Source | None:
-    """What is to be done first for images or weight files that are no artifact; None for everything else."""
+    """The import of images or weight files that are not artifacts; None for other values."""
     path = Path(text)
     word, _, split = text.partition(":")
     is_set = bool({"image-set", FEATURES} & set(wanted.kinds))
@@ -157,7 +158,7 @@ def _source(text: str, wanted: Read) -> Source | None:
 
 
 def _is_weight_file(path: Path) -> bool:
-    """Also by its name, where there is no file: it will be missed as one."""
+    """By its name, if there is no file: then the error is that of a missing weight file."""
     return path.is_file() or path.suffix in SUFFIXES
 
 
@@ -167,7 +168,7 @@ def _weight_file(path: Path, wanted: Read) -> Source:
 
 
 def _understood(path: Path, read: Callable[[Path], Result]) -> Result:
-    """What `read` makes of a weight file; its errors say what else could be given."""
+    """The result of `read` for a weight file; its errors get a hint about what else could be given."""
     try:
         return read(path)
     except SmaltiError as error:

@@ -176,7 +176,7 @@ def leave_out(config: IndexConfig, listing: Listing, run: Runtime) -> Listing:
     if found:
         run.progress.say(f"  left out, as the config names them: {name_some(sorted(found))}")
     if len(listing) and not len(kept):
-        raise InputError(f"without leaves out every one of the {len(listing)} images", path=run.paths.get("images"))
+        raise InputError(f"without excludes all of the {len(listing)} images", path=run.paths.get("images"))
     return kept
 
 

@@ -20,7 +20,7 @@ from stages.weights.identity import CODES_OF
 
 def foresee(config: FinetuneDecoderConfig, inputs: KnownInputs) -> Facts:
     """The same codes as before."""
-    check_images(config, None, inputs)
+    check_images(config, inputs)
     check_start(config, inputs)
     grid = check_codes_fit(config.views, inputs["tokenizer"], inputs)
     return {**inputs["tokenizer"].only("tokenizer", "codes", "downsample"), "grid": grid, "pixels": config.views.size}

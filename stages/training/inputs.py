@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pipeline.artifact import Artifact
 from pipeline.compatibility import Known, KnownInputs
@@ -12,7 +11,7 @@ from pipeline.errors import UsageError
 from pipeline.keys import config_value
 from pipeline.stage import External, Inputs, Read, read
 from smalti.counting import counted
-from stages.images.checks import check_rgb, check_seen
+from stages.images.checks import check_seen
 from stages.training.config import ReconstructionTraining, TokenizerLearning, TrainingConfig
 from stages.weights.checkpoint_reader import identify_file
 from stages.weights.networks import DISCRIMINATOR
@@ -51,10 +50,9 @@ def given(inputs: Inputs, name: str) -> Artifact | None:
     return next(iter(inputs.all(name)), None)
 
 
-def check_images(config: ReconstructionTraining, network: Any, inputs: KnownInputs) -> None:
-    """A refusal of views, channels or a discriminator that do not fit to the images and the autoencoder."""
+def check_images(config: ReconstructionTraining, inputs: KnownInputs) -> None:
+    """Raise for views that do not fit the images, and for a batch that is larger than the data."""
     check_seen(config.views, inputs, "images", HELD_OUT)
-    check_rgb(network, "model.autoencoder", inputs)
     check_batch(config.training, inputs, inputs["images"])
 
 

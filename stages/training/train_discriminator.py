@@ -21,7 +21,7 @@ from stages.weights.networks import build_adversary, save_discriminator
 
 def foresee(config: TrainDiscriminatorConfig, inputs: KnownInputs) -> Facts:
     """The network, from which a training of a tokenizer may start."""
-    check_images(config, None, inputs)
+    check_images(config, inputs)
     check_codes_fit(config.views, inputs["tokenizer"], inputs)
     return {"discriminator": config_value(config.adversarial.discriminator), "pixels": config.views.size}
 

@@ -10,6 +10,7 @@ from pipeline.keys import config_value
 from pipeline.runtime import Runtime
 from pipeline.stage import Inputs, stage
 from smalti.counting import counted
+from stages.images.checks import check_rgb
 from stages.training.config import TrainTokenizerConfig
 from stages.training.inputs import HELD_OUT, IMAGES, START, WEIGHTS, check_images, check_start
 from stages.weights.cards import digest_of
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 def foresee(config: TrainTokenizerConfig, inputs: KnownInputs) -> Facts:
     """A tokenizer of its own codes."""
-    check_images(config, config.model.autoencoder, inputs)
+    check_images(config, inputs)
+    check_rgb(config.model.autoencoder, "model.autoencoder", inputs)
     check_start(config, inputs)
     size = config.views.size
     return {

@@ -320,7 +320,7 @@ def test_a_ref_whose_artifact_is_gone_names_no_path(smalti: Any, tmp_path: Path)
     smalti("run recipes/tiny.yaml")
     Path(one_object(smalti("path tiny/sum --json"))["path"]).rename(tmp_path / "lost")
     result = smalti("path tiny/sum")
-    assert (result.exit_code, "which is not there" in result.stderr) == (3, True)
+    assert (result.exit_code, "which does not exist" in result.stderr) == (3, True)
 
 
 def test_doctor_finds_what_is_needed(smalti: Any) -> None:

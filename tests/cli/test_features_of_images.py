@@ -28,7 +28,7 @@ def test_images_are_described_as_the_reference(tmp_path: Path) -> None:
 
     alone = smalti(f"score --features {ours.path} --reference {theirs.path}")
     assert alone.exit_code == 2
-    assert "holds images, and nothing says how to describe them" in alone.stdout
+    assert "holds images, and there are no other features" in alone.stdout
     smalti(f"describe-images --images {theirs.path} --classifiers {judge.path} --ref mine/reference")
     line = f"score --features {ours.path} --reference mine/reference --splits 2 --subsets 2"
     planned = smalti(f"{line} --dry-run")

@@ -94,7 +94,7 @@ def test_threads_change_nothing(folder_set: Path) -> None:
 def test_moved_images_are_found_by_a_new_root(folder_set: Path, root: Path) -> None:
     moved = root.rename(root.with_name("moved"))
     images = ImageSet.open(folder_set)  # keys and labels need no images
-    with pytest.raises(InputError, match="no such folder; give the folder of the images with --images"):
+    with pytest.raises(InputError, match="does not exist; give the folder of the images with --images"):
         images.image(0)
     assert ImageSet.open(folder_set, root=moved).image(0).shape == (20, 30, 3)
     write_file(folder_set / "log" / "images-root.txt", f"{moved}\n".encode())

@@ -101,7 +101,7 @@ def test_what_is_written_wrongly_is_named(tmp_path: Path, text: str, words: str)
         ("numbers=3", "steps.numbers.config"),
         ("numbers.stage=coutn", "did you mean 'count'?"),
         ("title=3", "tiny.yaml.title"),
-        ("numbers.inner.rate=.inf", "no plain number"),
+        ("numbers.inner.rate=.inf", "not a valid number"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path: Path, setting: str, words: str) -> None:

@@ -111,7 +111,7 @@ def test_another_artifact_in_its_place_is_refused(store: Store) -> None:
     one, two = (store.path("make", request(number).key) for number in (1, 2))
     one.rename(store.root / "x")
     two.rename(one)
-    with pytest.raises(CorruptError, match="moved it here"):
+    with pytest.raises(CorruptError, match="was moved here"):
         store.open("make", request(1).key)
 
 

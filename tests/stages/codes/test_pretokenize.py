@@ -226,7 +226,7 @@ def test_moved_images_are_a_sentence(codebook: Artifact, tmp_path: Path) -> None
     folder = draw_folder(tmp_path / "folder")
     images = index_folder(folder, tmp_path)
     folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="there is no such folder"):
+    with pytest.raises(InputError, match="does not exist"):
         make(tmp_path, images, codebook)
 
 
