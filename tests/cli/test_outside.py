@@ -137,7 +137,7 @@ def test_a_recipe_names_it_by_a_path(tmp_path: Path) -> None:
         ((CONFIG, "{training: {batch: 4}}"), None),
         (("{codes}/train\"]", "{cods}/train\"]"), "did you mean 'codes'?"),
         (("inputs: {generator: generator", 'inputs: {generator: "{codes}/g"'), "only a token-set may lie outside"),
-        (("images: 6", "images: 6, order: [1, 0]"), "an order of 2 positions, but an image has 16 codes"),
+        (("images: 6", "images: 6, order: [1, 0]"), "order must name each of the positions 0 to 15 once, found 2 numbers"),
     ],
 )  # fmt: skip
 def test_a_recipe_with_it_is_checked_when_it_is_read(tmp_path: Path, change: tuple[str, str], said: str | None) -> None:
