@@ -193,7 +193,7 @@ def imported(folders: Sequence[str]) -> set[str]:
     """Distributions of the modules that the files in these folders import, wherever in them."""
     nodes = [node for path in files_of(*folders) for node in ast.walk(ast.parse(path.read_text()))]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
     local = {"tests", "benchmarks", *OURS, *(path.stem for path in files_of("tests"))}
     outside = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - local
     return {DISTRIBUTION_OF.get(name, name) for name in outside}
