@@ -1,4 +1,4 @@
-"""The table of stages: name -> module that declares it. Importing one imports no torch."""
+"""The table of stages: name -> module that declares it. Importing these modules does not import torch."""
 
 from __future__ import annotations
 

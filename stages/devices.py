@@ -1,4 +1,4 @@
-"""Device and threads of a running stage: what the command line asked for becomes torch's settings here."""
+"""Device, threads and numeric precision of a running stage, as settings of torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pick_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is one, else the CPU. Of several processes on a machine each has a device of its own."""
     import torch
 
-    # A sampler asks for attention over one key more at every step, and cuDNN would make a plan for each number of keys.
+    # In sampling the number of keys grows with every step, and cuDNN would build a plan for each number.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32 unless `products` says otherwise
     if name == "auto":
@@ -43,7 +43,7 @@ def pick_device(name: str) -> torch.device:
 
 @after_giving_back
 def return_device_memory() -> None:
-    """Give CUDA back the memory that nothing holds any more; without CUDA, Python has done it already."""
+    """Return unused cached memory to CUDA."""
     torch = sys.modules.get("torch")  # who has not imported it holds no memory of a device
     if torch is not None and torch.cuda.is_initialized():
         gc.collect()  # recorded steps and compiled blocks refer to each other
@@ -51,7 +51,7 @@ def return_device_memory() -> None:
 
 
 def sharing(device: torch.device, processes: int) -> int:
-    """How many of `processes` on this machine use the device of one that was given no number."""
+    """How many of `processes` on this machine share one device, if `device` has no number."""
     import torch
 
     if device.type != "cuda" or device.index is not None:
@@ -60,7 +60,7 @@ def sharing(device: torch.device, processes: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free: of the device, or of this machine, or what a container's limit leaves of it."""
+    """Free memory of the device, or of this machine within the limit of its container."""
     import psutil
     import torch
     from distributed.system import MEMORY_LIMIT
@@ -118,7 +118,7 @@ def deterministic_kernels(device: torch.device, *, is_deterministic: bool) -> It
     )
     did_fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=device.type != "cpu")
-    deterministic.fill_uninitialized_memory = False  # costs time and helps to find bugs alone
+    deterministic.fill_uninitialized_memory = False  # costs time and only helps to find bugs
     try:
         yield
     finally:

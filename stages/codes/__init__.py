@@ -1,1 +1,1 @@
-"""Codes: features, codebooks, and token sets made of images."""
+"""From images to features, codebooks and token sets."""

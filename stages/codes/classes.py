@@ -1,4 +1,4 @@
-"""Classes by their names, and what is refused before anything is sampled (no torch here)."""
+"""Names of classes, and checks before sampling (no torch here)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.weights.cards import read_card
 
 
 def names_of_generator(inputs: Inputs) -> Sequence[str]:
-    """The names of the classes that a generator knows, in their order; none where nobody gave it any."""
+    """The names of a generator's classes, in their order; empty if it has none."""
     return read_card(inputs["generator"]).space.class_names
 
 
@@ -63,13 +63,13 @@ def shape_of(facts: Mapping[str, Any]) -> CodeShape | None:
 
 
 def model_of(generator: Known) -> GeneratorSettings | None:
-    """The config of a generator that a step will train, or that is there; None of one that is not imported yet."""
+    """The config of a generator artifact, or of the step that trains it; None if it is not imported yet."""
     model: GeneratorSettings | None = generator.get("model")
     return model or (read_card(generator.artifact).model if generator.artifact else None)
 
 
 def check_labels(asked: Sequence[int] | None, classes: int | None, inputs: KnownInputs) -> None:
-    """A refusal of classes that are not among those of the generator."""
+    """Raise for classes that the generator does not have."""
     unknown = [label for label in asked or () if label < 0 or (classes is not None and label >= classes)]
     if unknown:
         raise inputs.refusal(f"asks for class {unknown[0]}, but there are {classes} classes")
@@ -102,7 +102,7 @@ def check_sampling(
     if shape is not None:
         sampling.check(len(model.subtokens(shape)))
     if (order is not None or is_random) and not model.takes_orders:
-        raise ValueError(f"a generator of kind {model.kind} lays the codes of an image in its own order alone")
+        raise ValueError(f"a generator of kind {model.kind} generates the codes of an image in its own order only")
     if order is not None and shape is not None and sorted(order) != list(range(shape.tokens)):
         raise ValueError(
             f"order must name each of the positions 0 to {shape.tokens - 1} once, found {len(order)} numbers"

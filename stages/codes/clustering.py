@@ -1,7 +1,7 @@
 """One iteration of K-Means over any number of rows: in memory, or read again block by block.
 
-The codes and sums of a block are one thread's work and depend on its rows alone; the sums of blocks are added in their
-order. So neither the number of threads nor the place of the rows changes a bit.
+One thread computes the codes and sums of a block, from its rows alone; the sums of blocks are added in their order. So the
+result depends neither on the number of threads nor on where the rows are.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Rows:
         return self.take(np.arange(start, stop))
 
     def take(self, numbers: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The rows of these numbers, in their order; the memory of the files' pages is given back piece by piece."""
+        """The rows of these numbers, in their order; mapped pages of the files are released piece by piece."""
         if self._held is not None:
             return self._held[numbers]
         rows_nD = np.empty((len(numbers), self.dims), dtype=np.float32)

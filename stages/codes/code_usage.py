@@ -1,4 +1,4 @@
-"""How a codebook is used: codes in use and perplexity, counted exactly in any order."""
+"""Usage of a codebook: codes in use and perplexity, from exact counts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CodeUsage:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How often the rarest, the median and the commonest code occur."""
+        """Counts of the rarest, the median and the commonest code."""
         ascending_K = np.sort(self.counts_K)
         return {
             "smallest": int(ascending_K[0]),

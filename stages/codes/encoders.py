@@ -1,4 +1,4 @@
-"""Encoders: `encoder.json` says what to build, `encoder.safetensors` holds fitted or published weights."""
+"""Encoders in artifacts: `encoder.json` is the config, `encoder.safetensors` holds fitted or published weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Encoder = WhitenedPatchesConfig | Dinov2Config
 
 
 def parse_encoder(values: Any, *, path: Path) -> Encoder:
-    """An encoder's config from an artifact; CorruptError if this version knows no such encoder."""
+    """An encoder's config from an artifact; CorruptError if it is not valid for this version."""
     try:
         found: Encoder = TypeAdapter(EncoderConfig).validate_json(json.dumps(values))
     except ValidationError as error:
@@ -60,7 +60,7 @@ def read_encoder(features: Artifact) -> tuple[Encoder, dict[str, torch.Tensor]]:
 
 
 def published_weights(config: Dinov2Config, path: Path) -> dict[str, torch.Tensor]:
-    """A dinov2's weights as its network wants them; CorruptError if the file holds another network."""
+    """The weights of a dinov2 in the names of its network; CorruptError if the file holds another network."""
     from models.adapters.dinov2 import to_timm
 
     encoder = build(config, BUILDERS)

@@ -82,11 +82,11 @@ class ExtractConfig(ShardSizes):
         return self.views or CenterViews(size=self.encoder.image_size)
 
     def count_chosen(self, images: int) -> int:
-        """How many of so many images are chosen."""
+        """Number of chosen images."""
         return max(1, round(images * self.image_share))
 
     def count_rows(self, images: int) -> int:
-        """How many features are kept of so many chosen images."""
+        """Number of kept features of the chosen images."""
         height, width = self.encoder.grid
         features = images * self.seen.count * height * width
         return min(self.rows or features, features)
@@ -125,7 +125,7 @@ def foresee(config: ExtractConfig, inputs: KnownInputs) -> Facts:
 
 @dataclass(frozen=True)
 class ExtractSpec:
-    """What a shard needs to know. indexed: how many images the image set has."""
+    """The arguments of a shard. indexed: number of images in the image set."""
 
     config: ExtractConfig
     images: ImagesAt

@@ -1,4 +1,4 @@
-"""`import-codebook`: centroids that others fitted, with the encoder whose features they are of, as a codebook."""
+"""`import-codebook`: published centroids and the encoder of their features, as a codebook."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from stages.weights.places import HubWeights
 
 
 class ImportCodebookConfig(Config):
-    """Of which encoder's features the centroids are."""
+    """The encoder whose features the centroids were fitted on."""
 
     encoder: Dinov2Config | None = Field(
         default=None, description="the encoder, where no features are given that hold it"
@@ -113,7 +113,7 @@ def import_codebook(config: ImportCodebookConfig, inputs: Inputs, out: Draft, ru
 
 
 def read_centroids(path: Path) -> NDArray[np.float32]:
-    """Centroids (K, D); CorruptError for what is no such array."""
+    """Centroids (K, D); CorruptError for any other array."""
     try:
         found = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:

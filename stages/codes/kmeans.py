@@ -37,7 +37,7 @@ SAMPLE, START = 0, 1  # streams of the hash: which rows are clustered, and from 
 
 
 class KMeansConfig(Config):
-    """How many codes, and how long they are sought."""
+    """Number of codes, iterations, and the rows that are clustered."""
 
     clusters: int = Field(default=128, ge=1, description="codes of the codebook")
     iterations: int = Field(default=25, ge=1, description="rounds of assignment and averaging")
@@ -57,7 +57,7 @@ class KMeansConfig(Config):
 
     @property
     def most_rows(self) -> int:
-        """Features that are clustered, at most."""
+        """Largest number of features that are clustered."""
         return self.max_rows or 256 * self.clusters
 
 

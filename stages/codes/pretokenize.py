@@ -1,4 +1,4 @@
-"""`pretokenize`: every view of every image to codes, as a token set that anybody can reuse."""
+"""`pretokenize`: every view of every image to codes, as a token set for reuse."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DIGITS = {
 
 
 class Provenance(Config):
-    """What the card of the token set says about the images; for the digits it is known."""
+    """Source and licence of the images, for the card of the token set; known for the digits."""
 
     source: str | None = Field(default=None, description="name of the images' dataset")
     source_licence: str | None = Field(default=None, description="licence of the images")
@@ -47,7 +47,7 @@ class Provenance(Config):
 
 
 class PretokenizeConfig(ShardSizes):
-    """Which views become codes, and how the token set is cut."""
+    """The views that are tokenized, and the shards of the token set."""
 
     views: Views | None = Field(
         default=None, description="views of each image; null: the centre view at the tokenizer's size"
@@ -59,7 +59,7 @@ class PretokenizeConfig(ShardSizes):
 
 @dataclass(frozen=True)
 class TokenizeSpec:
-    """What a shard needs to know."""
+    """The arguments of a shard."""
 
     layout: TokenLayout
     images: ImagesAt
@@ -72,9 +72,7 @@ def foresee(config: PretokenizeConfig, inputs: KnownInputs) -> Facts:
     """The codes are the tokenizer's, the labels those of the images."""
     images, tokenizer = inputs["images"], inputs["tokenizer"]
     if config.views is None and tokenizer.facts.get("pixels", 0) is None:
-        raise inputs.refusal(
-            f"has no views, and {tokenizer.name} does not say for which size it was made: set views.size"
-        )
+        raise inputs.refusal(f"has no views, and {tokenizer.name} does not record its image size: set views.size")
     pixels = config.views.size if config.views else tokenizer.get("pixels")
     seen = config.views or (CenterViews(size=pixels) if pixels else None)
     grid = None
@@ -131,14 +129,14 @@ def seen_views(config: PretokenizeConfig, tokenizer: TokenizerCard) -> Views:
     if config.views is not None:
         return config.views
     if tokenizer.pixels is None:
-        raise UsageError(f"{tokenizer.name} does not say for which size it was made", hint="set views.size")
+        raise UsageError(f"{tokenizer.name} does not record its image size", hint="set views.size")
     return CenterViews(size=tokenizer.pixels)
 
 
 def make_layout(
     config: PretokenizeConfig, views: Views, image_set: ImageSet, tokenizer: TokenizerCard, key: str
 ) -> TokenLayout:
-    """The token set's facts and cut, known before the first code is."""
+    """The token set's attributes and shards, which are known before the first code."""
     source = describe_source(config.provenance, image_set)
     attributes = TokenAttributes(
         name=config.name or image_set.source.kind,
@@ -167,7 +165,7 @@ def make_layout(
 
 
 def describe_source(provenance: Provenance, image_set: ImageSet) -> dict[str, str]:
-    """{name, licence, terms_url, files_sha256} of the images, as far as it is known."""
+    """{name, licence, terms_url, files_sha256} of the images, as far as known."""
     known = dict(DIGITS) if image_set.source.kind == "digits" else {}
     given = {
         "name": provenance.source,
@@ -211,7 +209,7 @@ class Boxes:
 
 
 def describe(out: Draft, attributes: TokenAttributes) -> None:
-    """Facts for later stages, and how the codes are used."""
+    """Facts for later stages, and the usage of the codes."""
     usage = count_codes(MappedArray(out.path / "tokens"), attributes.codes)
     out.facts |= {
         "images": attributes.n_images,

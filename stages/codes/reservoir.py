@@ -1,4 +1,4 @@
-"""Which rows of a very long list are used: those of the smallest hash(seed, row), whatever the order of reading.
+"""A random choice of rows: those of the smallest hash(seed, row), independent of the order of reading.
 
 The hash is the finalizer of splitmix64 (Steele, Lea, Flood 2014), a bijection of the row, so that there are no ties.
 """
@@ -13,7 +13,7 @@ MASK = 2**64 - 1
 
 
 def smallest_rows(rows: int, keep: int, *, seed: int, stream: int = 0) -> NDArray[np.int64]:
-    """The `keep` rows of 0..rows-1 with the smallest hash, in ascending order; all rows if there are no more.
+    """The `keep` rows of 0..rows-1 with the smallest hash, in ascending order; all rows if there are fewer.
 
     stream: another number gives an independent choice for the same seed.
     """

@@ -1,7 +1,7 @@
-"""The files of a token set artifact: shards of codes, and what stands beside them.
+"""The files of a token set artifact: shards of codes, and the other arrays and cards.
 
-The layout is fixed before the first code is known, so that every shard is written by whoever computes it. Labels, keys
-and metadata follow when the shards are whole, and the cards, which list every file, come last.
+The layout is fixed before the first code is known, so that each worker writes its shards. Labels, keys and metadata are
+written after the shards, and the cards, which list every file, come last.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from smalti.writing import token_specs
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """How a token set lies in shards; picklable. key_bytes: UTF-8 length of the longest key."""
+    """The layout of a token set in shards; picklable. key_bytes: UTF-8 length of the longest key."""
 
     attributes: TokenAttributes
     key_bytes: int

@@ -1,4 +1,4 @@
-"""What turns images into codes: a tokenizer, or a codebook of K-Means over an encoder's features.
+"""From images to codes: by a tokenizer, or by a K-Means codebook over an encoder's features.
 
 A codebook is a tokenizer without `decode`: the nearest centroid of each feature is its code.
 """
@@ -34,7 +34,7 @@ ENCODER_PREFIX = "encoder."
 
 
 class Encodes(Protocol):
-    """The half of a tokenizer that makes codes."""
+    """The encoding half of a tokenizer."""
 
     codebook_size: int
 
@@ -115,7 +115,7 @@ def load_codebook(artifact: Artifact, device: str) -> FeatureTokenizer:
 
 
 def save_codebook(encoder: Encoder, state: Mapping[str, Tensor], centroids_KD: NDArray[np.float32], out: Draft) -> None:
-    """The centroids and the encoder: enough to turn images into codes. CorruptError where they do not fit each other."""
+    """The centroids and the encoder as weights of a codebook. CorruptError where they do not fit together."""
     import torch
 
     dims = int(build(encoder, BUILDERS).dims)

@@ -1,4 +1,4 @@
-"""What is refused of images before any is read: sizes, views and channels that do not fit, and sizes left unsaid (no torch here)."""
+"""Checks of images before any is read: sizes, views and channels that do not fit, and missing sizes (no torch here)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOOKED_AT = 8  # images whose size a refusal names
 
 
 def check_seen(views: ViewPolicy, inputs: KnownInputs, *names: str) -> None:
-    """A refusal of views that take images as they are, where these have another size."""
+    """Raise for views of kind none, if the images have another size."""
     for known in (one for name in names for one in inputs.all(name)):
         if isinstance(views, NoneViews) and common_pixels(known) not in (NOT_YET, views.size):
             raise inputs.refusal(
@@ -40,7 +40,7 @@ def common_pixels(images: Known) -> int | None:
 
 
 def check_rgb(network: Any, place: str, inputs: KnownInputs) -> None:
-    """A refusal of a network for another number of colour channels than images have."""
+    """Raise for a network with another number of colour channels than images have."""
     if network.channels != COLOURS:
         raise inputs.refusal(
             f"has {place}.channels {network.channels}, but images have {COLOURS} channels (red, green, blue)"
@@ -48,13 +48,13 @@ def check_rgb(network: Any, place: str, inputs: KnownInputs) -> None:
 
 
 def check_sizes(declared: Stage, given: Mapping[str, Any], inputs: Inputs) -> None:
-    """UsageError (exit code 2) where a stage alone is given images other than the digits, and not their size."""
+    """UsageError (exit code 2) where a single stage is given images other than the digits without their size."""
     if unsaid(declared, given) and inputs[IMAGES].facts.get("source") != DIGITS:
         raise lacks_size(declared, given, f"{inputs[IMAGES].name} holds other images{describe_sizes(inputs[IMAGES])}")
 
 
 def check_unmade_sizes(declared: Stage, given: Mapping[str, Any], images: str) -> None:
-    """The same where the images are still to be indexed: a folder, or the word digits and a split of them."""
+    """The same for images that are not indexed yet: a folder, or the word digits and a split of them."""
     if unsaid(declared, given) and images.partition(":")[0] != DIGITS:
         raise lacks_size(declared, given, f"{images} holds other images")
 
@@ -81,7 +81,7 @@ def check_step_sizes(recipe: Recipe) -> None:
 
 
 def unsaid(declared: Stage, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that only the digits may leave out, and that are left out, with their values."""
+    """The settings with defaults for the digits that are not given, with their values."""
     if not declared.digits_defaults:
         return {}
     return {setting.name: setting.value for setting in declared.settings(given) if setting.is_for_digits}

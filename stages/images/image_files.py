@@ -1,4 +1,4 @@
-"""Images as an artifact, and image sets beside them, behind one face.
+"""Images as an artifact, and a common interface to them and to image sets.
 
 An artifact of kind "images" is a zarr group: `images/` uint8 (image, height, width, channel) in shards, `labels/` int32
 (image,), and attributes that say what the labels mean. `open_pictures` reads it or an image set alike.
@@ -33,7 +33,7 @@ Images_BHW3 = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """How images of one size lie in shards; picklable. described: plain JSON for the group's attributes."""
+    """The layout of images of one size in shards; picklable. described: JSON for the group's attributes."""
 
     images: int
     height: int
@@ -82,7 +82,7 @@ def write_labels_and_metadata(
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images of one size with their labels, wherever they come from.
+    """Images of one size with their labels, from an artifact or an image set.
 
     read(start, stop) -> uint8 (B, size, size, 3).  labels_I: int32.  class_names: may be empty.  keys: may be empty.
     """
@@ -106,7 +106,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class PicturesAt:
-    """Where a shard finds pictures, and how it sees them; picklable. digest: of the artifact's manifest."""
+    """The images of a shard: artifact, size and views; picklable. digest: of the artifact's manifest."""
 
     path: Path
     digest: str

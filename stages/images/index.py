@@ -1,7 +1,7 @@
-"""`index`: list a source of images (keys, labels, sizes); the images stay where they are.
+"""`index`: list a source of images (keys, labels, sizes) without copying them.
 
-Whatever cannot be used is found here, in one pass, because later steps count on the rows of the set: bad images stop it
-(`decode.corrupt=fail`), or are left out (`skip`), or were left out before by a list (`--exclude`).
+Images that cannot be used are found here, because later steps rely on the rows of the set: bad images stop the stage
+(`decode.corrupt=fail`), or are left out (`skip`), or are excluded by a list (`--exclude`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SKIP = "decode.corrupt=skip"
 
 
 class IndexConfig(Config):
-    """Which images, how they will be decoded, and what is checked before they are listed."""
+    """The source of the images, decoding, and checks before they are listed."""
 
     source: ImageSource = Field(default=DigitsSource.model_validate({}), description="where the images come from")
     decode: DecodePolicy = Field(
@@ -81,7 +81,7 @@ class IndexConfig(Config):
 
 
 def identify_images(config: IndexConfig, root: Path) -> str | Tree:
-    """What stands for the images below `root` in the key."""
+    """The content id of the images below `root`, for the key."""
     need_folder(config, root)
     return identify(config.source, root)
 
@@ -101,7 +101,7 @@ def need_folder(config: IndexConfig, given: Path) -> None:
 
 
 def foresee(config: IndexConfig, inputs: KnownInputs) -> Facts:
-    """Everything of the digits; of a folder what its index says."""
+    """All facts of the digits; of a folder those of its index."""
     if isinstance(config.source, DigitsSource):
         return foresee_digits(config.source, inputs)
     return {"listed": inputs.own(inputs.made.files["keys.txt"].sha256 if inputs.made else None)}
@@ -164,7 +164,7 @@ def index_images(config: IndexConfig, inputs: Inputs, out: Draft, run: Runtime) 
 
 
 def check_unchanged(listing: Listing, out: Draft, root: Path | None) -> None:
-    """InputError if the folder is not what it was when the key was made."""
+    """InputError if the folder has changed since the key was computed."""
     wanted = out.request.externals.get("images")
     if wanted is not None and digest_listing(listing) != wanted:
         raise InputError(f"the images below {root} changed while they were indexed", path=root, hint="run it again")
@@ -181,7 +181,7 @@ def leave_out(config: IndexConfig, listing: Listing, run: Runtime) -> Listing:
 
 
 def report_left_out(listing: Listing, run: Runtime) -> None:
-    """Say what the rules passed over; the whole list goes to the log."""
+    """Report ignored files; the whole list goes to the log."""
     if listing.left_out:
         file = run.log / LEFT_OUT
         durable.write_file(file, "".join(f"{key}\t{rule}\n" for key, rule in listing.left_out).encode())
@@ -189,7 +189,7 @@ def report_left_out(listing: Listing, run: Runtime) -> None:
 
 
 def find_problems(config: IndexConfig, images: ImageSet, run: Runtime) -> list[Problem]:
-    """Everything that cannot be used, sorted by key: what the listing met, and what the asked-for check finds."""
+    """All images that cannot be used, sorted by key: problems of the listing, and of the configured check."""
     found = list(images.listing.problems)
     pixels = config.decode.corrupt == "skip" or config.check == "pixels"
     if isinstance(config.source, DigitsSource) or (config.check == "names" and not pixels):
@@ -215,7 +215,7 @@ def keep_good(images: ImageSet, problems: Sequence[Problem], run: Runtime) -> tu
 
 
 def refuse_problems(images: ImageSet, problems: Sequence[Problem], *, left: int, run: Runtime) -> None:
-    """BadImages if the policy does not leave the problems out; a file in the log lists them as --exclude reads them."""
+    """BadImages if the policy does not leave the problems out; a file in the log lists them for --exclude."""
     policy, unread = images.decode_policy, sum(not problem.is_fixed for problem in problems)
     refusal, setting = (
         f"{len(problems)} of {len(problems) + left} images below {images.folder} cannot be used",

@@ -1,7 +1,7 @@
 """Images of a set as passes of a fixed number of rows, ready for a network.
 
-A row is one view of one image: row = image * views + view. Every pass has exactly the rows that were asked for, the last
-one of a range filled up with its last row, so that a network's results never depend on neighbours, shards or retries.
+A row is one view of one image: row = image * views + view. Every pass has a fixed number of rows, the last one of a range
+padded with its last row, so that a network's results do not depend on shards or retries.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ImagesAt:
 
 
 class Pass(NamedTuple):
-    """rows_RSS3: uint8 rows of one pass.  real: how many of them are real, the rest is filling."""
+    """rows_RSS3: uint8 rows of one pass.  real: number of rows before the padding."""
 
     rows_RSS3: NDArray[np.uint8]
     real: int
@@ -54,7 +54,7 @@ def view_passes(
 ) -> Iterator[Pass]:
     """All views of these images in passes of `rows` rows; the next is read while one is used.
 
-    met: told (index, image) of every image when it is decoded, in any order and in other threads.
+    met: called with (index, image) for every decoded image, in any order and in other threads.
     """
     passes = _passes(source.open(), images, views, rows, own_cores(), met)
     with ThreadPoolExecutor(1) as reader:

@@ -1,4 +1,4 @@
-"""Grids of images as PNG: rows of ten with the class below each, and how they were made in the file's text chunks.
+"""Grids of images as PNG: rows of ten with the class below each; text chunks hold their origin.
 
 The same images and texts give the same bytes: no time, no host, no software version.
 """

@@ -1,1 +1,1 @@
-"""Samples: codes drawn from a generator, and images decoded from codes."""
+"""Sampling codes from a generator, and decoding codes to images."""

@@ -1,4 +1,4 @@
-"""What the stages are told that draw codes and make images of codes (no torch here, so that planning needs none)."""
+"""Configs of the stages that sample codes and decode them (no torch here, so that planning needs none)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stages.devices import Precision
 
 
 class SampleConfig(ShardSizes):
-    """What to ask of the generator."""
+    """Settings of sampling."""
 
     images: int = Field(default=64, ge=1, description="how many samples")
     labels: Literal["balanced", "like"] = Field(
@@ -33,7 +33,7 @@ class SampleConfig(ShardSizes):
     random_order: bool = Field(
         default=False,
         json_schema_extra=NEUTRAL,
-        description="lay the codes of each sample in a random order of its own, as in trainings without an annealing",
+        description="generate the codes of each sample in its own random order, as in trainings without annealing",
     )
     precision: Precision = Field(
         default="float32",
@@ -60,7 +60,7 @@ class ImagesConfig(ShardSizes):
 
 
 class DecodeConfig(ImagesConfig):
-    """How codes become images."""
+    """Settings of decoding."""
 
     crop: int = Field(default=0, ge=0, description="which crop of each image to decode")
     rows_per_pass: int = Field(default=64, ge=1, description="images that go through the network together")
@@ -77,6 +77,6 @@ class DecodeConfig(ImagesConfig):
 
 
 class GenerateConfig(ImagesConfig, SampleConfig):
-    """What to ask of the generator, and how the images are stored and shown."""
+    """Settings of sampling, and how the images are stored and shown."""
 
     rows_per_decoding: int = Field(default=64, ge=1, description="images that go through the tokenizer together")

@@ -29,13 +29,13 @@ ORIGINALS = "originals"
 
 
 def foresee(config: DecodeConfig, inputs: KnownInputs) -> Facts:
-    """Images of the codes, as large as the grid and the tokenizer make them."""
+    """The size of the images is that of the grid times the tokenizer's downsampling."""
     tokens, tokenizer = inputs["tokens"], inputs["tokenizer"]
     if tokenizer.kind == "codebook":
         raise inputs.refusal(f"decodes with {tokenizer.name}, which makes a K-Means codebook and has no decoder")
     if tokens.facts.get("tokenizer", 0) is None:
         raise inputs.refusal(
-            f"cannot decode the codes of {tokens.name}, which do not say which tokenizer made them",
+            f"cannot decode the codes of {tokens.name}, which do not name their tokenizer",
             hint="give the step that imports the generator, or the one that samples, the input tokenizer",
         )
     facts = inputs.agree([tokens, tokenizer], "tokenizer", "codes")
@@ -81,7 +81,7 @@ def _check_originals(config: DecodeConfig, pixels: int | None, inputs: KnownInpu
 
 @dataclass(frozen=True)
 class DecodeSpec:
-    """What a worker needs for any shard."""
+    """The arguments of a shard."""
 
     tokenizer: NetworkFile
     tokens: Path

@@ -1,4 +1,4 @@
-"""What all stages that make images of codes share: passes through a tokenizer, and what stands beside the images."""
+"""Shared by the stages that decode codes: passes through a tokenizer, and the other files of an images artifact."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def plan_layout(
 
 
 def size_facts(layout: ImageLayout) -> dict[str, int]:
-    """The height as `size`, and the width where it is another."""
+    """The height as `size`, and the width if it differs."""
     return {"size": layout.height} | ({} if layout.width == layout.height else {"width": layout.width})
 
 

@@ -1,7 +1,7 @@
 """Samples as images at once: a pass is decoded while the next one is sampled.
 
-The images are those of `decode` on the codes of `sample`, to the byte; the codes lie beside them. Sampling waits for
-memory and decoding for arithmetic, so a device that does both at a time needs less time than for one after the other.
+The images are those of `decode` on the codes of `sample`, to the byte; the codes are stored with them. Sampling is bound by
+memory bandwidth and decoding by arithmetic, so a device takes less time for both at once than one after the other.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class GenerateSpec:
-    """What a worker needs for any shard."""
+    """The arguments of a shard."""
 
     generator: NetworkFile
     tokenizer: NetworkFile
@@ -115,7 +115,7 @@ def generate_shard(spec: GenerateSpec, number: int) -> dict[str, bytes]:
 
 
 def decode_meanwhile(spec: GenerateSpec, passes: Iterator[NDArray[np.int64]]) -> tuple[NDArray[np.int64], Images_BHW3]:
-    """All codes of the passes, and their images, which a second thread decodes as soon as a pass of its own is full."""
+    """All codes of the passes, and their images, which a second thread decodes as soon as one of its passes is full."""
     rows, grid = spec.config.rows_per_decoding, spec.codes.attributes.grid
     waiting_IT = np.empty((0, spec.codes.attributes.tokens), np.int64)
     codes: list[NDArray[np.int64]] = []

@@ -1,4 +1,4 @@
-"""How many samples to draw together: as many as are of use to the device, and as its free memory holds."""
+"""Rows of a sampling pass: as many as make the device faster and fit into its free memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from stages.sampling.config import GenerateConfig, SampleConfig
 from stages.weights.cards import GeneratorCard, TokenizerCard, read_card
 from stages.weights.files import WEIGHTS
 
-SHARE = 0.8  # of free memory: allocators keep blocks of their own, and others may want some too
-CPU_ROWS, DEVICE_ROWS = 64, 512  # rows beyond which a pass gains next to nothing per sample
+SHARE = 0.8  # of free memory: the rest is for allocators and other processes
+CPU_ROWS, DEVICE_ROWS = 64, 512  # rows beyond which the time per sample hardly falls
 
 KEPT_LAYERS = 4  # results of layers that a decoder holds at a time: input, shortcut, normalised, output
 
@@ -20,7 +20,7 @@ KEPT_LAYERS = 4  # results of layers that a decoder holds at a time: input, shor
 def propose_rows(config: SampleConfig, inputs: Inputs, device: str, processes: int, *, reserved: int = 0) -> Proposal:
     """Rows for the generator among the inputs, when `processes` share the devices that `device` means.
 
-    reserved: bytes of each process that something else takes at the same time.
+    reserved: bytes of each process for other things.
     """
     picked = pick_device(device)
     free = max(0, free_bytes(picked) // sharing(picked, processes) - reserved)

@@ -1,4 +1,4 @@
-"""Sampling: a generator lays new codes for given classes, shard by shard.
+"""Sampling: codes of a generator for given classes, shard by shard.
 
 A sample's random numbers belong to (seed, stream, sample id, step) alone, and the id is its row in the token set; a pass has
 always the same number of rows. So workers, retries and interruptions leave no trace in the codes. Samples whose condition is
@@ -129,7 +129,7 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class SampleSpec:
-    """What a worker needs for any shard."""
+    """The arguments of a shard."""
 
     generator: NetworkFile
     config: SampleConfig
@@ -175,7 +175,7 @@ def draw_samples(config: SampleConfig, inputs: Inputs, out: Draft, run: Runtime)
 
 
 def known_card(config: SampleConfig, inputs: Inputs) -> GeneratorCard:
-    """What the generator says of itself, its tokenizer included if that was given; UsageError if it cannot be sampled as asked."""
+    """The generator's card, with its tokenizer if that was given; UsageError if it cannot be sampled with these settings."""
     artifact = inputs["generator"]
     card = read_card(artifact)
     try:
@@ -283,7 +283,7 @@ def plan_codes(config: SampleConfig, card: GeneratorCard, asked: Asked, key: str
 
 
 def describe(config: SampleConfig, card: GeneratorCard, asked: Asked, key: str) -> TokenAttributes:
-    """What the token set says about itself."""
+    """The attributes of the token set."""
     space = card.space
     return TokenAttributes(
         name="samples",
@@ -319,7 +319,7 @@ def sampled_passes(
 ) -> Iterator[NDArray[np.int64]]:
     """Codes (rows, tokens) of samples start to stop (excluded), a pass at a time.
 
-    A pass has exactly `rows_per_pass` rows; the last one is padded with its first row, and given without the padding.
+    A pass has exactly `rows_per_pass` rows; the last one is padded with its first row, and yielded without the padding.
     """
     import torch
 
@@ -381,4 +381,4 @@ def _decoder(file: NetworkFile, rows: int, guided: bool, order: tuple[int, ...] 
 def _check_asked(asked: Sequence[int], classes: int) -> None:
     unknown = [label for label in asked if not 0 <= label < classes]
     if unknown:
-        raise UsageError(f"class {unknown[0]} was asked for, but the generator knows 0 to {classes - 1}")
+        raise UsageError(f"class {unknown[0]} was asked for, but the generator has classes 0 to {classes - 1}")

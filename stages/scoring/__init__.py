@@ -1,1 +1,1 @@
-"""What scores are made of: feature extractors registered with torch-fidelity, and the figures computed from features."""
+"""Features of images under the extractors of torch-fidelity, and scores computed from features."""

@@ -1,6 +1,6 @@
-"""What a score measures image by image, shard by shard: figures of pairs, and nearness to training images.
+"""Measurements per image of a score, in shards: figures of pairs, and nearness to training images.
 
-They are scratch files of the draft: an interrupted score goes on where it was, and the artifact does not keep them.
+They are scratch files of the draft, from which an interrupted score continues; the artifact does not contain them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Nearness:
 
 @dataclass(frozen=True)
 class ComparisonSpec:
-    """What a worker needs for any shard. parts: each is cut into blocks, (part, first row, row after the last)."""
+    """The arguments of a shard. parts: each is split into blocks, (part, first row, row after the last)."""
 
     parts: tuple[Pairs | Nearness, ...]
     blocks: tuple[tuple[int, int, int], ...]
@@ -58,7 +58,7 @@ class ComparisonSpec:
 
 
 def compare_shard(spec: ComparisonSpec, number: int) -> dict[str, bytes]:
-    """What is measured of one block, by name."""
+    """The measurements of one block, by name."""
     part, start, stop = spec.blocks[number]
     compare: Callable[..., dict[str, NDArray[Any]]] = (
         compare_pairs if isinstance(spec.parts[part], Pairs) else find_nearest
@@ -93,7 +93,7 @@ def find_nearest(nearness: Nearness, start: int, stop: int, device: str) -> dict
 
 
 def gather(spec: ComparisonSpec, out: Draft, part: int) -> list[dict[str, NDArray[Any]]]:
-    """What all blocks of one part measured, in their order."""
+    """The measurements of all blocks of one part, in their order."""
     numbers = [number for number, block in enumerate(spec.blocks) if block[0] == part]
     return [{_name(path): np.load(path, allow_pickle=False) for path in out.files(unit_name(n))} for n in numbers]
 

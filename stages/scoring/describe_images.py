@@ -42,7 +42,7 @@ CHUNK_IMAGES = 64  # images that share a checksum, at most
 
 
 class DescribeConfig(Config):
-    """Whose features, and how images are seen. Features of other settings cannot be compared."""
+    """The extractors, and the size and views of images. Features with other settings cannot be compared."""
 
     extractor: ExtractorKind = Field(
         default="classifier",
@@ -53,7 +53,7 @@ class DescribeConfig(Config):
         default="images", description="images, or statistics that others published"
     )
     size: int | None = Field(
-        default=None, ge=8, description="pixels a side at which an image set is seen; null: as the classifiers want it"
+        default=None, ge=8, description="pixels per side of an image set's views; null: the size of the classifiers"
     )
     views: Views | None = Field(
         default=None, description="how an image set is seen, by the upright view; null: ADM's centre crop at size"
@@ -67,7 +67,7 @@ class DescribeConfig(Config):
 
 
 def foresee(config: DescribeConfig, inputs: KnownInputs) -> Facts:
-    """How images will be described; a refusal where images, judges and settings do not belong together."""
+    """Facts of the features; raises where images, classifiers and settings do not fit together."""
     problem = _lack(config, inputs)
     if problem:
         raise inputs.refusal(problem)
@@ -94,7 +94,7 @@ def foresee(config: DescribeConfig, inputs: KnownInputs) -> Facts:
 
 
 def _lack(config: DescribeConfig, inputs: Any) -> str | None:
-    """What a description needs and lacks, or has and cannot use."""
+    """Raise for missing and for unused inputs."""
     if config.source == "statistics":
         is_alone = "images" not in inputs and not inputs.all("classifiers") and config.extractor == "inception"
         return None if is_alone else "takes statistics of Inception features from a file, and neither images nor judges"
@@ -106,7 +106,7 @@ def _lack(config: DescribeConfig, inputs: Any) -> str | None:
 
 
 def _foreseen_size(config: DescribeConfig, images: Known, judges: list[Known], inputs: KnownInputs) -> int | None:
-    """The size at which images are seen, if it is known yet; a refusal where two things say different ones."""
+    """The size of the views, if it is known; raises where inputs and config contradict each other."""
     decoded = [images] if images.kind == "images" else []
     sizes = [(one.get("pixels"), f"images of {one.get('pixels')} pixels in {one.name}") for one in decoded]
     sizes += [(judge.get("pixels"), f"{judge.name} judges {judge.get('pixels')} pixels") for judge in judges]
@@ -122,7 +122,7 @@ def _foreseen_size(config: DescribeConfig, images: Known, judges: list[Known], i
 
 
 def _check_known_classes(images: Known, judges: list[Known], inputs: KnownInputs) -> None:
-    """Every judge knows all classes of the images."""
+    """Raise unless every classifier has all classes of the images."""
     classes = images.get("labels", images.get("classes", 0))
     for judge in judges:
         if classes > judge.get("classes", classes):
@@ -147,7 +147,7 @@ def identify_statistics(config: DescribeConfig, path: Path) -> str:
 
 @dataclass(frozen=True)
 class DescribeSpec:
-    """What a worker needs for any shard. arrays: those with a row per image."""
+    """The arguments of a shard. arrays: those with a row per image."""
 
     extractors: tuple[ExtractorFile, ...]
     pictures: PicturesAt
@@ -228,7 +228,7 @@ def describe_images(config: DescribeConfig, inputs: Inputs, out: Draft, run: Run
 
 
 def described_as(pattern: Artifact, images: Artifact, store: Store) -> tuple[DescribeConfig, Inputs]:
-    """What is asked for in order to describe images as other ones were (`pattern`), by the same judges of this store."""
+    """Stage config and inputs that describe images as those of `pattern`, by the same classifiers of this store."""
     config = DescribeConfig.model_validate_json(canonical_bytes(pattern.config))
     judges = [store.open(record["stage"], record["key"]) for record in pattern.inputs.get("classifiers", [])]
     seen: dict[str, Any] = {"size": None, "views": None}
@@ -247,7 +247,7 @@ def copy_statistics(out: Draft, path: Path) -> None:
 
 
 def common_size(config: DescribeConfig, inputs: Inputs) -> int:
-    """The size at which images are seen: as configured, as decoded, or as the classifiers want them."""
+    """The size of the views: as configured, as decoded, or that of the classifiers."""
     images, judges = inputs["images"], inputs.all("classifiers")
     decoded = {f"images ({images.name}) has": int(images.facts["size"])} if "size" in images.facts else {}
     judged = {f"classifier {judge.name} takes": read_config(judge, ClassifierConfig).pixels for judge in judges}
@@ -262,7 +262,7 @@ def common_size(config: DescribeConfig, inputs: Inputs) -> int:
 
 
 def check_classes(images: Pictures, inputs: Inputs) -> None:
-    """InputError for a judge that does not know the images' classes."""
+    """InputError for a classifier that does not have the images' classes."""
     largest = int(images.labels_I.max(initial=0))
     for judge in inputs.all("classifiers"):
         classes = read_config(judge, ClassifierConfig).outputs
@@ -275,7 +275,7 @@ def check_classes(images: Pictures, inputs: Inputs) -> None:
 def choose_extractors(
     config: DescribeConfig, inputs: Inputs, run: Runtime
 ) -> tuple[list[Extractor], tuple[ExtractorFile, ...]]:
-    """Those of the distances first; the classifiers always, as judges of consistency."""
+    """The extractors: those of distances first, then all classifiers, for class consistency."""
     found: list[tuple[Extractor, ExtractorFile]] = []
     if config.extractor != "classifier":
         weights = run.paths["weights"].absolute()

@@ -1,4 +1,4 @@
-"""Feature extractors of torch-fidelity: its own Inception, and a classifier of ours, registered beside it.
+"""Feature extractors of torch-fidelity: its Inception, and classifier artifacts, which are registered with it.
 
 An extractor takes uint8 images (B, 3, H, W) and gives features (B, E) and logits (B, L).
 """
@@ -95,7 +95,7 @@ def load_extractor(file: ExtractorFile) -> Any:
 def _checked_weights(path: Path) -> dict[str, Any]:
     """The Inception weights as torch-fidelity wants them.
 
-    It unpickles whatever it is given, so the very bytes that it gets are checked before: digest, and tensors only.
+    It unpickles the file, so the bytes are checked before: digest, and tensors only.
     """
     data = path.read_bytes()
     WEIGHTS.check_digest(sha256(data), path)

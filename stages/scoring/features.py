@@ -1,4 +1,4 @@
-"""Image features as an artifact: what extractors say of every image, and the moments that Frechet distances are made of.
+"""Image features as an artifact: outputs of extractors for every image, and the moments for Frechet distances.
 
 An artifact of kind "image-features" is a zarr group. For each extractor, numbered from 0, it holds float32 `features-0`
 (image, feature) and `logits-0` (image, class), and float64 `mean-0` (feature,) and `covariance-0` (feature, feature);
@@ -46,7 +46,7 @@ class Moments:
         return cls(len(rows_RE), mean_E, centred_RE.T @ centred_RE)
 
     def joined(self, other: Moments) -> Moments:
-        """Those of both sets of rows (Chan, Golub and LeVeque 1979)."""
+        """Moments of the union of both sets of rows (Chan, Golub and LeVeque 1979)."""
         rows = self.rows + other.rows
         shift_E = other.mean_E - self.mean_E
         sums_EE = self.sums_EE + other.sums_EE + np.outer(shift_E, shift_E) * (self.rows * other.rows / rows)
@@ -58,13 +58,13 @@ class Moments:
 
 
 def join(moments: Iterable[Moments]) -> Moments:
-    """Moments of all shards, joined in their order: so nothing depends on who computed which."""
+    """Moments of all shards, merged in their order, independent of the workers."""
     return reduce(Moments.joined, moments)
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """What one extractor says of a set of images. features_NE, logits_NL: float32, None of published statistics."""
+    """The outputs of one extractor for a set of images. features_NE, logits_NL: float32, None of published statistics."""
 
     features_NE: NDArray[np.float32] | None
     logits_NL: NDArray[np.float32] | None
@@ -73,7 +73,7 @@ class Extracted:
 
 
 class ImageFeatures:
-    """An artifact of this kind, opened. images: None of published statistics, which do not say of how many they are."""
+    """An opened artifact of this kind. images: None for published statistics, which do not give the number."""
 
     def __init__(self, artifact: Artifact):
         facts = artifact.facts
@@ -127,7 +127,7 @@ def moment_layouts(extractors: list[Extractor]) -> dict[str, ArraySpec]:
 def write_metadata(
     out: Draft, extractors: list[Extractor], arrays: dict[str, ArraySpec], *, images: int | None, **seen: Any
 ) -> None:
-    """The group's metadata, and the facts by which readers know the features."""
+    """The group's metadata, and facts."""
     out.facts = {"format": FORMAT, "images": images, **seen, "extractors": [asdict(one) for one in extractors]}
     if not out.is_done("metadata"):
         out.put("metadata", group_files({ATTRIBUTES: out.facts}, {**arrays, **moment_layouts(extractors)}))

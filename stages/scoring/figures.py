@@ -1,4 +1,4 @@
-"""Figures from features: torch-fidelity's distances, and what it does not have.
+"""Figures from features: torch-fidelity's distances, and figures that it lacks.
 
 N images, M of the reference, E features, L classes
 """
@@ -68,7 +68,7 @@ def distances(
 
 
 def consistency(logits_NL: NDArray[np.float32], labels_N: NDArray[np.int32]) -> float:
-    """Share of images that the classifier assigns to the class that was asked for."""
+    """Share of images that the classifier assigns to their class."""
     return float((logits_NL.argmax(1) == labels_N).mean())
 
 
@@ -131,7 +131,7 @@ def copies(codes_NT: NDArray[Any], training: Iterable[NDArray[Any]]) -> float:
 
 
 def rounded(value: float) -> float:
-    """A figure without the digits that only the order of summation decides."""
+    """A figure rounded to the digits that do not depend on the order of summation."""
     return 0.0 if value == 0 else round(value, DIGITS - 1 - math.floor(math.log10(abs(value))))
 
 

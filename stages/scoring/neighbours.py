@@ -112,7 +112,7 @@ def _blocks(rows: NDArray[Any]) -> list[Block]:
 def _each(
     work: Callable[[tuple[Block, Block]], Found], places: Iterable[tuple[Block, Block]]
 ) -> Iterator[tuple[tuple[Block, Block], Found]]:
-    """Each place with what `work` makes of it, in order, by as many threads as there are cores."""
+    """Each place and `work` of it, in order, by as many threads as there are cores."""
     waiting = iter(places)
     with ThreadPoolExecutor(THREADS) as pool:
         while some := list(islice(waiting, 4 * THREADS)):

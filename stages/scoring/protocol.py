@@ -1,4 +1,4 @@
-"""By which rule images are described: the extractors and their names, and what makes two descriptions comparable."""
+"""Protocols of image features: names of extractors, and when two sets of features are comparable."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def inception(kind: ExtractorKind) -> Extractor:
 
 @dataclass(frozen=True)
 class Description:
-    """On what features depend besides the images. extractors: those of distances.  size, views: None where nothing says."""
+    """What features depend on besides the images. extractors: those of distances.  size, views: None if unknown."""
 
     extractors: tuple[Origin, ...]
     size: int | None = None

@@ -1,4 +1,4 @@
-"""Scoring: how far the features of images are from those of a reference, and what can be measured image by image.
+"""Scoring: distances of features of images from those of a reference, and measurements per image.
 
 The figures are torch-fidelity's. Features are artifacts (`describe-images`), so that a reference is extracted once.
 """
@@ -43,7 +43,7 @@ Figure = Literal["ssim", "lpips", "usage"]
 
 
 class ScoreConfig(Config):
-    """What is measured. Figures of other settings, and of other numbers of images, cannot be compared."""
+    """The measured figures. Figures with other settings or other numbers of images cannot be compared."""
 
     splits: int = Field(default=10, ge=1, description="splits of the Inception score; ADM uses images / 5000")
     shuffle: bool = Field(default=True, description="shuffle before splitting; ADM does not")
@@ -95,7 +95,7 @@ def foresee(config: ScoreConfig, inputs: KnownInputs) -> Facts:
 
 
 def _lack(config: ScoreConfig, inputs: KnownInputs | Inputs) -> str | None:
-    """A figure that lacks the inputs of which it is made."""
+    """Raise for a figure whose inputs are missing."""
     lonely = [name for name in config.figures if name in OF_PAIRS]
     if ("images" in inputs) != ("originals" in inputs):
         return "compares reconstructions (images) with what they were made of (originals), but reads only one of them"
@@ -133,7 +133,7 @@ def _check_known_best(reference: Known, best: Known, inputs: KnownInputs) -> Non
 
 
 def needed_images(config: ScoreConfig, features: int) -> dict[str, int]:
-    """How many images each figure needs at least, by its name. features: of the extractor that has most."""
+    """Least number of images of each figure, by its name. features: the largest number of an extractor."""
     return {
         f"a Frechet distance on {features} features": features,
         f"{config.splits} splits of the Inception score": config.splits,
@@ -371,7 +371,7 @@ def find_copies(inputs: Inputs) -> dict[str, float]:
 
 
 def sentence(values: Mapping[str, float]) -> str:
-    """The main figures as they stand in the run's table."""
+    """The main figures in one line, for the run's table."""
     parts = [f"PSNR {values['psnr']:.1f} dB"] if "psnr" in values else []
     parts += [f"SSIM {values['ssim']:.3f}"] if "ssim" in values else []
     parts += [f"LPIPS {values['lpips']:.3f}"] if "lpips" in values else []

@@ -1,1 +1,1 @@
-"""The one training engine: tokenizers, generators and classifiers are tasks that it trains."""
+"""The training engine, and the trainings of tokenizers, generators and classifiers as its tasks."""

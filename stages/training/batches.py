@@ -43,12 +43,12 @@ Buffers = list[tuple[nn.Module, str, Tensor]]
 class SharedPasses:
     """SharedPasses over the pieces of one batch.
 
-    Of a batch in one piece there is one pass, with gradient, which all parts see. Of several pieces only one graph may
-    exist at a time: parts that go first see passes without graph, the main part makes the same ones again, and parts
-    after it see what that left.
+    A batch of one piece has one pass, with gradient, which all parts share. With several pieces only one graph may exist
+    at a time: parts before the main part get passes without graph, the main part computes them again, and parts after it
+    get the results.
 
-    make: gives the pass over one piece.  begin_again: puts buffers back to where the step began; the caller
-    seeds random numbers before every pass.
+    make: the pass over one piece.  begin_again: restores buffers to the begin of the step; the caller seeds random
+    numbers before every pass.
     """
 
     def __init__(self, pieces: list[Batch], make: Callable[[Batch], Any], *, begin_again: Callable[[], None]):
@@ -62,7 +62,7 @@ class SharedPasses:
         return len(self._pieces)
 
     def take(self, number: int, *, is_main: bool, is_kept: bool) -> Any:
-        """The pass over one piece, for the main part or another; is_kept: a later part needs it, too."""
+        """The pass over one piece, for the main part or another; is_kept: another part needs it later."""
         if number in self._kept:
             return self._kept[number]
         if not is_main and len(self) > 1:
@@ -79,7 +79,7 @@ class SharedPasses:
 
 
 def copy_buffers(module: nn.Module) -> Buffers:
-    """All buffers of a module as they are now."""
+    """Copies of all buffers of a module."""
     return [(module, name, one.clone()) for name, one in module.named_buffers()]
 
 

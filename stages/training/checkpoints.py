@@ -1,11 +1,11 @@
-"""Checkpoints: the whole state of a training as one safetensors file in the draft's scratch folder, and when it is written.
+"""Checkpoints: the state of a training as one safetensors file in the draft's scratch folder, and their schedule.
 
 Names in the file: `model.<part>.<tensor>`, `optimizer.<part>.<parameter>.<moment>`, `average.<part>.<parameter>`, and
-the engine's own numbers as `engine.<name>`. A checkpoint is a journaled unit of the draft, so half a one never counts.
+the engine's numbers as `engine.<name>`. A checkpoint is a journaled unit of the draft, so a partial one is never used.
 
 A thread writes while the training goes on, from a copy in the host's memory. Saves take a small share of the time: after
-one that took d seconds the next comes no sooner than 20 d later. Whoever is killed at any moment continues from the last
-whole checkpoint; what the thread cannot write is raised at the next step. One save at a time touches the draft.
+one that took d seconds the next comes no sooner than 20 d later. A killed training continues from the last complete
+checkpoint; errors of the thread are raised at the next step. One save at a time writes into the draft.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stages.devices import free_bytes
 from stages.training.trained_part import State
 from stages.weights.files import write_tensors
 
-KEEP = 2  # the last ones; an older one helps nobody but costs disk
+KEEP = 2  # the last ones
 PREFIX = "checkpoint-"
 BEST = "best-"
 
@@ -48,7 +48,7 @@ def save_best(out: Draft, step: int, state: State) -> None:
 
 
 def drop_worse(out: Draft, best_step: int) -> None:
-    """Forget all weights kept as best but those of `best_step`."""
+    """Remove all weights kept as best except those of `best_step`."""
     for unit in _units(out, BEST):
         if unit != f"{BEST}{best_step:08d}":
             out.drop(unit)
@@ -111,7 +111,7 @@ def _is_sound(name: str, tensor: Tensor) -> bool:
 
 
 class Saver:
-    """The saves of one training. Within its block it is made sure of that the thread has ended; but not if a signal hurries.
+    """The saves of one training. At the end of its block the thread is joined, except after a signal.
 
     duration: of the last save, in seconds.  last: the last whole checkpoint, in words.
     """
@@ -152,12 +152,12 @@ class Saver:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise what a thread met that has ended."""
+        """Raise the error of a finished thread."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the thread, and raise what it met."""
+        """Wait for the thread, and raise its error."""
         self._join()
         error, self._error = self._error, None
         if error is not None:

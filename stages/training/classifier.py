@@ -19,7 +19,7 @@ PART = "classifier"
 
 
 class ClassifierTask(Task):
-    """Cross entropy of drawn views; judged by the share of upright images that are named right."""
+    """Cross entropy of drawn views; evaluated by the accuracy on upright images."""
 
     def __init__(
         self, config: TrainClassifierConfig, images: TrainingImages, judged: TrainingImages, device: torch.device
@@ -41,7 +41,7 @@ class ClassifierTask(Task):
         return Losses({"cross_entropy": loss}, {"batch_accuracy": accuracy})
 
     def evaluate(self) -> dict[str, float]:
-        """Share of right answers on the judged images."""
+        """Accuracy on the held-out images."""
         accuracy = mean_figure(self._is_right, self.judged, self.replicas, rows=self.config.rows_per_pass)
         return {"accuracy": accuracy, "loss": 1 - accuracy}
 

@@ -1,7 +1,7 @@
-"""The codebook of a tokenizer in training: which codes are in use, and advice if the codebook collapses.
+"""The codes that a tokenizer uses, and warnings if its codebook collapses.
 
-All processes count together, in blocks that an interrupted count keeps. The counts lie in the draft's scratch folder, as
-exact numbers: neither the number of processes nor an interruption changes them. Advice names settings of the quantizer.
+All processes count together, in blocks; an interrupted count continues from the counts in the draft's scratch folder. Counts
+are exact and do not depend on the number of processes. Warnings name settings of the quantizer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every training is told: budget, batch, optimizer, schedule (no torch here, so that planning needs none)."""
+"""Configs of all trainings: budget, batch, optimizer, schedule (no torch here, so that planning needs none)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Rate = Annotated[float, Field(ge=0)]
 
 
 class Constant(Config):
-    """The learning rate as it is, times `factor` from each of the steps in `drops` on."""
+    """The constant learning rate, multiplied by `factor` at each of the steps in `drops`."""
 
     kind: Literal["constant"] = "constant"
     warmup: int = Field(default=0, ge=0, description="steps of a linear rise from 0")
@@ -211,7 +211,7 @@ class TrainingConfig(Config):
 
     @property
     def rows(self) -> int | None:
-        """Rows of a pass, at most; what was left to an estimate has been settled when a training runs."""
+        """Largest number of rows of a pass; `auto` is replaced by a number before a training runs."""
         assert not isinstance(self.rows_per_pass, str)
         return self.rows_per_pass
 
@@ -225,7 +225,7 @@ class TrainingConfig(Config):
 
 
 def says_rows(training: TrainingConfig) -> TrainingConfig:
-    """ValueError where the rows of a pass are left to an estimate that there is not."""
+    """ValueError for `auto` rows of a pass without an estimate of memory."""
     if training.rows_per_pass == AUTO:
         raise ValueError("rows_per_pass auto is for generators alone; give a number, or null for the whole batch")
     return training
@@ -243,7 +243,7 @@ class AdversaryConfig(AdversarialConfig):
 
 
 class ReconstructionTraining(Config):
-    """What all trainings on reconstructions are told: what the images are seen as, and a budget."""
+    """Settings of all trainings on reconstructions: views, and a budget."""
 
     views: Views = Field(
         default=ShiftViews(size=32, pixels=1, fill=0), description="views to train on; the upright one is judged"
@@ -265,7 +265,7 @@ def check_sees(discriminator: DiscriminatorConfig, pixels: int) -> None:
 
 
 class ReconstructionsConfig(Config):
-    """Reconstructions to look at on the way, below their originals, as grids in the log. They leave no trace in the weights."""
+    """Grids of originals and reconstructions in the log during training. They do not affect the weights."""
 
     every: int | None = Field(default=None, ge=1, description="steps between two grids; null: a tenth of the steps")
     images: int = Field(default=20, ge=1, le=100, description="images of a grid, the same ones each time")
@@ -276,7 +276,7 @@ class ReconstructionsConfig(Config):
 
 
 class TokenizerLearning(ReconstructionTraining):
-    """What a training of a tokenizer, or of its decoder, is told besides."""
+    """Settings of trainings of a tokenizer or its decoder."""
 
     loss: LossConfig = Field(default=ReconstructionConfig(l2=4.0), description="what a reconstruction is compared by")
     adversarial: AdversaryConfig | None = Field(
@@ -304,7 +304,7 @@ SMALL_TOKENIZER = TokenizerConfig(
 
 
 class TrainTokenizerConfig(TokenizerLearning):
-    """A network, its loss, the views under which it sees the images, and a budget. The defaults suit 32-pixel images."""
+    """A network, its loss, the views of the images, and a budget. The defaults suit 32-pixel images."""
 
     model: TokenizerConfig = Field(default=SMALL_TOKENIZER, description="the tokenizer")
     training: CutTraining = Field(
@@ -324,7 +324,7 @@ class TrainTokenizerConfig(TokenizerLearning):
 
 
 class FinetuneDecoderConfig(TokenizerLearning):
-    """A loss, the views under which the images are seen, and a budget. The defaults suit 32-pixel images."""
+    """A loss, the views of the images, and a budget. The defaults suit 32-pixel images."""
 
     training: CutTraining = Field(
         default=TrainingConfig(
@@ -335,7 +335,7 @@ class FinetuneDecoderConfig(TokenizerLearning):
 
 
 class TrainDiscriminatorConfig(ReconstructionTraining):
-    """A discriminator, the views under which it sees the images, and a budget. The defaults suit 32-pixel images."""
+    """A discriminator, the views of the images, and a budget. The defaults suit 32-pixel images."""
 
     adversarial: DiscriminationConfig = Field(
         default=DiscriminationConfig(), description="the discriminator and its loss"
@@ -355,7 +355,7 @@ SMALL_RAR = RarConfig(width=128, layers=4, heads=4, mlp_width=512, dropout=0.0, 
 
 
 class SamplesConfig(Config):
-    """Samples to look at on the way, as grids of images in the log. They leave no trace in the weights."""
+    """Grids of samples in the log during training. They do not affect the weights."""
 
     every: int = Field(default=5000, ge=1, description="steps between two grids")
     images: int = Field(default=20, ge=1, le=100, description="samples of a grid, the same ones each time")
@@ -407,7 +407,7 @@ SHIFTS: dict[str, Any] = {"kind": "shifts", "pixels": 2}
 
 
 class TrainClassifierConfig(Config):
-    """A network, the views under which it sees the images, and a budget."""
+    """A network, the views of the images, and a budget."""
 
     model: ClassifierConfig = Field(default=ConvolutionalClassifierConfig(), description="the network")
     views: Views | None = Field(
@@ -444,7 +444,7 @@ class TrainClassifierConfig(Config):
 
     @property
     def seen(self) -> Views:
-        """The views, once the images have told their size."""
+        """The views, at the size of the images."""
         return self.views or ShiftViews(size=self.model.pixels, **SHIFTS)
 
 

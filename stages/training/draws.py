@@ -1,7 +1,7 @@
-"""What chance decides in a training, as functions of (seed, name, step): data order, views, orders, dropped labels.
+"""Random numbers of a training as functions of (seed, name, step): data order, views, orders, dropped labels.
 
-Each draw is made for the whole global batch, of which a process takes its share. So neither the number of processes nor
-an interruption changes what a row of a batch meets.
+Each draw is made for the whole global batch, of which a process takes its share. So draws do not depend on the number of
+processes or on interruptions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""A training in a draft: the steps of `trainer`, with checkpoints, a log, pictures on the way, and signals that end it.
+"""A training in a draft: the steps of `trainer`, with checkpoints, a log, grids of images, and signals.
 
-`train` is the story. A training that was stopped anywhere continues from its last checkpoint, and ends with the same bytes
-as one that was not.
+An interrupted training continues from its last checkpoint, and ends with the same bytes as one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from stages.training.trainer import TaskT, Trainer, open_trainer
 
 @dataclass(frozen=True)
 class Outcome(Generic[TaskT]):
-    """What a training ended with.
+    """The result of a training.
 
     task: its modules hold the result.  loss: smoothed training loss.  figures: of the task's evaluation of the result.
     is_first: True in the process that writes the artifact.
@@ -71,7 +70,7 @@ def _resume(trainer: Trainer[TaskT], saver: Saver) -> None:
 
 @contextmanager
 def _naming_the_checkpoint(saver: Saver) -> Iterator[None]:
-    """A NumericError also says from where the training can go on."""
+    """Add the last good checkpoint to a NumericError."""
     try:
         yield
     except NumericError as error:
@@ -133,7 +132,7 @@ def _write_drawings(trainer: Trainer[TaskT], folder: Path) -> None:
 
 
 def warn(run: Runtime, step: int, sentence: str | None) -> None:
-    """Say and log a task's advice after `step` steps, if it has some."""
+    """Print and log a task's advice after `step` steps, if any."""
     if sentence is not None:
         run.progress.say(f"  warning: {sentence}")
         run.progress.record("warning", step=step, text=sentence)

@@ -1,4 +1,4 @@
-"""Training of a tokenizer's decoder alone: the codes stay as they are, so that token sets and generators keep their worth."""
+"""Training of a tokenizer's decoder: codes do not change, so token sets and generators remain valid."""
 
 from __future__ import annotations
 

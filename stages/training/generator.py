@@ -27,7 +27,7 @@ LOOK_AHEAD = 64  # steps whose rows are read together from mapped sets
 
 
 class GeneratorTraining(nn.Module):
-    """A generator as a module whose forward is its loss, which is what replicas run."""
+    """A generator as a module whose forward is its loss, for data parallel training."""
 
     def __init__(self, generator: Generator):
         super().__init__()
@@ -40,7 +40,7 @@ class GeneratorTraining(nn.Module):
 
 
 class GeneratorTask(Task):
-    """The generator's own loss, with what it draws for a step; judged with nothing drawn."""
+    """The generator's loss, with its draws for a step; evaluated without draws."""
 
     unit = "rows"
 
@@ -104,7 +104,7 @@ class GeneratorTask(Task):
         return Losses({"cross_entropy": loss}, stats)
 
     def evaluate(self) -> dict[str, float]:
-        """Mean loss and share of right guesses on the held-out token set, if there is one; each process takes passes."""
+        """Mean loss and accuracy on the held-out token set, if there is one; passes are split between processes."""
         if self.held_out is None:
             return {}
         rows, count = self.config.rows_per_pass, len(self.held_out)

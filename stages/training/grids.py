@@ -1,4 +1,4 @@
-"""Grids of images on the way of a training, of which every process makes its share: reconstructions of a tokenizer, samples of a generator."""
+"""Grids of images during a training, computed by all processes: reconstructions of a tokenizer, samples of a generator."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def draw_samples(
 ) -> bytes | None:
     """The PNG of a grid after `step` steps, in the first process; None in the others.
 
-    A sample's random numbers are its own, so that all grids show the same ones, and none of them touches the training's.
+    A sample's random numbers are the same in all grids, and separate from the training's.
     """
     rows = -(-config.images // replicas.world)
     ids_P = torch.arange(rows) + rows * replicas.rank

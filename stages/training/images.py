@@ -1,4 +1,4 @@
-"""Training batches of images: one drawn view of each, from memory where all views fit, else decoded as they come."""
+"""Training batches of images: one random view of each, from memory if all views fit, else decoded on the fly."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def mean_figure(
 
 
 def open_images(inputs: Inputs, run: Runtime, *, views: ViewPolicy, seed: int) -> tuple[TrainingImages, TrainingImages]:
-    """The images to train on, and those to judge by: the held-out ones, if they are given."""
+    """The training images, and those for evaluation: the held-out ones, if they are given."""
     artifacts = [inputs["images"], *inputs.all(HELD_OUT)]
     words = ["image", "held-out image"]
     counts = [counted(artifact.facts["images"], word) for artifact, word in zip(artifacts, words, strict=False)]

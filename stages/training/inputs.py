@@ -1,4 +1,4 @@
-"""Inputs that several trainings have, and what is wrong with them before any image is read (no torch here)."""
+"""Inputs that several trainings share, and their checks before any image is read (no torch here)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_images(config: ReconstructionTraining, inputs: KnownInputs) -> None:
 
 
 def check_batch(training: TrainingConfig, inputs: KnownInputs, *data: Known) -> None:
-    """A refusal of a batch that is larger than all data together, as far as that is known."""
+    """Raise for a batch that is larger than the data, if their number is known."""
     if any(known.get("images") is None for known in data):
         return
     rows = sum(known.get("images") * known.get("crops", 1) * known.get("views", 1) for known in data)
@@ -70,7 +70,7 @@ def check_batch(training: TrainingConfig, inputs: KnownInputs, *data: Known) -> 
 
 
 def check_start(config: TokenizerLearning, inputs: KnownInputs) -> None:
-    """A refusal of a discriminator that the training does not use, or that is another network than its own."""
+    """Raise for a discriminator that the training does not use, or whose config differs from the training's."""
     for start in inputs.all(DISCRIMINATOR):
         if config.adversarial is None:
             raise inputs.refusal(

@@ -1,7 +1,7 @@
-"""The figures of a running training: JSON lines always, TensorBoard for long runs, rates and a bar on the way.
+"""The figures of a running training: JSON lines, TensorBoard for long runs, and progress.
 
-TensorBoard gets one event file for each attempt, and every figure is on the disk before the next one comes: its usual writer
-keeps figures in a thread for two minutes, so that a killed training loses them, and a full disk is met by that thread.
+TensorBoard gets one event file per attempt, written synchronously: its usual writer buffers figures in a thread for two
+minutes, so that a killed training loses them, and errors of a full disk occur in that thread.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pipeline.runtime import Runtime
 from stages.training.config import TrainingConfig
 
 LINES = 200  # log lines of one training, whatever its length
-TENSORBOARD_STEPS = 2000  # shorter trainings are over before anybody opens it
+TENSORBOARD_STEPS = 2000  # shorter trainings have no TensorBoard log
 
 
 class Metrics:
-    """Says when a step is logged, and where its figures go."""
+    """Decides which steps are logged, and writes their figures."""
 
     def __init__(self, run: Runtime, config: TrainingConfig, *, images: int, first_step: int, has_board: bool):
         """Continue the log of the first `first_step` steps.  images: of the data, in which epochs are counted."""

@@ -262,7 +262,7 @@ def fit_in_batches(
     out: Draft,
     run: Runtime,
 ) -> tuple[Predict, int]:
-    """Near the same optimum by stochastic gradients, with a checkpoint now and then, and the steps."""
+    """An approximation of the same optimum by stochastic gradients, with checkpoints, and the steps."""
     from models.logistic import StreamedLogistic
 
     batches = -(-len(rows_N) // BATCH)
@@ -292,7 +292,7 @@ def fit_in_batches(
 
 
 def resume(model: StreamedLogistic, out: Draft) -> None:
-    """Take up the last checkpoint of the draft, if there is one."""
+    """Continue from the last checkpoint of the draft, if there is one."""
     units = [unit for unit in out.units() if unit.startswith(CHECKPOINT)]
     if units:
         with np.load(out.files(units[-1])[0], allow_pickle=False) as state:
@@ -316,12 +316,12 @@ def fit(config: ProbeConfig, inputs_NF: Any, labels_N: NDArray[np.int32]) -> Any
     from sklearn.linear_model import LogisticRegression
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # said in our own words
+        warnings.simplefilter("ignore", ConvergenceWarning)  # reported by the caller
         return LogisticRegression(C=config.inverse_penalty, max_iter=config.iterations).fit(inputs_NF, labels_N)
 
 
 def vectors(codes_NT: NDArray[Any], codes: int, centroids_KD: NDArray[np.float32] | None) -> Any:
-    """What the model sees of each row: (N, T * K) sparse ones, or (N, T * D) centroids."""
+    """Inputs of the model: (N, T * K) sparse ones, or (N, T * D) centroids."""
     codes_NT = codes_NT.astype(np.int64)
     if centroids_KD is not None:
         return centroids_KD[codes_NT].reshape(len(codes_NT), -1).astype(np.float64)

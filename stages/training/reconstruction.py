@@ -1,4 +1,4 @@
-"""What the stages that train on reconstructions share: images, networks out of configs and artifacts, and the engine."""
+"""Shared by the stages that train on reconstructions: images, networks from configs and artifacts, and the engine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The processes of one training, through accelerate: mixed precision, replicas, and agreement between them.
 
-One process needs none of it and pays nothing. `torchrun` and `accelerate launch` start several, which talk by NCCL on
-CUDA and by gloo on the CPU.
+`torchrun` and `accelerate launch` start several processes, which communicate by NCCL on CUDA and by gloo on the CPU. A single
+process has no overhead.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Replicas:
         return wrapped
 
     def autocast(self) -> AbstractContextManager[None]:
-        """As in training, for what runs outside of wrapped modules."""
+        """Autocast as in training, for code outside of wrapped modules."""
         context: AbstractContextManager[None] = self._accelerator.autocast()
         return context
 

@@ -1,7 +1,7 @@
-"""How many rows of a batch a training computes together: by rule where it is asked to, refused where they cannot fit.
+"""Rows of a training pass: `auto` by an estimate of memory, and a check that a pass fits.
 
-No torch here: `auto` is settled before the key is made, by the network and the batch alone, so that plans, machines and
-resumed drafts agree.
+No torch here: `auto` is replaced before the key is computed, as a function of network and batch alone, so that it is the
+same on all machines.
 """
 
 from __future__ import annotations

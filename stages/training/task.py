@@ -1,4 +1,4 @@
-"""What a training supplies to the engine: networks, batches, losses; and what it may say on the way."""
+"""The interface of a training to the engine: networks, batches, losses, evaluation, logs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Losses(NamedTuple):
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
-    """The usual choice of what decays: weights, but neither biases nor the gains of norms."""
+    """The usual choice for weight decay: weights, but neither biases nor the gains of norms."""
     return parameter.ndim >= 2
 
 
@@ -82,7 +82,7 @@ class Task(ABC):
         data: what `read` gave, by default the numbers (B,) of all rows of the global batch.
         """
 
-    def survey(self, pieces: Sequence[Batch]) -> None:  # noqa: B027 - most tasks look at one piece after the other
+    def survey(self, pieces: Sequence[Batch]) -> None:  # noqa: B027 - most tasks do not need it
         """See all pieces of this process's share of a batch, before the passes over them are made one by one."""
 
     def shared_pass(self, modules: Modules, batch: Batch, step: int) -> Any:
@@ -109,7 +109,7 @@ class Task(ABC):
         return {}
 
     def draw(self, step: int) -> Mapping[str, bytes]:
-        """Files for the log that show what the modules, in evaluation mode, have learned; the first process writes them.
+        """Files for the log, such as grids of images, of the modules in evaluation mode; the first process writes them.
 
         step: steps that are done.  Every process is asked, and does its share, so that none waits for another.
         """

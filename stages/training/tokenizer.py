@@ -49,10 +49,10 @@ class TrainedNetworks(NamedTuple):
 
 
 class TokenizerTask(Task):
-    """Reconstruction of drawn views, with or without a discriminator; judged by the PSNR of upright ones, as bytes.
+    """Reconstruction of drawn views, with or without a discriminator; evaluated by the PSNR of upright ones, as bytes.
 
-    learns: the whole tokenizer or its decoder, with the discriminator beside it, or the discriminator alone, which is
-    then judged by how well it tells images from reconstructions.
+    learns: the whole tokenizer or its decoder, with the discriminator, or the discriminator alone, which is then
+    evaluated by its accuracy on images and reconstructions.
     """
 
     shown = HEALTH
@@ -112,7 +112,7 @@ class TokenizerTask(Task):
         return seen
 
     def losses(self, part: str, modules: Modules, batch: Any, step: int) -> Losses:
-        """Of the tokenizer with what it minds of the discriminator, or of the discriminator."""
+        """Losses of the tokenizer with its adversarial term, or of the discriminator."""
         seen: Reconstructed = batch
         if self.adversary is not None:
             self.adversary.part = self.part
@@ -122,9 +122,7 @@ class TokenizerTask(Task):
             return Losses(told.losses, told.stats | alone)
         if self.adversary is None:
             return Losses(seen.losses, seen.stats)
-        with (
-            self.replicas.autocast()
-        ):  # it is not the replicas' wrapped forward that judges here, but the network itself
+        with self.replicas.autocast():  # the network itself, not the replicas' wrapped forward
             minded = self.adversary.generator_side(
                 seen.output_BCHW,
                 reconstruction_loss=seen.reconstruction_loss,

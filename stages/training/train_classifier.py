@@ -1,4 +1,4 @@
-"""Training of a classifier: the judge of image sets that no published network knows."""
+"""Training of a classifier, which scores image sets that no published classifier was trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training of a discriminator against a tokenizer that does not change: for published weights that come without one."""
+"""Training of a discriminator against a frozen tokenizer, for published weights without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training of a generator: it learns which codes follow which, from token sets alone."""
+"""Training of a generator on token sets."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def known_tokenizer(
 
 
 def count(config: TrainGeneratorConfig, card: GeneratorCard, tokens: TrainingTokens, out: Draft) -> None:
-    """Fit a generator that needs one look at the data and no gradient."""
+    """Fit a generator by counting, in one pass over the data."""
     import torch
 
     from models.generators.generator import build_generator
@@ -243,7 +243,7 @@ def learn(
 
 
 def save(out: Draft, network: Generator, card: GeneratorCard, losses: dict[str, Any]) -> None:
-    """Write the network, and into the manifest what later steps compare."""
+    """Write the network, and facts for later steps."""
     save_weights(out, network.state_dict(), config_value(card))
     out.facts = {
         **losses,

@@ -88,7 +88,7 @@ def count_used(outcome: Outcome[TokenizerTask], out: Draft, run: Runtime) -> int
 
 
 def describe(out: Draft, task: TokenizerTask, psnr: float, used: int, *, where: str) -> None:
-    """What later stages and people need to know of a tokenizer that was trained on images."""
+    """Facts and figure of a trained tokenizer."""
     model, size = task.tokenizer.config, task.config.views.size
     out.facts = {
         "codebook_size": model.codebook_size,

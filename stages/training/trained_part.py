@@ -21,8 +21,8 @@ DECAYS = "decays"  # of a group: whether weight decay applies to it
 class Average:
     """Averaged copies of all trainable parameters, updated after every step.
 
-    warms_up: the decay rises to its value with the steps, as (1 + step) / (10 + step): else a short training's average
-    would be full of the first weights.
+    warms_up: the decay rises to its value as (1 + step) / (10 + step): otherwise the first weights would dominate the
+    average of a short training.
     """
 
     def __init__(self, module: nn.Module, decay: float, *, warms_up: bool):
@@ -94,7 +94,7 @@ class TrainedPart:
         self.average = None if config.ema is None else Average(part.module, config.ema, warms_up=config.ema_warmup)
 
     def rates(self, step: int, steps: int) -> dict[str, float]:
-        """What changes over the steps, by name."""
+        """Scheduled values of the present step, by name."""
         optimizer = self.part.optimizer
         rates = {"learning_rate": self.part.schedule.rate(step, base=optimizer.learning_rate, steps=steps)}
         is_constant = optimizer.weight_decay_end is None
@@ -116,7 +116,7 @@ class TrainedPart:
         return state
 
     def load(self, state: State) -> None:
-        """Take over a state that fits."""
+        """Load a state of the same names and shapes."""
         name = self.part.name
         self.part.module.load_state_dict(part_of(state, f"model.{name}."))
         moments = part_of(state, f"optimizer.{name}.")

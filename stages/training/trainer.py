@@ -45,7 +45,7 @@ def open_trainer(
     device: str = "auto",
     threads_of_torch: int = 1,
 ) -> Iterator[Trainer[TaskT]]:
-    """What trains the task that `make_task(device)` builds, before its first step.
+    """A trainer of the task that `make_task(device)` builds, before its first step.
 
     Within the block torch has the threads, precision and kernels of the training. The task is built with torch's generator
     seeded by config.seed.  device: auto, cpu, cuda or cuda:N.
@@ -88,7 +88,7 @@ class Trainer(Generic[TaskT]):
         return self.replicas.rank == 0
 
     def steps(self) -> Iterator[Losses]:
-        """Make the steps that are left, each on its batch; gives the losses of each as it is done."""
+        """Run the remaining steps; yields the losses of each."""
         for batch in read_batches(self.task, self.config, self.replicas, self.step):
             yield self.advance(batch)
 
@@ -137,7 +137,7 @@ class Trainer(Generic[TaskT]):
             )
 
     def evaluate(self) -> dict[str, float]:
-        """Figures on held-out data, with the weights that would be the result; keeps the best ones if asked to."""
+        """Figures on held-out data, with averaged weights if ema is set; keeps the best weights if select is "best"."""
         with self._judging():
             figures = self.task.evaluate()
             if self.config.select == "best" and figures.get("loss", math.inf) < self.best_loss:
@@ -147,7 +147,7 @@ class Trainer(Generic[TaskT]):
         return figures
 
     def draw(self) -> Mapping[str, bytes]:
-        """The task's drawings by file name, made with the weights that would be the result."""
+        """The task's files for the log by name, with averaged weights if ema is set."""
         with self._judging():
             return self.task.draw(self.step)
 
@@ -180,7 +180,7 @@ class Trainer(Generic[TaskT]):
 
     @contextmanager
     def _judging(self) -> Iterator[None]:
-        """Within this block the modules are in evaluation mode, with the weights that would be the result."""
+        """Within this block the modules are in evaluation mode, with averaged weights if ema is set."""
         with ExitStack() as averaged, torch.no_grad():
             for trained in self.parts:
                 self.replicas.share_buffers(trained.part.module)

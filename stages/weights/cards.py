@@ -1,4 +1,4 @@
-"""What artifacts say of themselves in config.json: tokenizers and codebooks, and generators with the codes that they draw.
+"""Cards: records of tokenizers, codebooks and generators in config.json, with their code spaces.
 
 No torch here.
 """
@@ -36,7 +36,7 @@ class CodebookConfig(Config):
 
 @dataclass(frozen=True)
 class TokenizerCard:
-    """What makes codes: a tokenizer, or a codebook, which has no decoder.
+    """A tokenizer, or a codebook, which has no decoder.
 
     codes: how many.  pixels: a side of the images that it was made for, None where it does not say.  identity: what tells it
     from others (`stages.weights.identity`).
@@ -124,7 +124,7 @@ class CodeSpace(Config):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a manifest says of these codes."""
+        """Facts of these codes for a manifest."""
         return {
             "codes": self.codes,
             "grid": list(self.grid),
@@ -143,7 +143,7 @@ class GeneratorCard(Config):
 
     @property
     def shape(self) -> CodeShape:
-        """What the network is built for."""
+        """The code shape that the network is built for."""
         return self.space.shape.model_copy(update={"condition": self.condition and self.condition.shape})
 
     def join(self, tokenizer: TokenizerCard, *, what: str, path: Path) -> Self:

@@ -1,4 +1,4 @@
-"""Weight files of other projects, read without running anything that is in them.
+"""Weight files of other projects, read without executing code in them.
 
 The first bytes of a file say what it is. .safetensors holds tensors alone. Files of torch.save are pickles:
 torch's own restricted reader takes them, which knows tensors and plain containers. Files of Lightning also hold settings
@@ -82,7 +82,7 @@ def identify_file(path: Path) -> str:
 def read_state(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a weight file by name, of a Lightning or fairseq file those of its network.
 
-    InputError where there is no such file; CorruptError where it is damaged, holds code, or is no state dict.
+    InputError where there is no such file; CorruptError where it is damaged, holds code, or is not a state dict.
     """
     return _tensors(_read(path), path)
 
@@ -136,7 +136,7 @@ def _check_archive(path: Path) -> Format:
 
 
 def _looks_like(path: Path, start: bytes) -> str:
-    """What a file seems to be instead of weights."""
+    """The probable type of a file that is not a weight file."""
     size = path.stat().st_size
     known = next((what for signature, what in SIGNATURES.items() if start.startswith(signature)), None)
     if size == 0:
@@ -156,7 +156,7 @@ def _looks_like(path: Path, start: bytes) -> str:
 
 
 def _header_bytes(start: bytes) -> int:
-    """How long the header of a safetensors file says that it is."""
+    """The length of a safetensors header, by its first bytes."""
     return int(struct.unpack("<Q", start[:8])[0]) if len(start) >= 8 else 0
 
 
@@ -224,7 +224,9 @@ def _tensors(found: Any, path: Path) -> dict[str, torch.Tensor]:
     odd = [name for name, value in found.items() if not isinstance(name, str) or not isinstance(value, torch.Tensor)]
     if odd:
         raise CorruptError(
-            f"{path} is no state dict: {str(odd[0])[:80]!r} is no tensor", path=path, hint="give the state dict alone"
+            f"{path} is not a state dict: {str(odd[0])[:80]!r} is no tensor",
+            path=path,
+            hint="give the state dict alone",
         )
     return dict(found)
 

@@ -1,7 +1,7 @@
-"""Which tokenizer made a code: by the digests of its config and weights, never by its name.
+"""The identity of a tokenizer: the digests of its config and weights.
 
-Every token set carries the identity of its tokenizer as the `tokenizer` object of its attributes; a generator keeps that
-of the token set it was trained on, and whoever turns codes back into images compares.
+Every token set has the identity of its tokenizer as the `tokenizer` object of its attributes; a generator has that of the
+token set it was trained on. Decoding compares the two.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def identity_by(files: Mapping[str, str], family: str) -> dict[str, str]:
 
 
 def is_same_tokenizer(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two identities name the same config and weights; an identity that lacks a digest is like no other."""
+    """Whether two identities have the same digests of config and weights; False if one lacks a digest."""
     return all(name in one and one[name] == other.get(name) for name in COMPARED)
 
 

@@ -1,4 +1,4 @@
-"""Published weights as artifacts: what a foreign file holds is recognised by names and shapes, strictly, and kept in our form."""
+"""Published weights as artifacts: files are recognised by names and shapes, strictly, and converted."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class ImportConfig(Config):
 
     @property
     def may_hold_both(self) -> bool:
-        """Whether it becomes a generator out of a file that may hold its tokenizer, too."""
+        """Whether it imports a generator from a file that may also hold its tokenizer."""
         return self.kind == "generator" and self.layout in SHARED
 
 
@@ -229,7 +229,7 @@ def grid_of(config: ImportConfig, tokenizer: TokenizerCard | None) -> tuple[int,
 
 
 def make_card(config: ImportConfig, found: Any, path: Path) -> GeneratorCard:
-    """What a generator's file says by its shapes."""
+    """The weights of a generator's file, recognised by its shapes."""
     shape = found.shape
     if config.class_names and shape.classes != IMAGENET_CLASSES:
         raise UsageError(f"class_names: imagenet names {IMAGENET_CLASSES} classes, but {path} has {shape.classes}")
@@ -274,7 +274,7 @@ def import_discriminator(config: ImportConfig, out: Draft, state: Mapping[str, t
 
 
 def recognise(config: ImportConfig, state: Mapping[str, torch.Tensor], path: Path) -> Any:
-    """What the adapter makes of the tensors; CorruptError (exit code 4) with a table of all that does not fit."""
+    """The result of the adapter; CorruptError (exit code 4) with a table of all differences."""
 
     adapter: Any = import_module(LAYOUTS[config.layout][config.kind])
     holds_both = hasattr(adapter, "has_averages") and adapter.has_averages(state)

@@ -1,6 +1,6 @@
-"""Networks out of artifacts: built from their config, filled strictly, ready for inference; once per process.
+"""Networks of artifacts: built from their config, weights loaded strictly, in evaluation mode; once per process.
 
-A shard function asks for its network by `NetworkFile`, which travels to workers; the first shard of a process loads it.
+A shard function gets its network by a picklable `NetworkFile`; the first shard of a process loads it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MOST = 8  # networks in memory per process: a sweep over many does not keep them
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """Where a network lies and on which device it runs; the digest keeps one that was made again from being mixed up."""
+    """Path and device of a network; the digest detects one that was made again."""
 
     path: Path
     digest: str

@@ -1,4 +1,4 @@
-"""Where published weight files come from: the Hugging Face hub, or an address with a digest; and that they are the right ones.
+"""Places of published weight files, on the Hugging Face hub or at an address with a digest, and their verification.
 
 Both kinds are a `pipeline.stage.Place`: kept in the cache that other programs use too, and downloaded into it once.
 A name on the command line is `owner/repository/file`, with `@revision` if it shall never change; the files that the
@@ -114,7 +114,7 @@ class HubWeights(Config):
 
 @dataclass(frozen=True)
 class WebFile:
-    """A file at an address that has one content. Torch's cache keeps it.
+    """A file at an address with a fixed content, in torch's cache.
 
     what: as errors call it.
     """
@@ -133,7 +133,7 @@ class WebFile:
 
     @property
     def is_keyed(self) -> bool:
-        """The code knows its only content, so that keys need not tell it apart."""
+        """False: its content is fixed by the code."""
         return False
 
     @property
@@ -245,7 +245,7 @@ VGG16 = WebFile(
 
 
 def place_of(word: str) -> HubWeights | None:
-    """The file on the hub that a word on the command line means; None where it means none."""
+    """The file on the hub of an option's value, or None."""
     if word in PUBLISHED:
         return PUBLISHED[word]
     named = NAME.fullmatch(word)

@@ -202,7 +202,7 @@ def test_another_tokenizer_is_refused(origin: Store, generator: Artifact, tmp_pa
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"classes": (0, 3)}, "class 3 was asked for, but the generator knows 0 to 2"),
+        ({"classes": (0, 3)}, "class 3 was asked for, but the generator has classes 0 to 2"),
         ({"order": (0, 1, 2, 2)}, "order must name each of the positions 0 to 3 once"),
         ({"labels": "like"}, "needs the input labels"),
         ({"shard_images": 8, "chunk_images": 3}, "chunk"),
