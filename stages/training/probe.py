@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 
 # N rows of a token set, T codes of a row, K codes of the codebook, D values of a centroid
 METRICS = "metrics.json"
-NO_STATES = (
-    "holds a grid of an encoder's features, and a probe reads one feature per row: give those of describe-tokens"
-)
 FEATURES = "features"
 LBFGS_BYTES = 2**31  # more than that, and the weights are learned in batches
 COPIES = 24  # of the weights, in L-BFGS: ten pairs of steps and slopes, weights, slope and work
