@@ -182,5 +182,5 @@ def test_settings_of_sub_tokens_that_are_not_drawn_are_refused(generator: str, v
 
 @pytest.mark.parametrize("generator", ["llama", "factorized"])
 def test_orders_that_a_generator_cannot_lay_are_refused(generator: str) -> None:
-    with pytest.raises(UsageError, match=f"step samples-ibq-{generator} cannot sample .* in its own order alone"):
+    with pytest.raises(UsageError, match=f"step samples-ibq-{generator} cannot sample .* in its own order only"):
         load(f"samples-ibq-{generator}.random_order=true")
