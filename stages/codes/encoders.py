@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ENCODER = "encoder.json"
 ENCODER_WEIGHTS = "encoder.safetensors"
+WITHIN = "pretrained_encoder."  # how its names begin in a checkpoint of DiGIT
 
 Encoder = WhitenedPatchesConfig | Dinov2Config
 
@@ -65,12 +66,14 @@ def published_weights(config: Dinov2Config, path: Path) -> dict[str, torch.Tenso
 
     encoder = build(config, BUILDERS)
     try:
-        encoder.load_weights(to_timm(read_state(path)))
+        state = read_state(path)
+        within = {name.removeprefix(WITHIN): one for name, one in state.items() if name.startswith(WITHIN)}
+        encoder.load_weights(to_timm(within or state))
     except (RuntimeError, KeyError) as error:
         first = str(error).split("\n")[1].strip() if "\n" in str(error) else f"no tensor {error}"
         raise CorruptError(f"{path} holds no weights of {config.timm_name}: {first}", path=path) from error
-    state: dict[str, torch.Tensor] = encoder.state_dict()
-    return state
+    loaded: dict[str, torch.Tensor] = encoder.state_dict()
+    return loaded
 
 
 def default_place(config: Dinov2Config) -> HubWeights:

@@ -20,10 +20,11 @@ from smalti.counting import counted
 from stages.codes.encoders import default_place, published_weights, read_encoder
 from stages.codes.tokenizing import save_codebook
 from stages.weights.cards import digest_of
-from stages.weights.checkpoint_reader import identify_file
+from stages.weights.checkpoint_reader import SUFFIXES, identify_file, read_state
 from stages.weights.places import HubWeights
 
 # K clusters, D values of a feature
+CENTROIDS = "centroids"  # their name in checkpoints of DiGIT
 
 
 class ImportCodebookConfig(Config):
@@ -71,7 +72,7 @@ def foresee(config: ImportCodebookConfig, inputs: KnownInputs) -> Facts:
     "--set encoder.size=base",
     externals={
         "centroids": External(
-            help="array of centroids (.npy), float, one row per code",
+            help="array of centroids (.npy), float, one row per code; or a checkpoint of digit that holds them",
             identify=identify_centroids,
             is_file=True,
         ),
@@ -113,9 +114,9 @@ def import_codebook(config: ImportCodebookConfig, inputs: Inputs, out: Draft, ru
 
 
 def read_centroids(path: Path) -> NDArray[np.float32]:
-    """Centroids (K, D); CorruptError for any other array."""
+    """Centroids (K, D); CorruptError for any other array, and for a file of weights without them."""
     try:
-        found = np.load(path, allow_pickle=False)
+        found = from_checkpoint(path) if path.suffix in SUFFIXES else np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise CorruptError(f"{path} cannot be read as an array of centroids (.npy): {error}", path=path) from error
     if not isinstance(found, np.ndarray) or found.ndim != 2 or found.dtype.kind != "f" or not found.size:
@@ -124,3 +125,12 @@ def read_centroids(path: Path) -> NDArray[np.float32]:
     if not np.isfinite(found).all():
         raise CorruptError(f"the centroids in {path} hold NaN or infinity", path=path)
     return np.ascontiguousarray(found, dtype=np.float32)
+
+
+def from_checkpoint(path: Path) -> NDArray[np.float32]:
+    """Centroids (K, D) of a checkpoint of DiGIT, which holds them transposed."""
+    centroids_DK = read_state(path).get(CENTROIDS)
+    if centroids_DK is None:
+        raise CorruptError(f"{path} holds no tensor {CENTROIDS}, as checkpoints of DiGIT do", path=path)
+    centroids_KD: NDArray[np.float32] = centroids_DK.float().numpy().T
+    return centroids_KD

@@ -114,6 +114,25 @@ class CodeSpace(Config):
             resolution=attributes.resolution,
         )
 
+    def join(self, tokenizer: TokenizerCard, *, what: str, role: str, path: Path) -> Self:
+        """With the identity of this tokenizer or codebook; with the grid of a codebook, which has one.
+
+        CorruptError (exit code 4) where it has other codes, or is not the one that the codes name.
+        """
+        if tokenizer.codes != self.codes:
+            raise CorruptError(
+                f"{what} is {role} of {self.codes} codes, but {tokenizer.name} has {tokenizer.codes}",
+                path=path,
+                hint="give the tokenizer that it was trained with",
+            )
+        if self.tokenizer:
+            check_same_tokenizer(self.tokenizer, tokenizer.identity, what=what, by=tokenizer.name, path=path)
+        if isinstance(tokenizer.config, CodebookConfig):
+            sizes = {"grid": tokenizer.config.encoder.grid, "resolution": tokenizer.pixels}
+        else:
+            sizes = {"resolution": self.grid[0] * tokenizer.decoder.downsample}
+        return self.model_copy(update={"tokenizer": tokenizer.identity, **sizes})
+
     @property
     def tokens(self) -> int:
         return self.grid[0] * self.grid[1]
@@ -151,17 +170,14 @@ class GeneratorCard(Config):
 
         CorruptError (exit code 4) where it has other codes than the generator, or is not the tokenizer that the card names.
         """
-        if tokenizer.codes != self.space.codes:
-            raise CorruptError(
-                f"{what} is a generator of {self.space.codes} codes, but {tokenizer.name} has {tokenizer.codes}",
-                path=path,
-                hint="give the tokenizer that it was trained with",
-            )
-        if self.space.tokenizer:
-            check_same_tokenizer(self.space.tokenizer, tokenizer.identity, what=what, by=tokenizer.name, path=path)
-        pixels = self.space.grid[0] * tokenizer.decoder.downsample
-        space = self.space.model_copy(update={"tokenizer": tokenizer.identity, "resolution": pixels})
-        return self.model_copy(update={"space": space})
+        return self.model_copy(update={"space": self.space.join(tokenizer, what=what, role="a generator", path=path)})
+
+    def join_condition(self, tokenizer: TokenizerCard, *, what: str, path: Path) -> Self:
+        """With this tokenizer or codebook as that of its condition; CorruptError as in `join`, or where it takes none."""
+        if self.condition is None:
+            raise CorruptError(f"{what} has no codes of another space as its condition: leave condition out", path=path)
+        condition = self.condition.join(tokenizer, what=what, role="a generator for a condition", path=path)
+        return self.model_copy(update={"condition": condition})
 
 
 def read_card(artifact: Artifact) -> GeneratorCard:

@@ -20,7 +20,7 @@ from pipeline.keys import NEUTRAL, config_value
 from pipeline.runtime import Runtime
 from pipeline.stage import External, Inputs, read, stage
 from smalti.counting import counted
-from stages.weights.cards import CodeSpace, GeneratorCard, TokenizerCard, digest_of
+from stages.weights.cards import CodebookConfig, CodeSpace, GeneratorCard, TokenizerCard, digest_of
 from stages.weights.checkpoint_reader import identify_file, read_settings, read_state
 from stages.weights.files import digests_of, save_weights
 from stages.weights.identity import identity_by
@@ -129,6 +129,8 @@ def foresee(config: ImportConfig, inputs: KnownInputs) -> Facts:
     """What the config says; the rest is in the file."""
     if "tokenizer" in inputs and config.kind != "generator":
         raise inputs.refusal(f"imports a {config.kind} (layout {config.layout}), and takes no tokenizer as input")
+    if "condition" in inputs and (config.layout != "digit" or config.kind != "generator"):
+        raise inputs.refusal(f"imports a {config.kind} (layout {config.layout}), which has no condition")
     if config.kind == "tokenizer":
         return {"tokenizer": inputs.own(digest_of(inputs.made)), "pixels": config.resolution}
     if config.kind == "discriminator":
@@ -144,7 +146,15 @@ def foresee(config: ImportConfig, inputs: KnownInputs) -> Facts:
     version=2,
     config=ImportConfig,
     reads={
-        "tokenizer": read("tokenizer", help="the tokenizer whose codes a generator was trained on", optional=True),
+        "tokenizer": read(
+            "tokenizer",
+            "codebook",
+            help="the tokenizer or codebook whose codes a generator was trained on",
+            optional=True,
+        ),
+        "condition": read(
+            "codebook", "tokenizer", help="what makes the codes that are a pixel decoder's condition", optional=True
+        ),
     },
     writes=lambda config: config.kind,
     example="smalti import-weights --weights maskgit-vqgan-imagenet-f16-256.bin --layout maskgit-vqgan",
@@ -163,7 +173,7 @@ def import_weights(config: ImportConfig, inputs: Inputs, out: Draft, run: Runtim
     """Turn a published weight file into a tokenizer, a generator or a discriminator.
 
     reads: a file or the hub, and for a generator its tokenizer, unless it lies in the same file: only then can its
-    samples be decoded.  writes: config.json and weights.safetensors.  resumes: from the start. No code in the file is
+    samples be decoded; for a pixel decoder also what makes its condition.  writes: config.json and weights.safetensors.  resumes: from the start. No code in the file is
     run, and every missing, surplus or misshapen tensor is refused.
     """
     path = run.paths["weights"]
@@ -194,10 +204,13 @@ def import_generator(
         card = card.model_copy(update={"space": card.space.model_copy(update={"grid": grid})})
     for tokenizer in tokenizers:
         card = card.join(tokenizer, what=str(path), path=path)
+    if "condition" in inputs:
+        card = card.join_condition(TokenizerCard.of(inputs["condition"]), what=str(path), path=path)
     parameters = save(out, found.state, config_value(card), path)
     size = f"-{found.size}" if found.size else ""
     out.facts = {
         **card.space.facts,
+        **({"condition": card.condition.facts} if card.condition else {}),
         "tokens": card.space.tokens,
         "parameters": parameters,
         "weights": hash_file(path),
@@ -218,6 +231,8 @@ def own_tokenizer(config: ImportConfig, state: Mapping[str, torch.Tensor], path:
 def grid_of(config: ImportConfig, tokenizer: TokenizerCard | None) -> tuple[int, int]:
     """Rows and columns of codes of an image; UsageError where the tokenizer makes none of images of that size."""
     pixels = config.resolution or PIXELS
+    if tokenizer is not None and isinstance(tokenizer.config, CodebookConfig):
+        return tokenizer.config.encoder.grid
     if tokenizer is None and pixels % DOWNSAMPLE == 0:
         return (pixels // DOWNSAMPLE, pixels // DOWNSAMPLE)
     if tokenizer is None:
