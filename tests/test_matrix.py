@@ -143,7 +143,7 @@ def test_another_seed_changes_every_pair_and_no_judge(tmp_path: Path) -> None:
 @pytest.mark.parametrize("factors", [[3, 5], [256], []])
 def test_factors_that_make_no_code_are_refused(tokenizer: str, factors: list[int]) -> None:
     step = f"generator-{tokenizer}-factorized"
-    reason = {2: "factors 3 x 5 multiply to 15, but there are", 1: "name one, of 256 values", 0: "name no factors"}
+    reason = {2: "factors 3 x 5 multiply to 15, but there are", 1: "name one, of 256 values", 0: "have no factors"}
     with pytest.raises(UsageError, match=f"step {step} cannot train .* factorized: .*{reason[len(factors)]}"):
         load(f"{step}.model.factors={factors}")
 
