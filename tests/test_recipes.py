@@ -15,6 +15,7 @@ import torch
 
 from models.generators.config import CodeShape
 from models.generators.generator import build_generator
+from models.generators.gpt.memory import parameters as count_parameters
 from pipeline.recipe import Recipe, dump_schema, load_recipe, recipe_name
 from pipeline.recipe_text import parse_yaml, read_written
 from pipeline.runner import plan
@@ -259,6 +260,56 @@ def _check_llama_style(training: TrainingConfig, *, steps: int) -> None:
     assert (training.steps, training.batch, training.clip, training.ema) == (steps, 768, 1.0, None)
     optimizer = training.optimizer
     assert (optimizer.betas, optimizer.weight_decay, optimizer.decays) == ((0.9, 0.95), 0.05, "all")
+
+
+# DiGIT's table: figures of the title, parameters of stages 1 and 2, epochs of both, top-k of stage 1.
+DIGIT: dict[str, tuple[str, tuple[int, ...], tuple[int, ...], int | None]] = {
+    "digit-base": ("FID 9.13, IS 73.85", (219_377_664, 214_144_000), (400, 400), 200),
+    "digit-base-cond": ("FID 4.79, IS 142.87", (220_401_664, 214_144_000), (400, 400), 300),
+    "digit-base-nar": ("FID 9.04, IS 75.04", (219_377_664, 214_144_000), (200, 200), 200),
+    "digit-base-nar-cond": ("FID 4.62, IS 146.19", (220_401_664, 214_144_000), (200, 200), 300),
+    "digit-large": ("FID 4.59, IS 141.29", (731_879_424, 222_532_608), (200, 200), 400),
+    "digit-large-cond": ("FID 3.39, IS 205.96", (733_415_424, 222_532_608), (200, 200), 400),
+    "vq-baseline": ("FID 24.38, IS 30.93", (204_699_648,), (200,), None),
+    "vq-baseline-cond": ("FID 18.65, IS 80.4", (205_723_648,), (300,), None),
+}
+
+
+@pytest.mark.parametrize("name", DIGIT)
+def test_every_row_of_digit_has_a_recipe_with_the_published_settings(name: str, tmp_path: Path) -> None:
+    figures, parameters, epochs, top_k = DIGIT[name]
+    recipe = load(ROOT / "recipes" / "imagenet256" / f"{name}.yaml")
+    assert f"published: {figures} (" in recipe.title
+    assert "score" in {item.step.name for item in plan(recipe, Store(tmp_path / "store"))}
+    steps = {step.name: step for step in recipe.steps}
+    semantic = CodeShape(codes=16384 if "large" in name else 8192, grid=(16, 16), classes=1000)
+    pixels = CodeShape(codes=1024, grid=(16, 16), classes=1000, condition=semantic if top_k else None)
+    trained = [("semantic-generator", semantic, 3e-4), ("generator", pixels, 5e-4)][-len(parameters) :]
+    for (step, shape, rate), count, passes in zip(trained, parameters, epochs, strict=True):
+        config: Any = steps[step].config
+        assert count_parameters(config.model, shape) == count
+        assert round(config.training.steps * config.training.batch / 1_281_167) == passes
+        assert config.training.optimizer.model_dump(exclude_none=True) == {
+            "kind": "adamw", "learning_rate": rate, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.01, "decays": "all",
+        }  # fmt: skip
+        assert config.training.schedule.model_dump() == {"kind": "inverse-sqrt", "warmup": 6250, "start": 1e-7}
+        assert (config.training.clip, config.model.label_smoothing, config.model.dropout) == (1.0, 0.1, 0.1)
+    images: Any = steps["images"].config
+    is_masked = "nar" in name
+    assert images.sampling.top_p == ((0.8,) if top_k and not is_masked else None)
+    assert (images.images, images.sampling.guided, images.sampling.iterations, images.sampling.noise) == (
+        50000,
+        False,
+        8,
+        4.5,
+    )
+    assert (steps["generator"].config.model.sampled_by == "masks") == is_masked
+    if top_k:
+        drawn: Any = steps["semantic-samples"].config
+        assert (drawn.images, drawn.sampling.top_k) == (50000, (top_k,))
+        assert steps["semantic-generator"].config.model.conditions_on == ("class" if "cond" in name else "none")
+        assert steps["semantic-tokens"].config.views == steps["tokens"].config.views
+    assert ("probe" in steps) == (name in ("digit-base", "digit-base-nar", "digit-large"))
 
 
 # FID of RAR-L without adaLN by the epochs between which orders are annealed (625 steps each), and by the order that remains.
