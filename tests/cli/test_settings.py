@@ -26,7 +26,7 @@ from stages.images.checks import check_step_sizes
 
 COMMANDS = typer.main.get_command(cli.main.app).commands  # type: ignore[attr-defined]
 SCHEMA = recipe_schema(stages())
-NEEDED: dict[str, dict[str, Any]] = {"import-weights": {"layout": "rar"}}
+NEEDED: dict[str, dict[str, Any]] = {"describe-tokens": {"layer": 1}, "import-weights": {"layout": "rar"}}
 NESTED = [  # what help showed wrongly when it read the defaults of the classes
     ("train-tokenizer", "training.steps", 800),
     ("train-tokenizer", "training.batch", 32),

@@ -56,8 +56,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def given(store: Store) -> dict[str, Artifact]:
+    """A tokenizer and a generator, whose steps are compiled: errors on numba's way hold frames until the collector runs."""
     tokenizer = tokenizer_artifact(store)
-    return {"tokenizer": tokenizer, "generator": generator_artifact(store, tokenizer)}
+    generator = generator_artifact(store, tokenizer)
+    run(store, draw_samples, SampleConfig(rows_per_pass=2, seed=1, **CUT), {"generator": generator})
+    return {"tokenizer": tokenizer, "generator": generator}
 
 
 def run(
