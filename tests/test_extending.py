@@ -27,6 +27,18 @@ class TestBigram(GeneratorConformance):
     def uncached(self, model, codes_BT, labels_B):
         return model(codes_BT[:, :-1], labels_B)
 """
+TEST_OF_THE_QUANTIZER = """
+from models.quantizers.config import FiniteScalarConfig
+from models.quantizers.finite_scalar import FiniteScalarQuantizer
+from quantizer_suite import QuantizerSuite
+
+
+class TestFiniteScalar(QuantizerSuite):
+    dim = 3
+
+    def build(self):
+        return FiniteScalarQuantizer(FiniteScalarConfig(levels=(8, 6, 5)), dim=3)
+"""
 PACKAGES = ("smalti", "pipeline", "models", "stages", "cli")
 
 
@@ -75,14 +87,19 @@ def test_the_generator_is_sixty_lines() -> None:
     assert text.partition("from __future__")[2].count("\n") <= 60
 
 
-def test_the_generator_keeps_to_what_every_generator_does(copy: Path) -> None:
-    folder = copy / "checked"
-    folder.mkdir()
-    shutil.copy(ROOT / "tests" / "models" / "generators" / "conformance.py", folder)
-    (folder / "test_bigram.py").write_text(TEST_OF_THE_GENERATOR)
+@pytest.mark.parametrize(
+    ("suite", "test"),
+    [
+        ("generators/conformance.py", TEST_OF_THE_GENERATOR),
+        ("quantizers/quantizer_suite.py", TEST_OF_THE_QUANTIZER),
+    ],
+)
+def test_the_example_passes_the_conformance_suite(copy: Path, tmp_path: Path, suite: str, test: str) -> None:
+    shutil.copy(ROOT / "tests" / "models" / suite, tmp_path)
+    (tmp_path / "test_example.py").write_text(test)
     environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(folder), "-p", "no:cacheprovider", str(folder)]
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    words = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(tmp_path), "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
